@@ -1,0 +1,137 @@
+"""What crosses a package border: frozen dataclasses with the shape of every field.
+
+Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision tokens (P / 4), I images and videos,
+Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """Where the bytes of one image or video lie: a member of a tar shard, or a whole file (``offset`` 0)."""
+
+    kind: MediaKind
+    path: str
+    offset: int
+    num_bytes: int
+    sha256: str
+    """Hex digest of the bytes; empty when it was never computed."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One training sample as stored: chat messages, and media by reference.
+
+    A message's content is a string or a list of parts ``{"type": "text", "text": ...}``, ``{"type": "image"}``,
+    ``{"type": "video"}``; the i-th image-or-video part of the whole conversation is ``media[i]``.
+    """
+
+    id: str
+    source: str
+    messages: tuple[Mapping[str, Any], ...]
+    media: tuple[MediaRef, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EncodedMedia:
+    """One image or video after resize, cut into patches in merge-block order (as Hugging Face orders them)."""
+
+    kind: MediaKind
+    patches_PC: NDArray[np.uint8]
+    """[P, 1176] raw pixels; a still image repeats its frame in both temporal halves."""
+    grid: tuple[int, int, int]
+    """(frames / 2, height / 14, width / 14) in patches; P is their product."""
+    seconds_per_grid: float = 0.0
+    """Seconds between two temporal grid steps of a video; 0 for an image."""
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample ready to be packed.
+
+    ``token_ids_T`` holds one placeholder (image_pad or video_pad) per merged vision token.
+    ``loss_mask_T[i]`` is True where token i is to be predicted (from the tokens before it).
+    """
+
+    id: str
+    token_ids_T: NDArray[np.int64]
+    loss_mask_T: NDArray[np.bool_]
+    media: tuple[EncodedMedia, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_T)
+
+    @property
+    def num_patches(self) -> int:
+        return sum(one.num_patches for one in self.media)
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Where every patch of a pack stands, computed once on the CPU from the grids.
+
+    A *unit* is one 2x2 merge block. Encoder order groups units by attention window; pack order is the order of the
+    placeholders. ``window_order_M[i]`` is the pack-order index of the unit at encoder place i.
+    """
+
+    grids_I3: tuple[tuple[int, int, int], ...]
+    rope_hw_P2: torch.Tensor
+    """int64 [P, 2] row and column of each patch inside its frame, in pack order."""
+    window_order_M: torch.Tensor
+    """int64 [M]"""
+    window_bounds: tuple[int, ...]
+    """Cumulative patch counts of the attention windows, in encoder order, from 0 to P."""
+    frame_bounds: tuple[int, ...]
+    """Cumulative patch counts of the frames (full attention stays inside a frame), from 0 to P."""
+
+    @property
+    def num_patches(self) -> int:
+        return self.frame_bounds[-1]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One microbatch: a pack of segments, padded to the pack's capacity S. CPU tensors until ``to_device``.
+
+    Padding is the last segment(s): token ``pad``, loss weight 0, its own bounds, so it attends to nothing real.
+    """
+
+    token_ids_S: torch.Tensor
+    """int64 [S]"""
+    labels_S: torch.Tensor
+    """int64 [S] the next token of the same segment; 0 where ``loss_weights_S`` is 0."""
+    loss_weights_S: torch.Tensor
+    """float32 [S] 1 where the prediction of ``labels_S`` is trained, else 0."""
+    positions_3S: torch.Tensor
+    """int64 [3, S] temporal, height and width position; restarts at 0 in every segment."""
+    segment_bounds: tuple[int, ...]
+    """Cumulative slot counts of the segments, from 0 to S, padding included."""
+    patches_PC: torch.Tensor
+    """uint8 [P, 1176]; P is 0 in a pack without images."""
+    vision: VisionLayout | None
+    splice_M: torch.Tensor
+    """int64 [M] the slot of each merged vision token, in pack order."""
+    sample_ids: tuple[str, ...]
+    num_tokens: int
+    """Slots that hold real tokens."""
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further per-slot columns (advantages, old log-probs), each [S]."""
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.token_ids_S)
