@@ -1,0 +1,64 @@
+# Everything here works from a fresh clone with Python 3.11 (or 3.12) and a C++17 compiler.
+#   make PYTHON=/path/to/python3.11 ...      another interpreter
+#   make EXTRAS=dev,gpu install              Transformer Engine, flash-attn and triton too (builds on the GPU machine)
+#   make TORCH_ARGS="..." install            arguments for pip when it fetches torch, e.g. the address of a CPU build
+
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; done)
+EXTRAS ?= dev
+TORCH ?= 2.13.0
+TORCH_ARGS ?=
+BASE ?= shipped
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test quick lint format demo bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+install: $(STAMP)  ## create .venv and install the package into it (CPU torch where there is no NVIDIA GPU)
+
+$(STAMP): pyproject.toml setup.py $(SOURCES)
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "Python 3.11 or 3.12 not found: install one, or name it with make PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet --upgrade pip
+ifeq ($(HAS_GPU),yes)
+	$(PIP) install --quiet --editable ".[$(EXTRAS)]"
+else
+	$(PIP) install --quiet $(TORCH_ARGS) torch==$(TORCH)
+	$(PIP) install --quiet $(TORCH_ARGS) torch==$(TORCH) --editable ".[$(EXTRAS)]"
+endif
+	@touch $@
+
+test: $(STAMP)  ## lint, types and every CPU test; prints the time it took
+	@start=$$(date +%s); $(MAKE) --no-print-directory lint && $(BIN)/python -m pytest -q; code=$$?; \
+	echo "make test: $$(( $$(date +%s) - start )) s"; exit $$code
+
+quick: $(STAMP)  ## the tests that take seconds
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)  ## data, four stages, Hugging Face export and a table of answers (BASE=train trains the tiny base again)
+	$(BIN)/python -m examples.quickstart.demo --base $(BASE)
+
+bench: $(STAMP)  ## every CPU benchmark; rows go to benchmarks/results/
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:  ## remove .venv, builds and caches; runs and data stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mimo_megatron/_packing*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,62 @@
+// mimo_megatron._packing: the packing functions on numpy arrays. The GIL is released while they run.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#include "packing.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+// C-contiguous int64; a wider or fractional type is refused by the caller's call failing to match the signature.
+using Costs = py::array_t<std::int64_t, py::array::c_style>;
+
+void check_flat(const Costs& costs, const char* name) {
+    if (costs.ndim() != 1)
+        throw std::invalid_argument(std::string(name) + " has " + std::to_string(costs.ndim()) + " dims, not 1");
+}
+
+// (offsets, items) from one call of `pack(items)`.
+template <typename Pack>
+py::tuple run(std::int64_t n, Pack pack) {
+    py::array_t<std::int64_t> items(n);
+    std::int64_t* items_data = items.mutable_data();
+    packing::Offsets offsets;
+    {
+        py::gil_scoped_release release;
+        offsets = pack(items_data);
+    }
+    return py::make_tuple(py::array_t<std::int64_t>(offsets.size(), offsets.data()), items);
+}
+
+py::tuple pack_one(const Costs& lengths, std::int64_t capacity) {
+    check_flat(lengths, "lengths");
+    const std::int64_t n = lengths.size();
+    const std::int64_t* data = lengths.data();
+    return run(n, [=](std::int64_t* items) { return packing::pack_one(data, n, capacity, items); });
+}
+
+py::tuple pack_two(const Costs& tokens, const Costs& patches, std::int64_t token_capacity,
+                   std::int64_t patch_capacity) {
+    check_flat(tokens, "tokens");
+    check_flat(patches, "patches");
+    const std::int64_t n = tokens.size();
+    if (patches.size() != n)
+        throw std::invalid_argument(std::to_string(n) + " token counts but " + std::to_string(patches.size()) +
+                                    " patch counts");
+    const std::int64_t *token_data = tokens.data(), *patch_data = patches.data();
+    return run(n, [=](std::int64_t* items) {
+        return packing::pack_two(token_data, patch_data, n, token_capacity, patch_capacity, items);
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_packing, m) {
+    m.doc() = "Best-fit-decreasing packing; see mimo_megatron.data.packing.";
+    m.def("pack_one", &pack_one, py::arg("lengths"), py::arg("capacity"));
+    m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
+          py::arg("patch_capacity"));
+}

@@ -1,0 +1,165 @@
+"""Rules between the keys of a run, and between the run and the number of ranks: all that fail are reported at once.
+
+Each rule is a small function that yields messages: the failed equation with its values, then the remedy. Rules run
+before any device is touched.
+"""
+
+from collections.abc import Callable, Iterator
+
+from mimo_megatron.config.problems import refuse
+from mimo_megatron.config.run import RunConfig
+
+Rule = Callable[[RunConfig, int], Iterator[str]]
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Nothing where the run fits ``world_size`` ranks, else a ``ConfigError`` that lists every failed rule."""
+    problems = [message for rule in RULES for message in rule(config, world_size)]
+    refuse(f"run {config.name!r} on {world_size} rank{'s' if world_size > 1 else ''}", problems)
+
+
+def ranks_fill_the_layout(config: RunConfig, world_size: int) -> Iterator[str]:
+    layout = config.parallel
+    if world_size % layout.model_ranks:
+        yield (
+            f"ranks ({world_size}) % (parallel.tp {layout.tp} * pp {layout.pp} * cp {layout.cp} = "
+            f"{layout.model_ranks}) = {world_size % layout.model_ranks}, must be 0: start a multiple of "
+            f"{layout.model_ranks} ranks, or lower tp, pp or cp"
+        )
+
+
+def packs_divide_over_data_parallel_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
+    dp, rest = divmod(world_size, config.parallel.model_ranks)
+    packs = config.train.packs_per_step
+    if not rest and packs % dp:
+        yield (
+            f"train.packs_per_step ({packs}) % data-parallel ranks ({world_size} / {config.parallel.model_ranks} = "
+            f"{dp}) = {packs % dp}, must be 0: set train.packs_per_step={-(-packs // dp) * dp}"
+        )
+
+
+def tensor_parallel_divides_the_text_model(config: RunConfig, world_size: int) -> Iterator[str]:
+    tp, text = config.parallel.tp, config.model.text
+    sizes = {
+        "num_heads": text.num_heads,
+        "num_kv_heads": text.num_kv_heads,
+        "ffn_width": text.ffn_width,
+        "vocab_size": text.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            yield f"model.text.{name} ({size}) % parallel.tp ({tp}) = {size % tp}, must be 0: lower parallel.tp"
+
+
+def pipeline_divides_the_layers(config: RunConfig, world_size: int) -> Iterator[str]:
+    pp, layers = config.parallel.pp, config.model.text.num_layers
+    if layers % pp:
+        yield f"model.text.num_layers ({layers}) % parallel.pp ({pp}) = {layers % pp}, must be 0: choose another pp"
+
+
+def packs_cut_evenly(config: RunConfig, world_size: int) -> Iterator[str]:
+    layout, slots = config.parallel, config.data.pack_tokens
+    shared = layout.tp if layout.sequence_parallel or layout.cp > 1 else 1
+    unit = shared * (2 * layout.cp if layout.cp > 1 else 1)
+    if slots % unit:
+        factors = "2 * cp * tp" if layout.cp > 1 else "tp, for sequence_parallel"
+        yield (
+            f"data.pack_tokens ({slots}) % ({factors} = {unit}) = {slots % unit}, must be 0: "
+            f"set data.pack_tokens={-(-slots // unit) * unit}"
+        )
+
+
+def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        yield "parallel.sequence_parallel is true but parallel.tp is 1: raise tp, or set sequence_parallel=false"
+
+
+def something_is_trained(config: RunConfig, world_size: int) -> Iterator[str]:
+    if all(config.train.module(name).is_frozen for name in ("vision", "projector", "text")):
+        yield (
+            "nothing is trained: train.vision.lr, train.projector.lr and train.text.lr are all null; "
+            "give at least one a learning rate"
+        )
+
+
+def trained_modules_exist(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.model.vision is not None:
+        return
+    for name in ("vision", "projector"):
+        if not config.train.module(name).is_frozen:
+            yield f"train.{name}.lr is set but model.vision is null: set train.{name}.lr=null, or give the model a vision part"
+
+
+def warmup_ends_within_the_run(config: RunConfig, world_size: int) -> Iterator[str]:
+    warmup, steps = config.train.schedule.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield f"train.schedule.warmup_steps ({warmup}) > train.steps ({steps}): shorten the warm-up"
+
+
+def packs_fit_the_positions(config: RunConfig, world_size: int) -> Iterator[str]:
+    slots, positions = config.data.pack_tokens, config.model.text.max_positions
+    if slots > positions:
+        yield f"data.pack_tokens ({slots}) > model.text.max_positions ({positions}): a full-length sample has no position"
+
+
+def pixel_limits_are_ordered(config: RunConfig, world_size: int) -> Iterator[str]:
+    vision, data = config.model.vision, config.data
+    if vision is None:
+        return
+    smallest = vision.pixel_multiple**2
+    if data.min_pixels > data.max_pixels:
+        yield f"data.min_pixels ({data.min_pixels}) > data.max_pixels ({data.max_pixels}): swap or change them"
+    if data.min_pixels > data.video.max_pixels_per_frame:
+        yield (
+            f"data.min_pixels ({data.min_pixels}) > data.video.max_pixels_per_frame "
+            f"({data.video.max_pixels_per_frame}): raise the video limit or lower min_pixels"
+        )
+    if data.max_pixels < smallest:
+        yield (
+            f"data.max_pixels ({data.max_pixels}) < {smallest}, the pixels of one vision token "
+            f"({vision.pixel_multiple} x {vision.pixel_multiple}): raise it"
+        )
+
+
+def largest_media_fit_a_pack(config: RunConfig, world_size: int) -> Iterator[str]:
+    vision, data = config.model.vision, config.data
+    if vision is None:
+        return
+    most_tokens = min(data.pack_tokens - 1, data.pack_patches // vision.merge_factor)
+    limit = f"a pack of {data.pack_tokens} slots and {data.pack_patches} patches holds at most {most_tokens}"
+    image_tokens = data.max_pixels // vision.pixel_multiple**2
+    if image_tokens > most_tokens:
+        yield (
+            f"an image of data.max_pixels ({data.max_pixels}) is {image_tokens} vision tokens, but {limit}: "
+            f"set data.max_pixels={most_tokens * vision.pixel_multiple**2}, or raise pack_tokens and pack_patches"
+        )
+    if data.video.max_total_tokens > most_tokens:
+        yield (
+            f"data.video.max_total_tokens ({data.video.max_total_tokens}) vision tokens, but {limit}: "
+            f"set data.video.max_total_tokens={most_tokens}"
+        )
+
+
+def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
+    names: dict[int, str] = {}
+    for name, token in config.model.tokens.model_dump().items():
+        if token in names:
+            yield f"model.tokens.{name} and model.tokens.{names[token]} are both {token}: give each an id of its own"
+        names[token] = name
+
+
+RULES: tuple[Rule, ...] = (
+    ranks_fill_the_layout,
+    packs_divide_over_data_parallel_ranks,
+    tensor_parallel_divides_the_text_model,
+    pipeline_divides_the_layers,
+    packs_cut_evenly,
+    sequence_parallel_needs_tensor_parallel,
+    something_is_trained,
+    trained_modules_exist,
+    warmup_ends_within_the_run,
+    packs_fit_the_positions,
+    pixel_limits_are_ordered,
+    largest_media_fit_a_pack,
+    special_tokens_differ,
+)

@@ -1,0 +1,157 @@
+"""From a stored sample to token ids, loss mask and patches; and its lengths without touching a pixel.
+
+``measure_sample`` (for the index) and ``encode_sample`` (for training) share one text path, ``encode_text``, which needs the
+media's shapes only. Invariants: both give the same lengths; placeholders equal merged vision tokens, image by image;
+every error names the sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_megatron.config.model import ModelConfig, VisionConfig
+from mimo_megatron.config.run import DataConfig
+from mimo_megatron.data.chat import encode_chat
+from mimo_megatron.data.image import encode_image, image_size, smart_resize
+from mimo_megatron.data.markup import Frame, rescale_messages
+from mimo_megatron.data.records import SampleError, blame
+from mimo_megatron.data.source import read_media
+from mimo_megatron.data.tokenizer import TextTokenizer
+from mimo_megatron.data.video import encode_video, video_grid
+from mimo_megatron.errors import DataError
+from mimo_megatron.types import EncodedMedia, EncodedSample, MediaKind, RawSample
+
+ENCODING_VERSION = 1
+"""Raised when a change in this package gives any sample other lengths, so that old indexes are refused."""
+
+
+@dataclass(frozen=True)
+class MediaShape:
+    """What text needs to know of an image or video: its patch grid, and for an image its sides in pixels."""
+
+    grid: tuple[int, int, int]
+    frame: Frame | None
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+    """All that a sample's lengths depend on besides the sample, as plain JSON values."""
+    vision = model.vision
+    return {
+        "encoding_version": ENCODING_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "system_prompt": data.system_prompt,
+        "min_pixels": data.min_pixels,
+        "max_pixels": data.max_pixels,
+        "video": data.video.model_dump(mode="json"),
+        "patch": vision and [vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size],
+    }
+
+
+def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: DataConfig) -> MediaShape:
+    """The shape that the image or video will have after resize, from its header."""
+    vision = _vision(model)
+    if kind == "video":
+        return MediaShape(video_grid(content, vision, data.video, min_pixels=data.min_pixels)[0], None)
+    stored = image_size(content)
+    height, width = smart_resize(
+        *stored, multiple=vision.pixel_multiple, min_pixels=data.min_pixels, max_pixels=data.max_pixels
+    )
+    return MediaShape((1, height // vision.patch_size, width // vision.patch_size), Frame(*stored, height, width))
+
+
+def measure_sample(
+    raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: DataConfig
+) -> tuple[int, int]:
+    """(tokens, patches) that ``encode_sample`` will give. ``contents`` are the bytes of its media."""
+    with blame(raw.id, "media"):
+        shapes = [
+            measure_media(content, ref.kind, model, data) for ref, content in zip(raw.media, contents, strict=True)
+        ]
+    token_ids_T, _ = encode_text(raw, shapes, tokenizer, model, data)
+    return len(token_ids_T), sum(shape.num_patches for shape in shapes)
+
+
+def encode_sample(
+    raw: RawSample,
+    tokenizer: TextTokenizer,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    add_generation_prompt: bool = False,
+) -> EncodedSample:
+    """The sample ready to be packed; media are read and decoded here."""
+    media, shapes = [], []
+    with blame(raw.id, "media"):
+        for ref in raw.media:
+            one, frame = _encode_media(read_media(ref), ref.kind, model, data)
+            media.append(one)
+            shapes.append(MediaShape(one.grid, frame))
+    token_ids_T, loss_mask_T = encode_text(
+        raw, shapes, tokenizer, model, data, add_generation_prompt=add_generation_prompt
+    )
+    return EncodedSample(raw.id, token_ids_T, loss_mask_T, tuple(media))
+
+
+def encode_text(
+    raw: RawSample,
+    shapes: Sequence[MediaShape],
+    tokenizer: TextTokenizer,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    add_generation_prompt: bool = False,
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids [T] and loss mask [T], coordinates rescaled and placeholders written for media of these shapes."""
+    with blame(raw.id, "coordinates"):
+        messages, _ = rescale_messages(raw.messages, [shape.frame for shape in shapes if shape.frame is not None])
+    merge_factor = model.vision.merge_factor if model.vision else 1
+    with blame(raw.id, "messages"):
+        token_ids_T, loss_mask_T = encode_chat(
+            messages,
+            tokenizer,
+            model.tokens,
+            [shape.num_patches // merge_factor for shape in shapes],
+            system_prompt=data.system_prompt,
+            add_generation_prompt=add_generation_prompt,
+        )
+    _check_placeholders(raw, shapes, token_ids_T, model)
+    return token_ids_T, loss_mask_T
+
+
+def _check_placeholders(
+    raw: RawSample, shapes: Sequence[MediaShape], token_ids_T: NDArray[np.int64], model: ModelConfig
+) -> None:
+    for kind, placeholder in (("image", model.tokens.image_pad), ("video", model.tokens.video_pad)):
+        num_placeholders = int((token_ids_T == placeholder).sum())
+        of_kind = [shape.num_patches for ref, shape in zip(raw.media, shapes, strict=True) if ref.kind == kind]
+        num_merged = sum(of_kind) // model.vision.merge_factor if model.vision else 0
+        if num_placeholders != num_merged:
+            raise SampleError(
+                raw.id,
+                "placeholders",
+                f"{num_placeholders} {kind} placeholders for {num_merged} merged vision tokens of {len(of_kind)} media",
+            )
+
+
+def _encode_media(
+    content: bytes, kind: MediaKind, model: ModelConfig, data: DataConfig
+) -> tuple[EncodedMedia, Frame | None]:
+    vision = _vision(model)
+    if kind == "video":
+        return encode_video(content, vision, data.video, min_pixels=data.min_pixels), None
+    one = encode_image(content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+    _, rows, columns = one.grid
+    return one, Frame(*image_size(content), rows * vision.patch_size, columns * vision.patch_size)
+
+
+def _vision(model: ModelConfig) -> VisionConfig:
+    if model.vision is None:
+        raise DataError(f"the sample has images or videos, but the model {model.name!r} reads text only")
+    return model.vision

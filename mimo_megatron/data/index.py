@@ -1,0 +1,215 @@
+"""The index over a folder of tar shards: one Parquet row a sample, with byte offsets and exact lengths.
+
+With it a data set is shuffled and packed without opening a tar. Invariants: lengths equal those of ``encode_sample``; every
+sample of the tars is either a row or a line of ``index_skipped.jsonl``; the sidecar ``index.json`` is written last, so an
+index that is there is whole.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.run import DataConfig
+from mimo_megatron.data.encode import length_settings, measure_sample
+from mimo_megatron.data.records import SampleError, parse_record
+from mimo_megatron.data.shards import JSON_NAME, Member, scan_samples
+from mimo_megatron.data.source import INDEX_FILE, INDEX_VERSION, SIDECAR_FILE, read_bytes
+from mimo_megatron.data.tokenizer import TextTokenizer
+from mimo_megatron.errors import DataError
+from mimo_megatron.log import get_logger
+from mimo_megatron.types import MediaRef, RawSample
+
+SKIPPED_FILE = "index_skipped.jsonl"
+
+_MEDIA = pa.struct({"kind": pa.string(), "offset": pa.int64(), "num_bytes": pa.int64(), "sha256": pa.string()})
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "shard": pa.string(),
+        "key": pa.string(),
+        "json_offset": pa.int64(),
+        "json_bytes": pa.int64(),
+        "media": pa.list_(_MEDIA),
+        "num_tokens": pa.int64(),
+        "num_patches": pa.int64(),
+        "split": pa.string(),
+    }
+)
+
+
+@dataclass
+class IndexReport:
+    """What an index holds: samples by split, their sums, and what was left out by reason."""
+
+    num_samples: Counter[str] = field(default_factory=Counter)
+    num_tokens: int = 0
+    num_patches: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    num_over_capacity: int = 0
+    """Samples in the index that a pack of this recipe cannot hold; the loader leaves them out and says so."""
+
+
+def build_index(
+    folder: Path,
+    tokenizer: TextTokenizer,
+    model: ModelConfig,
+    data: DataConfig,
+    *,
+    out: Path | None = None,
+    held_out_fraction: float = 0.0,
+) -> IndexReport:
+    """What was indexed. Writes the index of ``folder/*.tar`` into ``out`` (default: the same folder).
+
+    A sample without a ``split`` of its own goes to "validation" with the chance ``held_out_fraction``, decided by a hash
+    of its id, else to "train".
+    """
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise DataError(f"{folder} holds no *.tar shard; write some with mimo_megatron.data.shards.write_shards")
+    if not 0 <= held_out_fraction < 1:
+        raise DataError(f"held_out_fraction {held_out_fraction} must be at least 0 and below 1")
+    out = out or folder
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SIDECAR_FILE).unlink(missing_ok=True)
+    indexer = _Indexer(folder.name, tokenizer, model, data, held_out_fraction)
+    described = []
+    with (
+        pq.ParquetWriter(out / INDEX_FILE, SCHEMA) as table,
+        (out / SKIPPED_FILE).open("w", encoding="utf-8") as skipped,
+    ):
+        for shard in shards:
+            rows, faults = indexer.index_shard(shard)
+            table.write_table(pa.Table.from_pylist(rows, SCHEMA))
+            skipped.writelines(json.dumps(fault, ensure_ascii=False) + "\n" for fault in faults)
+            with shard.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            described.append({"name": shard.name, "num_bytes": shard.stat().st_size, "sha256": digest})
+            get_logger().info("indexed %s: %d samples, %d skipped", shard, len(rows), len(faults))
+    report = indexer.report
+    sidecar = {
+        "version": INDEX_VERSION,
+        "source": folder.name,
+        "shards_folder": os.path.relpath(folder.resolve(), out.resolve()),
+        "settings": length_settings(tokenizer, model, data),
+        "num_samples": dict(report.num_samples),
+        "num_tokens": report.num_tokens,
+        "num_patches": report.num_patches,
+        "skipped": dict(report.skipped),
+        "shards": described,
+    }
+    _write_whole(out / SIDECAR_FILE, json.dumps(sidecar, ensure_ascii=False, indent=1))
+    return report
+
+
+class _Indexer:
+    def __init__(
+        self, source: str, tokenizer: TextTokenizer, model: ModelConfig, data: DataConfig, held_out_fraction: float
+    ) -> None:
+        self._source = source
+        self._tokenizer, self._model, self._data = tokenizer, model, data
+        self._held_out_fraction = held_out_fraction
+        self._seen: set[str] = set()
+        self.report = IndexReport()
+
+    def index_shard(self, shard: Path) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """The rows of a shard's good samples, and who was left out, where and why."""
+        rows: list[dict[str, Any]] = []
+        faults: list[dict[str, str]] = []
+
+        def skip(fault: SampleError, key: str) -> None:
+            self.report.skipped[fault.reason] += 1
+            found = {"id": fault.sample_id, "shard": shard.name, "key": key}
+            faults.append({**found, "reason": fault.reason, "detail": fault.detail})
+
+        try:
+            for key, members in scan_samples(shard):
+                try:
+                    rows.append(self._row(shard, key, members))
+                except SampleError as fault:
+                    skip(fault, key)
+        except DataError as error:
+            skip(SampleError(shard.name, "shard", str(error)), "")
+        return rows, faults
+
+    def _row(self, shard: Path, key: str, members: Sequence[Member]) -> dict[str, Any]:
+        default_id = f"{shard.stem}/{key}"
+        by_name = {member.name: member for member in members}
+        if len(by_name) < len(members):
+            raise SampleError(default_id, "duplicate_name", f"two files of key {key!r} have one name")
+        if JSON_NAME not in by_name:
+            raise SampleError(default_id, "json", f"{key}.{JSON_NAME} is missing; there are {sorted(by_name)}")
+        home = by_name.pop(JSON_NAME)
+        record = parse_record(_read(shard, home), default_id)
+        if record.id in self._seen:
+            raise SampleError(record.id, "duplicate_id", "an earlier sample has the same id")
+        _check_names(record.id, [name for _, name in record.media], by_name)
+        contents = {name: _read(shard, member) for name, member in by_name.items()}
+        media = tuple(
+            MediaRef(
+                kind,
+                str(shard),
+                by_name[name].offset,
+                by_name[name].num_bytes,
+                hashlib.sha256(contents[name]).hexdigest(),
+            )
+            for kind, name in record.media
+        )
+        raw = RawSample(record.id, self._source, record.messages, media, record.meta)
+        num_tokens, num_patches = measure_sample(
+            raw, [contents[name] for _, name in record.media], self._tokenizer, self._model, self._data
+        )
+        self._seen.add(record.id)
+        split = record.split or ("validation" if _chance(record.id) < self._held_out_fraction else "train")
+        self._count(split, num_tokens, num_patches)
+        return {
+            "id": record.id,
+            "shard": shard.name,
+            "key": key,
+            "json_offset": home.offset,
+            "json_bytes": home.num_bytes,
+            "media": [
+                {"kind": one.kind, "offset": one.offset, "num_bytes": one.num_bytes, "sha256": one.sha256}
+                for one in media
+            ],
+            "num_tokens": num_tokens,
+            "num_patches": num_patches,
+            "split": split,
+        }
+
+    def _count(self, split: str, num_tokens: int, num_patches: int) -> None:
+        self.report.num_samples[split] += 1
+        self.report.num_tokens += num_tokens
+        self.report.num_patches += num_patches
+        self.report.num_over_capacity += num_tokens > self._data.pack_tokens or num_patches > self._data.pack_patches
+
+
+def _check_names(sample_id: str, named: Iterable[str], members: Mapping[str, Member]) -> None:
+    named = set(named)
+    if missing := sorted(named - set(members)):
+        raise SampleError(sample_id, "media_missing", f"the messages name {missing}; the shard has {sorted(members)}")
+    if unused := sorted(set(members) - named):
+        raise SampleError(sample_id, "media_unused", f"the shard has {unused}, which no message shows")
+
+
+def _read(shard: Path, member: Member) -> bytes:
+    return read_bytes(shard, member.offset, member.num_bytes)
+
+
+def _chance(sample_id: str) -> float:
+    """A number in [0, 1) that depends on the id alone."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") / 2**64
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,153 @@
+"""Sources of samples: lengths known up front, a sample read by its number, media left where they lie.
+
+``IndexedSource`` reads what ``build_index`` wrote over a folder of tars. Invariants: it refuses an index whose lengths were
+computed under other settings, and shards that changed since; reads are ``pread`` calls without shared position, so they
+are safe in threads and after a fork.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mimo_megatron.data.records import SampleError, blame, parse_record
+from mimo_megatron.errors import ConfigError, DataError
+from mimo_megatron.types import MediaRef, RawSample
+
+INDEX_VERSION = 1
+INDEX_FILE = "index.parquet"
+SIDECAR_FILE = "index.json"
+_REBUILD = "run `mimo-megatron data index` again"
+
+
+class SampleLengths(NamedTuple):
+    """int64 [N] each: tokens and vision patches of every sample."""
+
+    num_tokens_N: NDArray[np.int64]
+    num_patches_N: NDArray[np.int64]
+
+
+class DataSource(Protocol):
+    """What the planner and the loader ask of a data set."""
+
+    @property
+    def lengths(self) -> SampleLengths: ...
+
+    def sample_id(self, index: int) -> str: ...
+
+    def read(self, index: int) -> RawSample: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+def read_bytes(path: str | Path, offset: int, num_bytes: int) -> bytes:
+    """Exactly these bytes of a file. ``DataError`` if it ends before; a missing file is an ``OSError``.
+
+    Opened for each read: decoding one image takes a thousand times longer, and no descriptor is shared or leaks.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        data = os.pread(file, num_bytes, offset)
+    finally:
+        os.close(file)
+    if len(data) != num_bytes:
+        raise DataError(f"{path} holds {len(data)} of {num_bytes} bytes at offset {offset}; the file was cut")
+    return data
+
+
+def read_media(ref: MediaRef, *, verify: bool = False) -> bytes:
+    """The bytes of one image or video; with ``verify`` their SHA-256 must be the recorded one."""
+    data = read_bytes(ref.path, ref.offset, ref.num_bytes)
+    if verify and ref.sha256 and hashlib.sha256(data).hexdigest() != ref.sha256:
+        raise DataError(f"{ref.path} at offset {ref.offset} no longer has SHA-256 {ref.sha256}; {_REBUILD}")
+    return data
+
+
+class IndexedSource:
+    """One split of a folder written by ``build_index``."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.split = split
+        self._sidecar = _read_sidecar(folder)
+        self._shards = _check_shards(folder, self._sidecar)
+        table = pq.read_table(folder / INDEX_FILE)
+        self._table = table.filter(pc.equal(table["split"], split)).combine_chunks()
+        if not len(self._table):
+            known = ", ".join(f"{name} ({count})" for name, count in self._sidecar["num_samples"].items())
+            raise ConfigError(f"data.split: {folder} has no samples in split {split!r}; it has {known or 'none at all'}")
+        self.lengths = SampleLengths(
+            self._table["num_tokens"].to_numpy().astype(np.int64), self._table["num_patches"].to_numpy().astype(np.int64)
+        )
+
+    @property
+    def name(self) -> str:
+        return self._sidecar["source"]
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """``ConfigError`` unless the lengths in the index were computed under these ``length_settings``."""
+        built = self._sidecar["settings"]
+        changed = [key for key in {**built, **settings} if built.get(key) != settings.get(key)]
+        if changed:
+            listed = "; ".join(f"{key}: index {built.get(key)!r}, recipe {settings.get(key)!r}" for key in changed)
+            raise ConfigError(f"the index in {self.folder} was built under other settings ({listed}); {_REBUILD}")
+
+    def sample_id(self, index: int) -> str:
+        return self._table["id"][index].as_py()
+
+    def read(self, index: int) -> RawSample:
+        """The sample's messages and references to its media. ``SampleError`` if its JSON is not the indexed one."""
+        row = {name: column[index].as_py() for name, column in zip(self._table.column_names, self._table.columns)}
+        path = str(self._shards[row["shard"]])
+        with blame(row["id"], "json"):
+            text = read_bytes(path, row["json_offset"], row["json_bytes"])
+        record = parse_record(text, row["id"])
+        kinds = [kind for kind, _ in record.media]
+        if record.id != row["id"] or kinds != [media["kind"] for media in row["media"]]:
+            raise SampleError(row["id"], "json", f"its JSON in {path} changed since it was indexed; {_REBUILD}")
+        media = tuple(
+            MediaRef(one["kind"], path, one["offset"], one["num_bytes"], one["sha256"]) for one in row["media"]
+        )
+        return RawSample(row["id"], self.name, record.messages, media, record.meta)
+
+    def describe(self) -> dict[str, Any]:
+        """What the source is, for logs and for the record kept beside a checkpoint."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "split": self.split,
+            "num_samples": len(self._table),
+            "num_tokens": int(self.lengths.num_tokens_N.sum()),
+            "num_patches": int(self.lengths.num_patches_N.sum()),
+        }
+
+
+def _read_sidecar(folder: Path) -> dict[str, Any]:
+    path = folder / SIDECAR_FILE
+    if not path.is_file():
+        raise ConfigError(f"data.sources: {folder} has no {SIDECAR_FILE}; {_REBUILD} for this folder")
+    sidecar = json.loads(path.read_bytes())
+    if sidecar.get("version") != INDEX_VERSION:
+        raise ConfigError(
+            f"{path} has version {sidecar.get('version')}, this program reads {INDEX_VERSION}; {_REBUILD}"
+        )
+    return sidecar
+
+
+def _check_shards(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, Path]:
+    """Path of each shard by name, after a look at its size (their hashes are recorded too, but to compare them is to read every byte)."""
+    paths = {}
+    for shard in sidecar["shards"]:
+        path = (folder / sidecar["shards_folder"] / shard["name"]).resolve()
+        num_bytes = path.stat().st_size if path.is_file() else None
+        if num_bytes != shard["num_bytes"]:
+            raise DataError(f"{path} has {num_bytes} bytes, {shard['num_bytes']} when it was indexed; {_REBUILD}")
+        paths[shard["name"]] = path
+    return paths

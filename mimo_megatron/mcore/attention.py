@@ -1,0 +1,59 @@
+"""Our core attention inside megatron's layers: packed, causal per segment, context-parallel by gathered keys and values.
+
+The layout travels as data: ``PackParams`` rides where megatron passes its packed-sequence parameters, so that an
+activation recomputed in the backward pass sees the layout of its own microbatch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.parallel.collectives import gather_slots
+from mimo_megatron.parallel.mesh import Axis
+
+
+@dataclass
+class PackParams(PackedSeqParams):
+    """The attention layout of one pack on this rank. ``qkv_format`` is not ``thd``: megatron then leaves q, k, v alone."""
+
+    qkv_format: str = "pack"
+    pieces: tuple[Piece, ...] = ()
+    cp: Axis = Axis(0, 1)
+    merge_order_S: Tensor | None = None
+    """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
+
+
+class PackedCoreAttention(MegatronModule):
+    """Replaces megatron's ``DotProductAttention`` in the layer spec; has no parameters.
+
+    q ``[S / cp, 1, N / tp, H]``, k and v ``[S / cp, 1, K / tp, H]`` -> ``[S / cp, 1, N / tp * H]``.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *_: Any, **__: Any):
+        super().__init__(config)
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *_: Any,
+        packed_seq_params: PackParams | None = None,
+        **__: Any,
+    ) -> Tensor:
+        assert isinstance(packed_seq_params, PackParams), "packed attention needs the pack's layout"
+        q_TNH, k_TKH, v_TKH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.cp.size > 1:
+            assert packed_seq_params.merge_order_S is not None
+            kv_T2KH = gather_slots(torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp)
+            k_TKH, v_TKH = kv_T2KH.unbind(1)
+        out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces)
+        return out_TNH.flatten(1).unsqueeze(1)

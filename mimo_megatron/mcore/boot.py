@@ -1,0 +1,99 @@
+"""Start and end megatron-core in one rank process: collectives, parallel groups, the mesh."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from mimo_megatron import platform
+from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.parallel.mesh import Axis, Mesh, data_parallel_size
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class RankAddress:
+    """Where one rank stands in the job. ``init_method`` is a rendezvous URL, ``env://`` under torchrun."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    init_method: str = "env://"
+
+    @classmethod
+    def from_environment(cls) -> "RankAddress":
+        """This process's address as torchrun states it; one rank of one where it was not started by torchrun."""
+        if "RANK" not in os.environ:
+            return cls(0, 1, 0, "")
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def megatron(parallel: ParallelConfig, address: RankAddress, seed: int = 1) -> Iterator[Mesh]:
+    """The mesh of a started job; groups are destroyed on the way out.
+
+    After an exception no collective is issued: the process group is left to the process's end.
+    """
+    data_parallel_size(address.world_size, parallel.tp, parallel.pp, parallel.cp)
+    here = platform.current()
+    platform.prepare_megatron()
+    if not here.is_cpu:
+        torch.cuda.set_device(address.local_rank)
+    _start_collectives(here, address)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+    )
+    if not here.is_cpu:
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    yield current_mesh()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _start_collectives(here: platform.Platform, address: RankAddress) -> None:
+    if dist.is_initialized():
+        return
+    if address.init_method:
+        dist.init_process_group(
+            here.backend,
+            init_method=address.init_method,
+            rank=address.rank,
+            world_size=address.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        return
+    assert address.world_size == 1
+    dist.init_process_group(here.backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def current_mesh() -> Mesh:
+    """The mesh of megatron's parallel state."""
+    state = parallel_state
+    return Mesh(
+        tp=Axis(
+            state.get_tensor_model_parallel_rank(),
+            state.get_tensor_model_parallel_world_size(),
+            state.get_tensor_model_parallel_group(),
+        ),
+        cp=Axis(
+            state.get_context_parallel_rank(),
+            state.get_context_parallel_world_size(),
+            state.get_context_parallel_group(),
+        ),
+        dp=Axis(
+            state.get_data_parallel_rank(), state.get_data_parallel_world_size(), state.get_data_parallel_group()
+        ),
+        pp=Axis(
+            state.get_pipeline_model_parallel_rank(),
+            state.get_pipeline_model_parallel_world_size(),
+            state.get_pipeline_model_parallel_group(),
+        ),
+    )

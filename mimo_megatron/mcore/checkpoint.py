@@ -1,0 +1,120 @@
+"""Distributed checkpoints: weights and optimizer state by their whole-tensor names, so that any layout loads them.
+
+A checkpoint is a folder published by a rename: either it is whole, or it does not exist under its name. Beside
+megatron's files it holds ``model.json`` (what model this is) and ``state.json`` (step, data position, loss history).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer import MegatronOptimizer
+
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.errors import CheckpointError
+from mimo_megatron.mcore.module import MegatronModule
+
+FORMAT = 1
+MODEL_FILE, STATE_FILE = "model.json", "state.json"
+_CONTENT = {
+    "non_homogeneous_layers": True,  # one tensor for each layer, named by its global number
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(
+    folder: Path,
+    model_config: ModelConfig,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer | None = None,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint and publish it under ``folder``. A collective over all ranks.
+
+    An existing checkpoint of that name is replaced only once the new one is whole.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    tensors = _sharded(model, optimizer, is_loading=False)
+    dist_checkpointing.save(tensors, str(partial), content_metadata=_CONTENT)
+    if dist.get_rank() == 0:
+        write_description(partial, model_config)
+        (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    dist.barrier()
+
+
+def load(
+    folder: Path,
+    model_config: ModelConfig,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer | None = None,
+) -> dict[str, Any]:
+    """Fill ``model`` (and ``optimizer``) from ``folder`` and give its state. A collective over all ranks.
+
+    ``CheckpointError`` names what is missing or differs; nothing is loaded then.
+    """
+    check_description(folder, model_config)
+    try:
+        loaded = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(folder))
+    except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read as a checkpoint of {model_config.name}: {error}. "
+            "Take an earlier checkpoint, or convert the weights again"
+        ) from error
+    model.load_state_dict(loaded["model"], strict=True)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    return json.loads((folder / STATE_FILE).read_text())
+
+
+def write_description(folder: Path, model_config: ModelConfig) -> None:
+    """Record which model the checkpoint in ``folder`` holds."""
+    description = {"format": FORMAT, "model": model_config.model_dump(mode="json")}
+    (folder / MODEL_FILE).write_text(json.dumps(description, indent=1))
+
+
+def read_description(folder: Path) -> ModelConfig:
+    """The model of the checkpoint in ``folder``. ``CheckpointError`` if there is none."""
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MODEL_FILE}; name a folder that training wrote")
+    description = json.loads(path.read_text())
+    if description.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}")
+    return ModelConfig.model_validate(description["model"])
+
+
+def check_description(folder: Path, model_config: ModelConfig) -> None:
+    """Refuse a checkpoint whose tensors would not fit ``model_config``, naming the fields that differ."""
+    found = read_description(folder).model_dump(exclude={"name"})
+    wanted = model_config.model_dump(exclude={"name"})
+    differing = [
+        f"model.{part}.{field}: checkpoint has {(found[part] or {}).get(field)!r}, recipe has {(wanted[part] or {}).get(field)!r}"
+        for part in wanted
+        for field in sorted({*(found[part] or {}), *(wanted[part] or {})})
+        if (found[part] or {}).get(field) != (wanted[part] or {}).get(field)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds another model than the recipe asks for:\n  " + "\n  ".join(differing)
+            + "\nName the checkpoint of this model, or set the recipe's model to the checkpoint's"
+        )  # fmt: skip
+
+
+def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=_CONTENT)
+    tensors: dict[str, Any] = {"model": weights}
+    if optimizer is not None:
+        tensors["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_CONTENT)
+    return tensors

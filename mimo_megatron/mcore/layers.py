@@ -1,0 +1,74 @@
+"""Layer specs: Transformer Engine's layers where it is importable, megatron's own else; our core attention in both."""
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mimo_megatron import platform
+from mimo_megatron.mcore.attention import PackedCoreAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dim, at least fp32 inside.
+
+    Marks its weight for megatron's gradient sum under sequence parallelism, which torch's own norm does not.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def layer_backend() -> Literal["transformer-engine", "local"]:
+    """Which layers are used on this machine. Transformer Engine needs CUDA."""
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    return "transformer-engine" if has_engine and not platform.current().is_cpu else "local"
+
+
+def layer_spec() -> ModuleSpec:
+    """The spec of one decoder layer with packed attention."""
+    if layer_backend() == "transformer-engine":
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    return spec
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules | ModuleSpec:
+    """The spec of this stage's decoder layers and of the final norm."""
+    spec = layer_spec()
+    if layer_backend() == "transformer-engine":
+        return spec
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def mtp_spec(config: TransformerConfig) -> ModuleSpec | None:
+    """The spec of the multi-token-prediction block on the stage that holds it, else None."""
+    if not config.mtp_num_layers:
+        return None
+    uses_engine = layer_backend() == "transformer-engine"
+    spec = get_gpt_mtp_block_spec(config, layer_spec(), use_transformer_engine=uses_engine)
+    if spec is not None and not uses_engine:
+        for layer in spec.layer_specs:
+            submodules = layer.submodules
+            submodules.enorm = submodules.hnorm = submodules.layer_norm = RMSNorm
+    return spec

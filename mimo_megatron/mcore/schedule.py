@@ -1,0 +1,84 @@
+"""Megatron's pipeline schedules behind one call: run a step's microbatches forward and backward, or forward only.
+
+The step's gradient is sum(loss) / sum(trained tokens) over every microbatch, dp and cp rank: megatron sums, and divides
+once by the global count.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from mimo_megatron.mcore.module import MegatronModule
+
+Pack = TypeVar("Pack")
+
+
+def run_microbatches(
+    model: DistributedDataParallel,
+    packs: Sequence[Pack],
+    num_slots: int,
+    loss: Callable[[Tensor, Pack], tuple[Tensor, Tensor]],
+) -> tuple[float, int]:
+    """(loss sum, trained tokens) over all microbatches and ranks; gradients are left in the wrapper's buffers.
+
+    ``loss(logits, pack)`` gives this microbatch's loss sum and trained token count.
+    """
+
+    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        pack = next(pending)
+
+        def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            loss_sum, count = loss(logits, pack)
+            return loss_sum, count.to(torch.int), torch.stack((loss_sum.detach().double(), count.double()))
+
+        return stage(pack), reduce_loss
+
+    rows = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(packs),
+        model=[model],
+        num_microbatches=len(packs),
+        seq_length=num_slots,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return _total(rows)
+
+
+def run_forward(
+    model: MegatronModule, packs: Sequence[Pack], num_slots: int, use: Callable[[Tensor, Pack], Any]
+) -> list[Any]:
+    """``use(logits, pack)`` of every pack, on the last stage; an empty list on the others."""
+
+    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        pack = next(pending)
+        return stage(pack), lambda logits, non_loss_data=False: use(logits, pack)
+
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=[model],
+            num_microbatches=len(packs),
+            seq_length=num_slots,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+
+def _total(rows: Sequence[Tensor]) -> tuple[float, int]:
+    """Sum the last stage's (loss, count) rows over dp x cp, and tell every stage. One host sync."""
+    device = torch.cuda.current_device()
+    total_2 = torch.stack(list(rows)).sum(0) if rows else torch.zeros(2, dtype=torch.float64, device=device)
+    dist.all_reduce(total_2, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(total_2, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    loss_sum, count = total_2.tolist()
+    return loss_sum, int(count)

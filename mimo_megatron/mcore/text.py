@@ -1,0 +1,131 @@
+"""The decoder: megatron's GPTModel with packed attention and a head that sees only the slots it is asked about."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from mimo_megatron import platform
+from mimo_megatron.config.model import TextConfig
+from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.mcore.attention import PackParams
+from mimo_megatron.mcore.layers import block_spec, mtp_spec
+from mimo_megatron.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The dtype of parameters and activations, and whether layers are recomputed in the backward pass."""
+
+    dtype: torch.dtype = torch.float32
+    recompute: bool = False
+
+
+def _leave_uninitialised(weight: Tensor) -> None:
+    """Megatron still marks the tensor's parallel dim, which its gradient norm relies on."""
+
+
+def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Numerics) -> TransformerConfig:
+    """Megatron's configuration of the decoder. Fusions that need CUDA are on exactly where there is CUDA."""
+    on_cpu = platform.current().is_cpu
+    recompute: dict[str, Any] = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if numerics.recompute
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=text.num_layers,
+        hidden_size=text.width,
+        num_attention_heads=text.num_heads,
+        num_query_groups=text.num_kv_heads,
+        kv_channels=text.head_width,
+        ffn_hidden_size=text.ffn_width,
+        mrope_section=list(text.mrope_section),
+        mtp_num_layers=text.num_mtp_layers or None,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=numerics.dtype,
+        params_dtype=numerics.dtype,
+        bf16=numerics.dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+        init_method=_leave_uninitialised,  # weights are drawn by name (mcore/weights.py) or loaded
+        output_layer_init_method=_leave_uninitialised,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=not on_cpu,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=not on_cpu,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+class TextDecoder(GPTModel):
+    """One pipeline stage of the decoder; see ``embed`` and ``decode``."""
+
+    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh):
+        super().__init__(
+            config,
+            block_spec(config),
+            vocab_size=text.vocab_size,
+            max_sequence_length=text.max_positions,
+            pre_process=mesh.is_first_stage,
+            post_process=mesh.is_last_stage,
+            share_embeddings_and_output_weights=text.tie_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=text.rope_theta,  # type: ignore[arg-type]
+            scatter_embedding_sequence_parallel=False,  # image features are spliced into the whole slice first
+            mtp_block_spec=mtp_spec(config),  # type: ignore[arg-type]
+        )
+        if mesh.is_last_stage:
+            # The head sees gathered rows, so it must not gather again under sequence parallelism, and must sum its
+            # input gradient over tp itself.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = mesh.tp.size > 1
+
+    def embed(self, token_ids_S: Tensor) -> Tensor:
+        """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""
+        return self.embedding(input_ids=token_ids_S.unsqueeze(0), position_ids=None)
+
+    def decode(self, decoder_input: Tensor | None, positions_3S: Tensor, params: PackParams, rows_R: Tensor) -> Tensor:
+        """Hidden states [S, 1, D] on inner stages; on the last the logits [R, V / tp] of the local slots ``rows_R``.
+
+        ``positions_3S`` are those of the whole pack: megatron takes this rank's slice of the rotary table itself.
+        """
+        return self(
+            input_ids=None,
+            position_ids=positions_3S.unsqueeze(1),
+            attention_mask=None,
+            decoder_input=decoder_input,
+            packed_seq_params=params,
+            labels=rows_R,
+        )
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, labels: Tensor, **__: Any) -> Tensor:
+        """Megatron's hook after the layers; ``labels`` carries ``rows_R``, so that the head sees only what is trained."""
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
+        hidden_RD = hidden_states.squeeze(1).index_select(0, labels)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
+        return logits_RV

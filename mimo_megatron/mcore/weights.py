@@ -1,0 +1,86 @@
+"""Whole tensors and this rank's shards of them: one rule, used to draw weights, and to compare any layout with one process.
+
+A parameter's *global name* numbers its layer over all pipeline stages, so it is the same for every layout.
+Fused tensors are cut where megatron cuts them: ``linear_qkv`` by key-value group, ``linear_fc1`` in gate and up apart.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from mimo_megatron.parallel.mesh import Axis
+
+_LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)(\..*)")
+INIT_STD = 0.02
+
+
+def global_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
+    """(global name, parameter) of this rank's stage."""
+    first_layer = 0
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if layers is not None and len(layers) and hasattr(layers[0], "layer_number"):
+            first_layer = layers[0].layer_number - 1
+            break
+    for name, param in model.named_parameters():
+        match = _LAYER.fullmatch(name)
+        yield (f"{match[1]}{int(match[2]) + first_layer}{match[3]}" if match else name), param
+
+
+def shard(name: str, whole: Tensor, param: Tensor, tp: Axis) -> Tensor:
+    """This tp rank's part of ``whole``, as ``param`` holds it."""
+    if tp.size == 1 or not getattr(param, "tensor_model_parallel", False):
+        return whole
+    dim = param.partition_dim  # type: ignore[attr-defined]
+    if _is_gate_and_up(name):
+        return torch.cat([half.chunk(tp.size, dim)[tp.rank] for half in whole.chunk(2, dim)], dim)
+    return whole.chunk(tp.size, dim)[tp.rank]
+
+
+def unshard(name: str, local: Tensor, param: Tensor, tp: Axis) -> Tensor:
+    """The whole tensor, from all tp ranks' parts. A collective over tp."""
+    if tp.size == 1 or not getattr(param, "tensor_model_parallel", False):
+        return local
+    dim = param.partition_dim  # type: ignore[attr-defined]
+    parts = [torch.empty_like(local) for _ in range(tp.size)]
+    dist.all_gather(parts, local.contiguous(), group=tp.group)
+    if _is_gate_and_up(name):
+        return torch.cat([torch.cat([part.chunk(2, dim)[half] for part in parts], dim) for half in (0, 1)], dim)
+    return torch.cat(parts, dim)
+
+
+def whole_shape(param: Tensor, tp: Axis) -> tuple[int, ...]:
+    shape = list(param.shape)
+    if tp.size > 1 and getattr(param, "tensor_model_parallel", False):
+        shape[param.partition_dim] *= tp.size  # type: ignore[attr-defined]
+    return tuple(shape)
+
+
+@torch.no_grad()
+def draw_weights(model: Module, seed: int, tp: Axis) -> None:
+    """Fill every parameter from (seed, global name) alone, so that the start is the same in every layout.
+
+    Norm weights are 1, biases 0, matrices normal with standard deviation 0.02 (as MiMo-7B and Qwen2 configure).
+    """
+    for name, param in global_parameters(model):
+        if name.endswith(("bias", "norm_bias")):
+            param.zero_()
+        elif param.dim() == 1:
+            param.fill_(1.0)
+        else:
+            whole = torch.empty(whole_shape(param, tp)).normal_(0.0, INIT_STD, generator=_generator(seed, name))
+            param.copy_(shard(name, whole, param, tp))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _is_gate_and_up(name: str) -> bool:
+    return ".linear_fc1." in name

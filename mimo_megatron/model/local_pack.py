@@ -1,0 +1,77 @@
+"""A pack as one rank sees it: its slice of the slots under context parallelism, and every index its forward needs.
+
+All indices are computed here, on the CPU, so that the forward neither branches on data nor waits for the device.
+Dims: S slots, L vision tokens spliced on this rank, R slots whose next token is trained or scored.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mimo_megatron.attention.packed import Piece
+from mimo_megatron.attention.pieces import causal_pieces
+from mimo_megatron.parallel import zigzag
+from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.types import PackedBatch, VisionLayout
+
+
+@dataclass(frozen=True)
+class LocalPack:
+    token_ids_S: Tensor
+    """int64 [S / cp] of this rank's slots."""
+    positions_3S: Tensor
+    """int64 [3, S] of the whole pack."""
+    pieces: tuple[Piece, ...]
+    merge_order_S: Tensor | None
+    """int64 [S], None where cp is 1."""
+    patches_PC: Tensor
+    vision: VisionLayout | None
+    splice_slots_L: Tensor
+    """int64 [L] local slots that take a vision feature."""
+    splice_rows_L: Tensor
+    """int64 [L] the feature row each of them takes, in pack order."""
+    rows_R: Tensor
+    """int64 [R] local slots whose logits are wanted."""
+    labels_R: Tensor
+    """int64 [R]"""
+    weights_R: Tensor
+    """float32 [R]"""
+
+    def to(self, device: torch.device) -> "LocalPack":
+        """The same pack with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        vision = self.vision
+        if vision is not None:
+            vision = replace(
+                vision,
+                rope_hw_P2=vision.rope_hw_P2.to(device, non_blocking=True),
+                window_order_M=vision.window_order_M.to(device, non_blocking=True),
+            )
+        return replace(self, vision=vision, **moved)
+
+
+def local_pack(batch: PackedBatch, cp: Axis) -> LocalPack:
+    """The part of ``batch`` that rank ``cp.rank`` computes. Rows are the slots with a loss weight above 0."""
+    num_slots = batch.num_slots
+    slots = zigzag.local_slots(num_slots, cp.rank, cp.size)
+    weights_S = batch.loss_weights_S[slots]
+    rows_R = weights_S.nonzero().squeeze(-1)
+    splice_slots_M = zigzag.global_to_local(num_slots, cp.rank, cp.size)[batch.splice_M]
+    splice_rows_L = (splice_slots_M >= 0).nonzero().squeeze(-1)
+    return LocalPack(
+        token_ids_S=batch.token_ids_S[slots],
+        positions_3S=batch.positions_3S,
+        pieces=causal_pieces(batch.segment_bounds, zigzag.local_ranges(num_slots, cp.rank, cp.size)),
+        merge_order_S=zigzag.merge_order(num_slots, cp.size) if cp.size > 1 else None,
+        patches_PC=batch.patches_PC,
+        vision=batch.vision,
+        splice_slots_L=splice_slots_M[splice_rows_L],
+        splice_rows_L=splice_rows_L,
+        rows_R=rows_R,
+        labels_R=batch.labels_S[slots][rows_R],
+        weights_R=weights_S[rows_R],
+    )
