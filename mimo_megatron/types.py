@@ -135,3 +135,9 @@ class PackedBatch:
     @property
     def num_slots(self) -> int:
         return len(self.token_ids_S)
+
+    @property
+    def segment_lengths(self) -> list[int]:
+        """Tokens of each sample's segment, padding left out."""
+        bounds = self.segment_bounds[: len(self.sample_ids) + 1]
+        return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]

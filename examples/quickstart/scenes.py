@@ -73,7 +73,12 @@ class Clip:
 
 
 def draw_scene(
-    rng: np.random.Generator, assets: Assets, level: Level, *, size: tuple[int, int] | None = None, distinct: bool = False
+    rng: np.random.Generator,
+    assets: Assets,
+    level: Level,
+    *,
+    size: tuple[int, int] | None = None,
+    distinct: bool = False,
 ) -> Scene:
     """A scene of that level; ``size`` (height, width) fixes its size, ``distinct`` forbids a label to come twice."""
     height, width = size if size else (int(rng.integers(level.sides[0], level.sides[1] + 1)) for _ in range(2))
@@ -166,7 +171,9 @@ def _draw_ink(rng: np.random.Generator, assets: Assets, label: int, digit_height
     a, b, d, e = across, turn * down, -turn * across, down
     offset_x = 6 - (a + b) * side / 2
     offset_y = 6 - (d + e) * side / 2
-    drawn = digit.transform((side, side), Image.Transform.AFFINE, (a, b, offset_x, d, e, offset_y), Image.Resampling.BICUBIC)
+    drawn = digit.transform(
+        (side, side), Image.Transform.AFFINE, (a, b, offset_x, d, e, offset_y), Image.Resampling.BICUBIC
+    )
     coverage = np.clip((np.asarray(drawn, dtype=np.float32) / 255 - 0.35) / 0.4, 0, 1)
     rows = np.flatnonzero((coverage > _INK_LEVEL).any(axis=1))
     columns = np.flatnonzero((coverage > _INK_LEVEL).any(axis=0))

@@ -109,9 +109,7 @@ def random_answer_score(task: str, answers: Sequence[str], golds: Sequence[str],
     """Mean score of answers drawn at random from ``answers``: what chance gives."""
     picks = np.random.default_rng(seed).integers(len(answers), size=(20, len(golds)))
     scorer = SCORERS[task]
-    return fmean(
-        scorer(answers[pick], gold) for row in picks.tolist() for pick, gold in zip(row, golds, strict=True)
-    )
+    return fmean(scorer(answers[pick], gold) for row in picks.tolist() for pick, gold in zip(row, golds, strict=True))
 
 
 def _median_lists(answers: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ asked only where that digit stands once; a sample is a function of (seed, split,
 
 import io
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import av
@@ -29,11 +29,14 @@ MIN_PIXELS, MAX_PIXELS = 3136, 12_845_056  # the data path's defaults; every sce
 
 @dataclass(frozen=True)
 class Question:
-    """One turn: what is asked, what the assistant says (with markup), and the gold that the task's scorer reads."""
+    """One turn: what is asked, what the assistant says, and the gold that the task's scorer reads."""
 
     task: str
     prompt: str
     answer: str
+    """With coordinates as markup, in pixels of the stored picture."""
+    said: str
+    """The answer as the model is trained to say it, in pixels of the resized picture."""
     gold: str
 
 
@@ -49,9 +52,9 @@ class DemoSample:
 
 def describe(scene: Scene) -> Question:
     """Every digit with its box, in reading order: many trained tokens per picture."""
-    said = "; ".join(f"{mark.label} {_box_mark(mark.box)}" for mark in scene.marks)
-    gold = "; ".join(f"{mark.label} {_list(_resized(scene, mark.box))}" for mark in scene.marks)
-    return Question("describe", "Describe the image.", said, gold)
+    answer = "; ".join(f"{mark.label} {_box_mark(mark.box)}" for mark in scene.marks)
+    said = "; ".join(f"{mark.label} {_list(_resized(scene, mark.box))}" for mark in scene.marks)
+    return Question("describe", "Describe the image.", answer, said, said)
 
 
 def read(scene: Scene) -> Question:
@@ -63,15 +66,17 @@ def count(scene: Scene) -> Question:
 
 
 def locate(scene: Scene, mark: Mark) -> Question:
-    gold = _list(_resized(scene, mark.box))
-    return Question("locate", f"Locate the {mark.label}.", _box_mark(mark.box), gold)
+    said = _list(_resized(scene, mark.box))
+    return Question("locate", f"Locate the {mark.label}.", _box_mark(mark.box), said, said)
 
 
 def point(scene: Scene, mark: Mark) -> Question:
     """The gold is the box into which the point must fall."""
     x1, y1, x2, y2 = mark.box
-    said = f"<|point|>{(x1 + x2) / 2:g},{(y1 + y2) / 2:g}<|/point|>"
-    return Question("point", f"Point to the {mark.label}.", said, _list(_resized(scene, mark.box)))
+    middle = ((x1 + x2) / 2, (y1 + y2) / 2)
+    answer = f"<|point|>{middle[0]:g},{middle[1]:g}<|/point|>"
+    said, gold = (_list(_resized(scene, place)) for place in (middle, mark.box))
+    return Question("point", f"Point to the {mark.label}.", answer, said, gold)
 
 
 def add(scene: Scene) -> Question:
@@ -144,9 +149,7 @@ def draw_when(rng: np.random.Generator, assets: Assets, level: str) -> DemoSampl
     clip = draw_clip(
         rng, assets, LEVELS[level], sides=CLIP_SIDES, num_seconds=num_seconds, frames_per_second=CLIP_FRAMES_PER_SECOND
     )
-    return DemoSample(
-        "clip", level, {"video0.mp4": to_mp4(clip)}, (when(clip, int(rng.integers(len(clip.marks)))),)
-    )
+    return DemoSample("clip", level, {"video0.mp4": to_mp4(clip)}, (when(clip, int(rng.integers(len(clip.marks)))),))
 
 
 def draw_text(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -207,7 +210,7 @@ def to_mp4(clip: Clip) -> bytes:
 
 
 def _plain(task: str, prompt: str, answer: str) -> Question:
-    return Question(task, prompt, answer, answer)
+    return Question(task, prompt, answer, said=answer, gold=answer)
 
 
 def _digits(scene: Scene) -> str:
@@ -226,7 +229,7 @@ def _clock(second: int) -> str:
     return f"{second // 60:02d}:{second % 60:02d}"
 
 
-def _resized(scene: Scene, box: Box) -> tuple[int, ...]:
-    """The box in pixels of the picture as the model sees it."""
+def _resized(scene: Scene, values: Sequence[float]) -> tuple[int, ...]:
+    """x, y, x, y, ... in pixels of the picture as the model sees it."""
     height, width = smart_resize(*scene.size, multiple=28, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
-    return rescale_coordinates(box, Frame(*scene.size, height, width))
+    return rescale_coordinates(values, Frame(*scene.size, height, width))

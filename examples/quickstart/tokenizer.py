@@ -98,9 +98,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "processor_class": "Qwen2_5_VLProcessor",
     }
     _write_json(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **patches})
-    _write_json(
-        folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", **patches}
-    )
+    _write_json(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", **patches})
 
 
 def _write_json(path: Path, tree: dict[str, object]) -> None:

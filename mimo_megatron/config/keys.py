@@ -6,7 +6,7 @@ Invariant: ``all_keys`` has exactly the dotted paths that ``RunConfig`` accepts;
 import difflib
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from mimo_megatron.config.base import Strict
 from mimo_megatron.config.presets import PRESETS
 from mimo_megatron.config.run import RunConfig
+from mimo_megatron.config.yaml_text import to_yaml
 from mimo_megatron.errors import ConfigError
 
 
@@ -27,10 +28,17 @@ class Key:
     default: str | None
     description: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.kind}{self._default}. {self.description}"
+
+    @property
+    def _default(self) -> str:
+        return ", must be given" if self.default is None else f" = {self.default}" if self.default else ""
+
 
 _LOADER_KEYS = (
-    Key("base", "path", "none", "Another recipe, beside this one, whose keys this one inherits and may replace."),
-    Key("model.preset", " | ".join(PRESETS), "none", "A model by name; other keys under `model` replace its values."),
+    Key("base", "path", "", "Another recipe, beside this one, whose keys this one inherits and may replace."),
+    Key("model.preset", " | ".join(PRESETS), "", "A model by name; other keys under `model` replace its values."),
 )
 
 
@@ -59,6 +67,15 @@ def explain(path: str | None) -> list[Key]:
         names = nearest(path)
         raise ConfigError(f"{path}: no such key" + (f"; did you mean {' or '.join(names)}?" if names else ""))
     return [key, *below(path)]
+
+
+def markdown_table(keys: Sequence[Key]) -> str:
+    """The reference table of docs/recipes.md."""
+    rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
+    for key in keys:
+        default = "**must be given**" if key.default is None else f"`{key.default}`" if key.default else ""
+        rows.append(f"| `{key.path}` | {key.kind.replace('|', 'or')} | {default} | {key.description} |")
+    return "\n".join(rows)
 
 
 def nearest(path: str, most: int = 3) -> list[str]:
@@ -114,7 +131,7 @@ def _default(field: FieldInfo) -> str | None:
     if field.is_required():
         return None
     if isinstance(field.default, Strict):
-        return "see its keys"
+        return ""
     if isinstance(field.default, tuple):
         return str(list(field.default))
-    return "null" if field.default is None else str(field.default)
+    return to_yaml(field.default).removesuffix("\n...\n").strip()

@@ -37,11 +37,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def dump_resolved(config: RunConfig, path: Path) -> Path:
-    """The file just written: every key of ``config`` with its value, as a recipe."""
-    text = "# The resolved configuration of a run: every key with the value it had.\n"
-    path.write_text(text + to_yaml(config.model_dump(mode="json")), encoding="utf-8")
-    return path
+def resolved_text(config: RunConfig) -> str:
+    """Every key of ``config`` with its value, as the text of a recipe."""
+    return "# The resolved configuration of a run: every key with the value it had.\n" + to_yaml(
+        config.model_dump(mode="json")
+    )
+
+
+def dump_resolved(config: RunConfig, path: Path) -> None:
+    """Write ``config`` as a recipe; ``load_recipe`` reads it back equal."""
+    path.write_text(resolved_text(config), encoding="utf-8")
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> Tree:

@@ -8,19 +8,19 @@ from mimo_megatron.config.base import Strict
 class VisionConfig(Strict):
     """A Qwen2.5-VL vision encoder: window attention, a few full-attention layers, 2-D rotary positions."""
 
-    depth: int = Field(gt=0)
-    width: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    ffn_width: int = Field(gt=0)
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    in_channels: int = 3
+    depth: int = Field(gt=0, description="Layers.")
+    width: int = Field(gt=0, description="D of the encoder.")
+    num_heads: int = Field(gt=0, description="Attention heads.")
+    ffn_width: int = Field(gt=0, description="Inner width of the MLPs.")
+    patch_size: int = Field(14, gt=0, description="Side of a patch, in pixels.")
+    temporal_patch_size: int = Field(2, gt=0, description="Frames of a patch.")
+    spatial_merge_size: int = Field(2, gt=0, description="Side of the square of patches that becomes one token.")
+    in_channels: int = Field(3, gt=0, description="Colours.")
     window_size: int = Field(112, description="Side of an attention window, in pixels.")
-    full_attention_layers: tuple[int, ...]
+    full_attention_layers: tuple[int, ...] = Field(description="Layers, from 0, that attend to the whole frame.")
     tokens_per_second: float = Field(2.0, description="Temporal positions per second of video.")
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
+    norm_eps: float = Field(1e-6, gt=0, description="Added to the mean square in every norm.")
 
     @property
     def head_width(self) -> int:
@@ -58,22 +58,22 @@ class VisionConfig(Strict):
 class TextConfig(Strict):
     """A Qwen2-style decoder: pre-norm RMSNorm, grouped-query attention with qkv bias, SwiGLU, 3-axis rotary positions."""
 
-    num_layers: int = Field(gt=0)
-    width: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_width: int = Field(gt=0)
-    ffn_width: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    rope_theta: float
+    num_layers: int = Field(gt=0, description="Decoder layers.")
+    width: int = Field(gt=0, description="D of the decoder.")
+    num_heads: int = Field(gt=0, description="N: query heads.")
+    num_kv_heads: int = Field(gt=0, description="K: key and value heads.")
+    head_width: int = Field(gt=0, description="H: width of a head.")
+    ffn_width: int = Field(gt=0, description="F: inner width of the MLPs.")
+    vocab_size: int = Field(gt=0, description="V: rows of the embedding and of the head.")
+    rope_theta: float = Field(gt=0, description="Base of the rotary frequencies.")
     mrope_section: tuple[int, int, int] = Field(
         description="Rotary frequencies given to time, height and width; their sum is head_width / 2."
     )
-    norm_eps: float
-    max_positions: int = 32_768
-    tie_embeddings: bool = False
-    num_mtp_layers: int = Field(0, description="Multi-token-prediction layers (MiMo-7B-Base has one).")
-    mtp_loss_weight: float = 0.1
+    norm_eps: float = Field(gt=0, description="Added to the mean square in every norm.")
+    max_positions: int = Field(32_768, gt=0, description="Longest sample the positions are meant for, in tokens.")
+    tie_embeddings: bool = Field(False, description="The head uses the embedding's weight.")
+    num_mtp_layers: int = Field(0, ge=0, description="Multi-token-prediction layers (MiMo-7B-Base has one).")
+    mtp_loss_weight: float = Field(0.1, ge=0, description="Weight of their loss beside the main loss.")
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "TextConfig":
@@ -90,22 +90,22 @@ class TextConfig(Strict):
 class SpecialTokens(Strict):
     """Token ids with a meaning for the data path; defaults are those of the Qwen2.5-VL vocabulary."""
 
-    vision_start: int = 151_652
-    vision_end: int = 151_653
-    image_pad: int = 151_655
-    video_pad: int = 151_656
-    pad: int = 151_643
-    turn_start: int = 151_644
-    turn_end: int = 151_645
+    vision_start: int = Field(151_652, description="Before the tokens of an image or video.")
+    vision_end: int = Field(151_653, description="After them.")
+    image_pad: int = Field(151_655, description="Stands for one vision token of an image.")
+    video_pad: int = Field(151_656, description="Stands for one vision token of a video.")
+    pad: int = Field(151_643, description="Fills the end of a pack.")
+    turn_start: int = Field(151_644, description="Opens a turn of the chat.")
+    turn_end: int = Field(151_645, description="Closes a turn; generation stops there.")
 
 
 class ModelConfig(Strict):
     """A vision-language model, or a text model where ``vision`` is null."""
 
-    name: str
-    text: TextConfig
-    vision: VisionConfig | None
-    tokens: SpecialTokens = SpecialTokens()
+    name: str = Field(description="For logs; a preset gives its own.")
+    text: TextConfig = Field(description="The decoder.")
+    vision: VisionConfig | None = Field(description="The vision encoder; null for a text model.")
+    tokens: SpecialTokens = Field(SpecialTokens(), description="Token ids with a meaning.")
 
     @model_validator(mode="after")
     def _tokens_in_vocabulary(self) -> "ModelConfig":

@@ -15,7 +15,9 @@ class ParallelConfig(Strict):
     tp: int = Field(1, ge=1, description="Tensor parallel ranks.")
     pp: int = Field(1, ge=1, description="Pipeline stages.")
     cp: int = Field(1, ge=1, description="Context parallel ranks.")
-    sequence_parallel: bool = False
+    sequence_parallel: bool = Field(
+        False, description="Divide activations between the tensor parallel ranks outside attention and MLP too."
+    )
 
     @property
     def model_ranks(self) -> int:
@@ -28,43 +30,43 @@ class SourceConfig(Strict):
 
 
 class VideoConfig(Strict):
-    fps: float = 2.0
-    max_frames: int = 256
-    max_pixels_per_frame: int = 768 * 28 * 28
-    max_total_tokens: int = 16_384
+    fps: float = Field(2.0, gt=0, description="Frames taken per second of video.")
+    max_frames: int = Field(256, gt=0, description="Most frames taken of one video.")
+    max_pixels_per_frame: int = Field(768 * 28 * 28, gt=0, description="A larger frame is scaled down to this.")
+    max_total_tokens: int = Field(16_384, gt=0, description="Most vision tokens of one video; frames shrink to fit.")
 
 
 class DataConfig(Strict):
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    split: str = "train"
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Data sets that are mixed.")
+    split: str = Field("train", description="Rows of the index that are used: those of this split.")
     tokenizer: Path = Field(description="Folder of a Hugging Face tokenizer.")
     pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
     pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
     window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
-    min_pixels: int = 3136
-    max_pixels: int = 12_845_056
-    video: VideoConfig = VideoConfig()
-    system_prompt: str | None = None
+    min_pixels: int = Field(3136, gt=0, description="A smaller image is scaled up to this.")
+    max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
+    video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
+    system_prompt: str | None = Field(None, description="Put before samples that have no system message.")
 
 
 class OptimizerConfig(Strict):
-    name: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    name: Literal["adamw", "sgd"] = Field("adamw", description="SGD is for tests: plain, without momentum.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of AdamW's two moving means.")
+    eps: float = Field(1e-8, gt=0, description="Added to AdamW's divisor.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled; not applied to biases and norm weights.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
 
 
 class ScheduleConfig(Strict):
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["cosine", "constant"] = "cosine"
-    min_lr_fraction: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rates rise from 0 to their peaks.")
+    decay: Literal["cosine", "constant"] = Field("cosine", description="How the rates go on after the warm-up.")
+    min_lr_fraction: float = Field(0.1, ge=0, le=1, description="Where the cosine ends, as a fraction of the peak.")
 
 
 class ModuleTraining(Strict):
     """How one part of the model is trained: a peak learning rate, or frozen where it is null."""
 
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0, description="Peak learning rate; null freezes the module.")
 
     @property
     def is_frozen(self) -> bool:
@@ -72,33 +74,37 @@ class ModuleTraining(Strict):
 
 
 class CheckpointConfig(Strict):
-    every_steps: int = Field(0, ge=0, description="0 saves only at the end.")
+    every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 
 class TrainConfig(Strict):
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, description="Optimizer updates of the whole run.")
     packs_per_step: int = Field(gt=0, description="Global batch, in packs.")
-    precision: Literal["fp32", "bf16"] = "bf16"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    vision: ModuleTraining = ModuleTraining()
-    projector: ModuleTraining = ModuleTraining()
-    text: ModuleTraining = ModuleTraining()
-    recompute: Literal["none", "full"] = "none"
-    log_every: int = Field(1, ge=1)
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Of weights and activations; updates are in fp32.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")
+    vision: ModuleTraining = Field(ModuleTraining(), description="The vision encoder.")
+    projector: ModuleTraining = Field(ModuleTraining(), description="The MLP between encoder and decoder.")
+    text: ModuleTraining = Field(ModuleTraining(), description="The decoder, with its embedding and head.")
+    recompute: Literal["none", "full"] = Field(
+        "none", description="full: decoder layers are computed again in the backward pass, to save memory."
+    )
+    log_every: int = Field(1, ge=1, description="Steps between log lines.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
 
     def module(self, name: ModuleName) -> ModuleTraining:
         return {"vision": self.vision, "projector": self.projector, "text": self.text}[name]
 
 
 class RunConfig(Strict):
-    name: str
+    name: str = Field(description="What logs and reports call this run.")
     dir: Path = Field(description="Folder of this run: checkpoints, logs, report.")
-    seed: int = 1
-    model: ModelConfig
+    seed: int = Field(1, description="Fixes initial weights, the order of samples and their packs.")
+    model: ModelConfig = Field(description="Sizes of the model; usually a preset.")
     start_from: Path | None = Field(None, description="Weights to begin with: a checkpoint or a Hugging Face folder.")
-    parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
-    train: TrainConfig
+    parallel: ParallelConfig = Field(
+        ParallelConfig(), description="The layout; ranks beyond tp * pp * cp are data parallel."
+    )
+    data: DataConfig = Field(description="What is trained on, and how it is packed.")
+    train: TrainConfig = Field(description="How long, how fast, which parts.")

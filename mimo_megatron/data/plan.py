@@ -10,6 +10,7 @@ Invariants (N samples in all, numbered through the sources):
 * The packs after a position depend on the plan and the position, not on how the position was reached.
 """
 
+import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Plan:
             before.append(before[-1] + len(self.window_packs(epoch, len(before) - 1)))
         if before[-1] <= consumed:
             return self.num_windows, before[-1]
-        window = int(np.searchsorted(before, consumed, side="right")) - 1
+        window = bisect.bisect_right(before, consumed) - 1
         return window, before[window]
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
@@ -122,16 +123,19 @@ class Plan:
         start, end = epoch * self.draws[source], (epoch + 1) * self.draws[source]
         rounds = range(start // len(members), -(-end // len(members)))
         row = [self._random(_SOURCE, source, number).permutation(members) for number in rounds]
-        first = start - rounds.start * len(members) if row else 0
-        return np.concatenate([np.zeros(0, np.int64), *row])[first : first + end - start]
+        first = start - rounds.start * len(members)
+        return np.concatenate(row)[first : first + end - start]
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, *stream])))
 
     def _fingerprint(self, weights: Sequence[float], window_samples: int) -> str:
-        digest = hashlib.sha256(repr((list(weights), window_samples, self._capacities)).encode())
+        sizes = [len(members) for members in self._members]
+        digest = hashlib.sha256(repr((list(weights), window_samples, self._capacities, sizes)).encode())
         for array in (*self._members, self._tokens, self._patches):
             digest.update(array.tobytes())
+        # numpy does not promise the same permutations in all versions; a few of them tell when they change
+        digest.update(self._random(_EPOCH, 0).permutation(64).tobytes())
         return digest.hexdigest()[:16]
 
 

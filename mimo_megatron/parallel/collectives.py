@@ -1,12 +1,16 @@
 """Collectives with stated gradients."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mimo_megatron.parallel.mesh import Axis
+
+
+Thing = TypeVar("Thing")
 
 
 class _GatherSlots(torch.autograd.Function):
@@ -33,3 +37,19 @@ def gather_slots(local_x: Tensor, order_S: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return local_x
     return _GatherSlots.apply(local_x, order_S, axis)
+
+
+def sum_over(values: Sequence[int], axis: Axis, device: torch.device | None = None) -> list[int]:
+    """Element by element, the sum of every rank's ``values`` over the axis. One host sync where the axis is longer than 1."""
+    if axis.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(total, group=axis.group)
+    return total.tolist()
+
+
+def gather_objects(thing: Thing, axis: Axis) -> list[Thing]:
+    """Every rank's small picklable ``thing``, by rank."""
+    things: list[Any] = [None] * axis.size
+    dist.all_gather_object(things, thing, group=axis.group)
+    return things

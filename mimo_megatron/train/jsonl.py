@@ -15,7 +15,7 @@ from mimo_megatron.log import get_logger
 
 def open_to_append(path: Path) -> TextIO:
     """The file, at the start of a line: one torn when an earlier run was killed stays alone on its own."""
-    is_torn = path.exists() and not path.read_bytes()[-1:] in (b"", b"\n")
+    is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     file = path.open("a", encoding="utf-8")
     if is_torn:
         file.write("\n")

@@ -139,13 +139,15 @@ class MetricsWriter:
         self._rows.close()
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
-        is_mfu_known = self._peak_flops and record.model_flops
+        mfu = None
+        if self._peak_flops and record.model_flops:
+            mfu = record.model_flops / record.seconds / self._peak_flops
         row = vars(record) | dict(
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             fill=record.fill,
             tokens_per_second=record.tokens_per_second,
             patches_per_second=record.patches_per_second,
-            mfu=record.model_flops / record.seconds / self._peak_flops if is_mfu_known else None,
+            mfu=mfu,
         )
         return {key: _finite(value) for key, value in row.items()}
 

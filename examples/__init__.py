@@ -1,0 +1,1 @@
+"""Doors and recipes: what a user runs."""

@@ -1,0 +1,240 @@
+"""``config.json`` and its neighbours, both ways: Hugging Face's description of a model and our ``ModelConfig``.
+
+Written: Qwen2.5-VL where there is a vision encoder, ``mimo`` where there are multi-token-prediction layers, Qwen2 else.
+What Hugging Face's keys cannot say (a name, the turn_start token) travels under one key of ours, which others ignore.
+Invariant: ``model_from_hf_config(hf_config(model)) == model`` for every model that Hugging Face's classes can run;
+another model is refused with the fields that stand in the way.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from mimo_megatron.config.model import ModelConfig, SpecialTokens, TextConfig, VisionConfig
+from mimo_megatron.convert.hf_io import write_json
+from mimo_megatron.errors import CheckpointError
+
+OWN_KEY = "mimo_megatron"
+_MODEL_TYPES = ("qwen2_5_vl", "mimo", "qwen2")
+_FIXED_VISION = {"norm_eps": 1e-6, "rope_theta": 10_000.0}
+"""What Hugging Face's Qwen2.5-VL encoder has in its code, not in its configuration."""
+_TOKEN_KEYS = {
+    "vision_start": "vision_start_token_id",
+    "vision_end": "vision_end_token_id",
+    "image_pad": "image_token_id",
+    "video_pad": "video_token_id",
+    "pad": "pad_token_id",
+}
+_PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of ``config.json``."""
+    _check_exportable(model)
+    own = {"name": model.name, "tokens": model.tokens.model_dump()}
+    own |= {"mrope_section": list(model.text.mrope_section), "mtp_loss_weight": model.text.mtp_loss_weight}
+    common = {"tie_word_embeddings": model.text.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
+    text = _hf_text(model)
+    if model.vision is None:
+        kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        if model.text.num_mtp_layers:
+            kind = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
+            text["num_nextn_predict_layers"] = model.text.num_mtp_layers
+        return {**kind, **text, **common, OWN_KEY: own}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": list(model.text.mrope_section)}
+    tokens = {key: getattr(model.tokens, name) for name, key in _TOKEN_KEYS.items() if name != "pad"}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": {"model_type": "qwen2_5_vl_text", **text, **common},
+        "vision_config": _hf_vision(model.vision, model.text.width),
+        **tokens,
+        **common,
+        OWN_KEY: own,
+    }
+
+
+def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
+    """The model of a ``config.json``; ``name`` where the file has none.
+
+    Reads the nested layout and the flat one of released checkpoints. ``CheckpointError`` says what is not understood.
+    """
+    kind = config.get("model_type")
+    if kind not in _MODEL_TYPES:
+        raise CheckpointError(f"{name}: model_type {kind!r} is not one of {', '.join(_MODEL_TYPES)}")
+    own = config.get(OWN_KEY, {})
+    text = {**config, **config.get("text_config", {})}
+    fixed = {"hidden_act": "silu", "use_sliding_window": False}
+    odd = [f"{key} {text[key]!r}, expected {value!r}" for key, value in fixed.items() if text.get(key, value) != value]
+    if odd:
+        raise CheckpointError(f"{name}: this model cannot be trained here: {'; '.join(odd)}")
+    try:
+        vision = _vision_config(config["vision_config"]) if kind == "qwen2_5_vl" else None
+        tokens = {ours: text[key] for ours, key in _TOKEN_KEYS.items() if isinstance(text.get(key), int)}
+        model = ModelConfig(
+            name=own.get("name", name),
+            text=_text_config(kind, text, own),
+            vision=vision,
+            tokens=SpecialTokens(**{**own.get("tokens", {}), **tokens}),
+        )
+    except KeyError as fault:
+        raise CheckpointError(f"{name}: config.json lacks the key {fault}") from fault
+    except ValidationError as fault:
+        raise CheckpointError(f"{name}: config.json does not describe a model that can run: {fault}") from fault
+    if vision is not None:
+        out_width = config["vision_config"].get("out_hidden_size", model.text.width)
+        if out_width != model.text.width:
+            raise CheckpointError(
+                f"{name}: vision_config.out_hidden_size {out_width} is not the text model's hidden_size {model.text.width}"
+            )
+    return model
+
+
+def write_hf_companions(folder: Path, model: ModelConfig, dtype: torch.dtype, pixels: tuple[int, int]) -> None:
+    """Write config.json, generation_config.json and, with a vision encoder, preprocessor_config.json."""
+    tokens = model.tokens
+    write_json(folder / "config.json", hf_config(model, dtype))
+    generation = {"bos_token_id": tokens.pad, "pad_token_id": tokens.pad, "eos_token_id": [tokens.turn_end, tokens.pad]}
+    write_json(folder / "generation_config.json", generation)
+    if model.vision is not None:
+        processor = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": pixels[0],
+            "max_pixels": pixels[1],
+            "patch_size": model.vision.patch_size,
+            "temporal_patch_size": model.vision.temporal_patch_size,
+            "merge_size": model.vision.spatial_merge_size,
+            "image_mean": list(_PIXEL_MEAN),
+            "image_std": list(_PIXEL_STD),
+        }
+        write_json(folder / "preprocessor_config.json", processor)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files and the chat template."""
+    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in present and "vocab.json" not in present:
+        raise CheckpointError(f"{source} holds no tokenizer: neither tokenizer.json nor vocab.json is there")
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+
+
+def _hf_text(model: ModelConfig) -> dict[str, Any]:
+    text = model.text
+    return {
+        "hidden_act": "silu",
+        "hidden_size": text.width,
+        "intermediate_size": text.ffn_width,
+        "num_hidden_layers": text.num_layers,
+        "num_attention_heads": text.num_heads,
+        "num_key_value_heads": text.num_kv_heads,
+        "vocab_size": text.vocab_size,
+        "rms_norm_eps": text.norm_eps,
+        "rope_theta": text.rope_theta,
+        "max_position_embeddings": text.max_positions,
+        "use_sliding_window": False,
+        "bos_token_id": model.tokens.pad,
+        "eos_token_id": model.tokens.turn_end,
+        "pad_token_id": model.tokens.pad,
+    }
+
+
+def _hf_vision(vision: VisionConfig, out_width: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_5_vl_vision",
+        "hidden_act": "silu",
+        "depth": vision.depth,
+        "hidden_size": vision.width,
+        "num_heads": vision.num_heads,
+        "intermediate_size": vision.ffn_width,
+        "in_channels": vision.in_channels,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.spatial_merge_size,
+        "window_size": vision.window_size,
+        "fullatt_block_indexes": list(vision.full_attention_layers),
+        "tokens_per_second": int(vision.tokens_per_second),
+        "out_hidden_size": out_width,
+    }
+
+
+def _text_config(kind: str, text: Mapping[str, Any], own: Mapping[str, Any]) -> TextConfig:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    head_width = text.get("head_dim") or width // heads
+    return TextConfig(
+        num_layers=text["num_hidden_layers"],
+        width=width,
+        num_heads=heads,
+        num_kv_heads=text["num_key_value_heads"],
+        head_width=head_width,
+        ffn_width=text["intermediate_size"],
+        vocab_size=text["vocab_size"],
+        rope_theta=rope["rope_theta"] if "rope_theta" in rope else text["rope_theta"],
+        mrope_section=tuple(rope.get("mrope_section") or own.get("mrope_section") or _usual_section(head_width)),
+        norm_eps=text["rms_norm_eps"],
+        max_positions=text["max_position_embeddings"],
+        tie_embeddings=text.get("tie_word_embeddings", False),
+        num_mtp_layers=text.get("num_nextn_predict_layers", 0) if kind == "mimo" else 0,
+        **{key: own[key] for key in ("mtp_loss_weight",) if key in own},
+    )
+
+
+def _usual_section(head_width: int) -> tuple[int, int, int]:
+    """How Qwen2.5-VL shares the frequencies (16, 24 and 24 of 64), for a text model that never had three axes."""
+    time = head_width // 8
+    space = (head_width // 2 - time) // 2
+    return (head_width // 2 - 2 * space, space, space)
+
+
+def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
+    optional = {
+        "patch_size": "patch_size",
+        "temporal_patch_size": "temporal_patch_size",
+        "spatial_merge_size": "spatial_merge_size",
+        "window_size": "window_size",
+        "tokens_per_second": "tokens_per_second",
+        "in_channels": "in_channels" if "in_channels" in vision else "in_chans",
+    }
+    return VisionConfig(
+        depth=vision["depth"],
+        width=vision["hidden_size"],
+        num_heads=vision["num_heads"],
+        ffn_width=vision["intermediate_size"],
+        full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+        **{ours: vision[key] for ours, key in optional.items() if key in vision},
+        **_FIXED_VISION,
+    )
+
+
+def _check_exportable(model: ModelConfig) -> None:
+    text, vision = model.text, model.vision
+    odd = []
+    if text.head_width * text.num_heads != text.width:
+        odd.append(f"text.head_width {text.head_width} x num_heads {text.num_heads} != width {text.width}")
+    if vision is not None:
+        if text.num_mtp_layers:
+            odd.append(f"text.num_mtp_layers is {text.num_mtp_layers}, and Qwen2.5-VL has none")
+        if not vision.tokens_per_second.is_integer():
+            odd.append(f"vision.tokens_per_second {vision.tokens_per_second} is not a whole number")
+        for key, value in _FIXED_VISION.items():
+            if getattr(vision, key) != value:
+                odd.append(f"vision.{key} is {getattr(vision, key)}, and Qwen2.5-VL's code has {value}")
+    if odd:
+        raise CheckpointError(f"model {model.name!r} has no Hugging Face form: {'; '.join(odd)}")

@@ -1,0 +1,71 @@
+"""The opened sources of a recipe, checked against it, as one list of samples numbered through all sources.
+
+Invariants: every index was built with this tokenizer, these pixel limits and this system prompt; a sample whose encoding
+has other lengths than the plan counted on is refused, so a pack never overflows.
+"""
+
+import bisect
+import itertools
+
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.run import DataConfig
+from mimo_megatron.data.encode import encode_sample, length_settings
+from mimo_megatron.data.plan import Plan
+from mimo_megatron.data.records import SampleError
+from mimo_megatron.data.source import DataSource, IndexedSource
+from mimo_megatron.data.tokenizer import load_tokenizer
+from mimo_megatron.types import EncodedSample, RawSample
+
+
+class Corpus:
+    """Samples by number: their ids, stored form and encoding."""
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        self.data = data
+        self.model = model
+        self.tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
+        indexed = [IndexedSource(source.path, data.split) for source in data.sources]
+        for source in indexed:
+            source.check_settings(length_settings(self.tokenizer, model, data))
+        self.sources: tuple[DataSource, ...] = tuple(indexed)
+        sizes = [len(source.lengths.num_tokens_N) for source in self.sources]
+        self._starts = [0, *itertools.accumulate(sizes)]
+
+    def plan(self, seed: int) -> Plan:
+        """The order and packs of these samples under this seed."""
+        return Plan(
+            [source.lengths for source in self.sources],
+            [source.weight for source in self.data.sources],
+            token_capacity=self.data.pack_tokens,
+            patch_capacity=self.data.pack_patches,
+            window_samples=self.data.window_samples,
+            seed=seed,
+        )
+
+    def sample_id(self, number: int) -> str:
+        source, index = self._locate(number)
+        return source.sample_id(index)
+
+    def planned_lengths(self, number: int) -> tuple[int, int]:
+        """(tokens, patches) according to the index."""
+        source, index = self._locate(number)
+        return int(source.lengths.num_tokens_N[index]), int(source.lengths.num_patches_N[index])
+
+    def read(self, number: int) -> RawSample:
+        source, index = self._locate(number)
+        return source.read(index)
+
+    def encode(self, number: int) -> EncodedSample:
+        """The sample ready to be packed. ``SampleError`` if it is damaged or no longer what the index measured."""
+        raw = self.read(number)
+        sample = encode_sample(raw, self.tokenizer, self.model, self.data)
+        found, planned = (sample.num_tokens, sample.num_patches), self.planned_lengths(number)
+        if found != planned:
+            raise SampleError(
+                raw.id, "lengths_changed", f"has (tokens, patches) {found}, but the index says {planned}; index again"
+            )
+        return sample
+
+    def _locate(self, number: int) -> tuple[DataSource, int]:
+        place = bisect.bisect_right(self._starts, number) - 1
+        return self.sources[place], number - self._starts[place]

@@ -1,0 +1,159 @@
+"""What a run folder holds, read so that a report can always be written: a missing file is an empty part, and a line or
+file that cannot be read is counted in ``faults`` and shown, never fatal and never silent."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder in memory. ``metrics`` has one row a step, in rising order."""
+
+    run_dir: Path
+    config: Mapping[str, Any]
+    config_text: str
+    metrics: tuple[Row, ...]
+    events: tuple[Row, ...]
+    skipped: tuple[Row, ...]
+    evaluation: Evaluation | None
+    faults: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return str(self.setting("name") or self.run_dir.resolve().name)
+
+    def setting(self, path: str) -> Any:
+        """The value at a dotted path of the config; None where it is not set."""
+        value: Any = self.config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+    @cached_property
+    def steps(self) -> NDArray[np.float64]:
+        return np.array([row["step"] for row in self.metrics], dtype=np.float64)
+
+    def column(self, key: str, inner: str | None = None) -> NDArray[np.float64]:
+        """One number a step, NaN where the row has none; ``inner`` picks from a mapping such as ``lrs``."""
+        values = [row.get(key) for row in self.metrics]
+        if inner is not None:
+            values = [value.get(inner) if isinstance(value, Mapping) else None for value in values]
+        return np.array([_number(value) for value in values], dtype=np.float64)
+
+    def total(self, key: str) -> float:
+        return float(np.nansum(self.column(key)))
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Everything readable in ``run_dir``."""
+    faults: list[str] = []
+    config, config_text = _config(run_dir / "config.yaml", faults)
+    by_step = {row["step"]: row for row in _rows(run_dir / "metrics.jsonl", faults, _has_step)}
+    return RunData(
+        run_dir=run_dir,
+        config=config,
+        config_text=config_text,
+        metrics=tuple(by_step[step] for step in sorted(by_step)),
+        events=tuple(_rows(run_dir / "events.jsonl", faults, lambda row: "event" in row)),
+        skipped=tuple(_rows(run_dir / "skipped.jsonl", faults, lambda row: "reason" in row)),
+        evaluation=_evaluation(run_dir / "evaluation.json", faults),
+        faults=tuple(faults),
+    )
+
+
+def _rows(path: Path, faults: list[str], is_valid: Callable[[Row], bool]) -> Iterator[Row]:
+    """The valid rows of a JSONL file; one remark in ``faults`` for all the others, with the first one's place."""
+    bad_lines: list[int] = []
+    for number, line in enumerate(_text(path, faults).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and is_valid(row):
+            yield row
+        else:
+            bad_lines.append(number)
+    if bad_lines:
+        faults.append(f"{path.name}: {len(bad_lines)} unreadable line(s) left out, the first at line {bad_lines[0]}")
+
+
+def _config(path: Path, faults: list[str]) -> tuple[Mapping[str, Any], str]:
+    text = _text(path, faults)
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        faults.append(f"{path.name}: not YAML ({str(error).splitlines()[0]})")
+        config = None
+    return (config if isinstance(config, dict) else {}), text
+
+
+def _evaluation(path: Path, faults: list[str]) -> Evaluation | None:
+    text = _text(path, faults)
+    if not text:
+        return None
+    try:
+        table = json.loads(text)
+        columns, rows = tuple(map(str, table["columns"])), tuple(map(tuple, table["rows"]))
+    except (ValueError, KeyError, TypeError) as error:
+        faults.append(f"{path.name}: not a table of columns and rows ({type(error).__name__}: {error})")
+        return None
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        faults.append(f"{path.name}: {len(wrong)} row(s) without exactly {len(columns)} cells left out")
+    return Evaluation(str(table.get("caption", "")), columns, tuple(row for row in rows if len(row) == len(columns)))
+
+
+def _text(path: Path, faults: list[str]) -> str:
+    if not path.exists():
+        return ""
+    content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        faults.append(f"{path.name}: {error.reason} at byte {error.start}; shown with replacement characters")
+        return content.decode(errors="replace")
+
+
+def _has_step(row: Row) -> bool:
+    return type(row.get("step")) is int
+
+
+def _number(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else math.nan
+
+
+def mean_of_ends(values: NDArray[np.float64], fraction: float = 0.05) -> tuple[float, float] | None:
+    """Means over the first and the last ``fraction`` of the finite values (at least one each); None if there are none."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    count = max(1, round(fraction * len(finite)))
+    return float(finite[:count].mean()), float(finite[-count:].mean())
+
+
+def skipped_by_reason(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
+    """``{reason: [(id, detail), ...]}``, most frequent first; an id skipped again (another epoch) is listed once."""
+    groups: dict[str, dict[str, str]] = {}
+    for row in rows:
+        groups.setdefault(str(row["reason"]), {}).setdefault(str(row.get("id", "?")), str(row.get("detail") or ""))
+    return {reason: list(ids.items()) for reason, ids in sorted(groups.items(), key=lambda item: -len(item[1]))}

@@ -1,0 +1,157 @@
+"""The pre-training run: start or resume, step, log, save. Every rank runs it; rank 0 speaks."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+from mimo_megatron import log, platform
+from mimo_megatron.config.check import check
+from mimo_megatron.config.load import dump_resolved
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.data.loader import PackLoader
+from mimo_megatron.mcore import checkpoint
+from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.mcore.optimizer import learning_rates
+from mimo_megatron.parallel.collectives import gather_objects, sum_over
+from mimo_megatron.report.run_report import write_report
+from mimo_megatron.train.flops import peak_flops, step_flops
+from mimo_megatron.train.metrics import MetricsWriter, StepRecord
+from mimo_megatron.train.rate import rate_factor
+from mimo_megatron.train.run_folder import RunFolder
+from mimo_megatron.train.start import load_start
+from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
+from mimo_megatron.types import PackedBatch
+
+
+def pretrain(config: RunConfig, address: RankAddress) -> None:
+    """Train as ``config`` says, on every rank of the job; a run folder with checkpoints is continued, not overwritten."""
+    log.set_up(address.rank)
+    check(config, address.world_size)
+    with megatron(config.parallel, address, config.seed) as mesh:
+        trainer = build_trainer(config, mesh, address.local_rank)
+        loader = PackLoader(
+            config.data,
+            config.model,
+            packs_per_step=config.train.packs_per_step,
+            seed=config.seed,
+            dp_rank=mesh.dp.rank,
+            dp_size=mesh.dp.size,
+        )
+        folder = RunFolder(config.dir)
+        first_step = _start_or_resume(trainer, loader, folder)
+        if address.rank == 0:
+            dump_resolved(config, folder.config)
+        with _metrics(config, address, trainer.device) or nullcontext() as metrics:
+            if metrics is not None:
+                metrics.open_for(first_step)
+            _steps(trainer, loader, folder, first_step, metrics)
+        loader.close()
+        if address.rank == 0:
+            log.get_logger().info("report: %s", write_report(folder.root))
+
+
+def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> int:
+    """The number of steps already taken, with model, optimizer and loader set to continue after them."""
+    config = trainer.config
+    newest = folder.newest_checkpoint()
+    if newest is not None:
+        state = checkpoint.load(newest, config.model, trainer.bare_model, trainer.optimizer)
+        loader.load_state(state["loader"])
+        log.get_logger().info("resumed after step %d from %s", state["step"], newest)
+        return int(state["step"])
+    if config.start_from is not None:
+        load_start(config.start_from, trainer, folder.root)
+    return 0
+
+
+def _steps(
+    trainer: Trainer, loader: PackLoader, folder: RunFolder, first_step: int, metrics: MetricsWriter | None
+) -> None:
+    train = trainer.config.train
+    skipped: Counter[str] = Counter()
+    for step in range(first_step + 1, train.steps + 1):
+        began = time.perf_counter()
+        batches = loader.next_step()
+        factor = rate_factor(step - 1, train.steps, train.schedule)
+        result = train_step(trainer, batches, step, factor)
+        totals = _totals(trainer, batches)
+        skipped = _skipped(trainer, loader, folder, skipped)
+        if metrics is not None:
+            rates = {name: rate * factor for name, rate in learning_rates(train).items()}
+            metrics.write(_record(step, result, totals, rates, skipped, time.perf_counter() - began))
+        is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
+        if is_due or step == train.steps:
+            _save(trainer, loader, folder, step)
+            if metrics is not None:
+                metrics.event("checkpoint", step, str(folder.checkpoint(step)))
+
+
+def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int) -> None:
+    state = {"step": step, "loader": loader.state()}
+    checkpoint.save(folder.checkpoint(step), trainer.config.model, trainer.bare_model, trainer.optimizer, state)
+    if dist.get_rank() == 0:
+        folder.drop_old_checkpoints(trainer.config.train.checkpoint.keep)
+
+
+def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
+    """Tokens, slots, patches, images, samples and model FLOPs of the step, over all data-parallel ranks."""
+    own = [0] * 6
+    for batch in batches:
+        grids = batch.vision.grids_I3 if batch.vision else ()
+        flops = step_flops(trainer.config.model, batch.segment_lengths, grids, tuple(learning_rates(trainer.config.train)))
+        patches = len(batch.patches_PC)
+        row = (batch.num_tokens, batch.num_slots, patches, len(grids), len(batch.sample_ids), flops.total)
+        own = [total + one for total, one in zip(own, row, strict=True)]
+    return sum_over(own, trainer.mesh.dp, trainer.device)
+
+
+def _record(
+    step: int, result: StepResult, totals: list[int], rates: dict[str, float], skipped: Counter[str], seconds: float
+) -> StepRecord:
+    tokens, slots, patches, images, samples, flops = totals
+    return StepRecord(
+        step=step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lrs=rates,
+        num_tokens=tokens,
+        num_trained_tokens=result.num_trained_tokens,
+        num_slots=slots,
+        num_patches=patches,
+        num_images=images,
+        num_samples=samples,
+        seconds=seconds,
+        skipped=dict(skipped),
+        model_flops=flops,
+    )
+
+
+def _skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder, known: Counter[str]) -> Counter[str]:
+    """Samples left out so far by reason, over all dp ranks; each is listed once in the run's folder."""
+    mesh, device = trainer.mesh, trainer.device
+    is_model_first = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
+    news = loader.take_skip_log()
+    if is_model_first:
+        folder.record_skipped(news)
+    if not sum_over([len(news)], mesh.dp, device)[0]:
+        return known
+    return sum(gather_objects(loader.skipped, mesh.dp), Counter())
+
+
+def _metrics(config: RunConfig, address: RankAddress, device: torch.device) -> MetricsWriter | None:
+    if address.rank != 0:
+        return None
+    peak = None if platform.current().is_cpu else peak_flops(torch.cuda.get_device_name(device))
+    return MetricsWriter(
+        config.dir,
+        config,
+        config.train.steps,
+        sys.stderr.isatty(),
+        num_ranks=address.world_size,
+        peak_flops=peak * address.world_size if peak else None,
+    )
