@@ -10,7 +10,7 @@ namespace py = pybind11;
 
 namespace {
 
-// C-contiguous int64; a wider or fractional type is refused by the caller's call failing to match the signature.
+// Narrower integers are widened; any other type is a TypeError, since `forcecast` is left out.
 using Costs = py::array_t<std::int64_t, py::array::c_style>;
 
 void check_flat(const Costs& costs, const char* name) {
@@ -56,6 +56,7 @@ py::tuple pack_two(const Costs& tokens, const Costs& patches, std::int64_t token
 
 PYBIND11_MODULE(_packing, m) {
     m.doc() = "Best-fit-decreasing packing; see mimo_megatron.data.packing.";
+    m.attr("MAX_CAPACITY") = packing::kMaxCapacity;
     m.def("pack_one", &pack_one, py::arg("lengths"), py::arg("capacity"));
     m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
           py::arg("patch_capacity"));

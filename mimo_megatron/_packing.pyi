@@ -1,6 +1,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_CAPACITY: int
+
 def pack_one(
     lengths: NDArray[np.integer], capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...

@@ -67,7 +67,7 @@ QUESTIONS: tuple[QuestionSet, ...] = (
 
 
 def build(folder: Path, *, seed: int = 1, scale: float = 1.0, sources: Sequence[str] = tuple(SOURCES)) -> None:
-    """Writes ``tokenizer/``, ``sources/NAME/shard-*.tar`` and ``questions/`` under ``folder``; ``scale`` shrinks the sources."""
+    """Writes ``tokenizer/``, ``sources/NAME/shard-*.tar`` and ``questions/``; ``scale`` shrinks the sources."""
     build_demo_tokenizer(folder / "tokenizer", seed=seed)
     for name in sources:
         build_source(folder / "sources" / name, SOURCES[name], seed=seed, scale=scale)
@@ -94,7 +94,7 @@ def build_source(folder: Path, source: Source, *, seed: int, scale: float = 1.0)
 
 
 def build_questions(folder: Path, *, seed: int, question_sets: Sequence[QuestionSet] = QUESTIONS) -> Path:
-    """The path of ``questions.jsonl``: records with the question alone, its media beside it, and ``task`` and ``gold``."""
+    """The path of ``questions.jsonl``: the question alone (media beside the file), ``task``, ``level`` and ``gold``."""
     assets = load_assets("held_out")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "questions.jsonl"

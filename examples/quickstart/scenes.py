@@ -160,7 +160,7 @@ def _place(
 
 
 def _draw_ink(rng: np.random.Generator, assets: Assets, label: int, digit_height: int) -> NDArray[np.float32]:
-    """Coverage in [0, 1] of one real digit, enlarged, slightly turned and stretched, cut to the tight bound of its ink."""
+    """Coverage in [0, 1] of one real digit, enlarged, slightly turned and stretched, cut tight to its ink."""
     digit = Image.fromarray(np.pad(assets.digits_N88[rng.choice(assets.by_label[label])], 2))
     scale = 8 / digit_height
     stretch = rng.uniform(0.85, 1.2)

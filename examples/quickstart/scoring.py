@@ -33,7 +33,7 @@ def number_right(answer: str, gold: str) -> float:
 
 
 def box_iou(answer: str, gold: str) -> float:
-    """Intersection over union of the first bracketed box ``[x1, y1, x2, y2]`` with the gold box; 0 for no proper box."""
+    """Intersection over union of the first box ``[x1, y1, x2, y2]`` with the gold box; 0 for no proper box."""
     said, true = _coordinates(answer, 4), _coordinates(gold, 4)
     assert true is not None, f"gold {gold!r} is no box"
     if said is None or said[2] <= said[0] or said[3] <= said[1]:
@@ -96,8 +96,8 @@ def score(task: str, answer: str, gold: str) -> float:
 def best_constant_answer(task: str, answers: Sequence[str], golds: Sequence[str], max_candidates: int = 200) -> str:
     """The one answer that scores best on all the golds: the strongest a model can do that never looks.
 
-    Candidates are the most frequent answers and, for lists of coordinates, their median by coordinate, which is a better
-    constant box than any real one.
+    Candidates are the most frequent answers and, for lists of coordinates, their median by coordinate, which is a
+    better constant box than any real one.
     """
     candidates = [answer for answer, _ in Counter(answers).most_common(max_candidates)]
     candidates += _median_lists(answers)

@@ -1,8 +1,8 @@
 """From scenes to chat samples: questions whose answers are facts of the scene, descriptions, and text-only arithmetic.
 
-Coordinates are written as markup in pixels of the stored picture; the data path turns them into pixels of the resized one,
-and ``Question.gold`` (what scorers read) is already in those. Invariants: a question that asks for one digit by name is
-asked only where that digit stands once; a sample is a function of (seed, split, family, number) alone.
+Coordinates are written as markup in pixels of the stored picture; the data path turns them into pixels of the resized
+one, and ``Question.gold`` (what scorers read) is already in those. Invariants: a question that asks for one digit by
+name is asked only where that digit stands once; a sample is a function of (seed, split, family, level, number) alone.
 """
 
 import io

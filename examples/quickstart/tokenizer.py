@@ -1,8 +1,8 @@
 """The demo's tokenizer: whole words and whole numbers, and bytes for everything else.
 
-A coordinate is one token, so a box is four predictions instead of up to twelve; a digit that is read is the same token as
-the count or the coordinate it spells. Invariants: any text comes back unchanged; special tokens have the ids of the tiny
-presets; plain ``transformers`` loads the folder, chat template and image processor included.
+A coordinate is one token, so a box is four predictions instead of up to twelve; a digit that is read is the same token
+as the count or the coordinate it spells. Invariants: any text comes back unchanged; special tokens have the ids of the
+tiny presets; plain ``transformers`` loads the folder, chat template and image processor included.
 """
 
 import json
@@ -72,7 +72,7 @@ def build_tokenizer(texts: Iterable[str], tokens: SpecialTokens, vocab_size: int
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes what ``AutoTokenizer`` and ``AutoProcessor`` read: tokenizer, chat template, image and video processors."""
+    """Writes what ``AutoTokenizer`` and ``AutoProcessor`` read: tokenizer, chat template, image and video processor."""
     vision = preset("tiny-vl").vision
     assert vision is not None
     folder.mkdir(parents=True, exist_ok=True)

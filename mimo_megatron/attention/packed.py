@@ -1,7 +1,7 @@
 """Attention over packed rows: many runs or segments lie one after another and none sees its neighbour.
 
 Pieces of equal length are computed in one batched call, so the cost in calls is the number of distinct lengths, not of
-pieces: a vision pack has thousands of windows of at most nine lengths. Invariants: the result does not depend on what
+pieces: a vision pack has thousands of windows of XX
 else is packed; grouping is exact and deterministic, forward and backward, and is worked out once per pack on the CPU.
 """
 
@@ -60,7 +60,7 @@ class _Rows:
     inverse: Tensor | None
     """The way back, where ``index`` is a permutation."""
     ranges: tuple[tuple[int, int], ...]
-    """The (start, end) ranges themselves, where they are no permutation: several may share a row, some rows have none."""
+    """The (start, end) ranges themselves, where they are no permutation: some share rows, some rows are in none."""
 
 
 @dataclass(frozen=True)

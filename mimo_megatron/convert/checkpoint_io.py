@@ -13,14 +13,21 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from mimo_megatron.config.model import ModelConfig
@@ -116,7 +123,7 @@ class CheckpointReader:
         info = self._places[MetadataIndex(key, chunk.offsets)]
         path = self.folder / info.relative_path
         with path.open("rb") as file:
-            record = _create_file_view(file, info.offset, info.length)
+            record = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
             # Loaded to the meta device, a record gives its tensor's strides and where its bytes lie, and reads no data.
             layout = torch.load(record, map_location="meta", weights_only=True)
         storage = layout.untyped_storage()

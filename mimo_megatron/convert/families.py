@@ -6,7 +6,7 @@ in which megatron puts a layer's norms beside the linear layer that follows them
 """
 
 from mimo_megatron.config.model import ModelConfig, TextConfig, VisionConfig
-from mimo_megatron.convert.rules import Rule, flatten, fuse_gate_up, fuse_qkv, rename, swap_halves, tied
+from mimo_megatron.convert.rules import Rule, Shape, flatten, fuse_gate_up, fuse_qkv, rename, swap_halves, tied
 
 
 def rules_for(model: ModelConfig) -> list[Rule]:
@@ -82,9 +82,10 @@ def _mtp_layer(text: TextConfig, ours: str, hf: str) -> list[Rule]:
 def _vision_rules(vision: VisionConfig) -> list[Rule]:
     width, ffn = vision.width, vision.ffn_width
     kernel = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    rules = [flatten("vision.patch_embed.weight", "visual.patch_embed.proj.weight", (width, vision.in_channels, *kernel))]
+    patch = (width, vision.in_channels, *kernel)
+    rules = [flatten("vision.patch_embed.weight", "visual.patch_embed.proj.weight", patch)]
     for i in range(vision.depth):
-        shapes = {"norm1.weight": (width,), "norm2.weight": (width,)}
+        shapes: dict[str, Shape] = {"norm1.weight": (width,), "norm2.weight": (width,)}
         linears = {
             "attn.qkv": (3 * width, width),
             "attn.proj": (width, width),

@@ -43,11 +43,33 @@ _TOKENIZER_FILES = (
 )
 
 
+def check_exportable(model: ModelConfig) -> None:
+    """Nothing, where Hugging Face's classes can run the model; else ``CheckpointError`` with what they lack."""
+    text, vision = model.text, model.vision
+    odd = []
+    if text.head_width * text.num_heads != text.width:
+        odd.append(f"text.head_width {text.head_width} x num_heads {text.num_heads} != width {text.width}")
+    if vision is not None:
+        if text.num_mtp_layers:
+            odd.append(f"text.num_mtp_layers is {text.num_mtp_layers}, and Qwen2.5-VL has none")
+        if not vision.tokens_per_second.is_integer():
+            odd.append(f"vision.tokens_per_second {vision.tokens_per_second} is not a whole number")
+        for key, value in _FIXED_VISION.items():
+            if getattr(vision, key) != value:
+                odd.append(f"vision.{key} is {getattr(vision, key)}, and Qwen2.5-VL's code has {value}")
+    if odd:
+        raise CheckpointError(f"model {model.name!r} has no Hugging Face form: {'; '.join(odd)}")
+
+
 def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The content of ``config.json``."""
-    _check_exportable(model)
-    own = {"name": model.name, "tokens": model.tokens.model_dump()}
-    own |= {"mrope_section": list(model.text.mrope_section), "mtp_loss_weight": model.text.mtp_loss_weight}
+    check_exportable(model)
+    own = {
+        "name": model.name,
+        "tokens": model.tokens.model_dump(),
+        "mrope_section": model.text.mrope_section,
+        "mtp_loss_weight": model.text.mtp_loss_weight,
+    }
     common = {"tie_word_embeddings": model.text.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
     text = _hf_text(model)
     if model.vision is None:
@@ -56,7 +78,7 @@ def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
             kind = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
             text["num_nextn_predict_layers"] = model.text.num_mtp_layers
         return {**kind, **text, **common, OWN_KEY: own}
-    text["rope_scaling"] = {"type": "mrope", "mrope_section": list(model.text.mrope_section)}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": model.text.mrope_section}
     tokens = {key: getattr(model.tokens, name) for name, key in _TOKEN_KEYS.items() if name != "pad"}
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -88,7 +110,7 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
         tokens = {ours: text[key] for ours, key in _TOKEN_KEYS.items() if isinstance(text.get(key), int)}
         model = ModelConfig(
             name=own.get("name", name),
-            text=_text_config(kind, text, own),
+            text=_text_config(config, text, own),
             vision=vision,
             tokens=SpecialTokens(**{**own.get("tokens", {}), **tokens}),
         )
@@ -100,7 +122,7 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
         out_width = config["vision_config"].get("out_hidden_size", model.text.width)
         if out_width != model.text.width:
             raise CheckpointError(
-                f"{name}: vision_config.out_hidden_size {out_width} is not the text model's hidden_size {model.text.width}"
+                f"{name}: vision_config.out_hidden_size {out_width} != the text model's hidden_size {model.text.width}"
             )
     return model
 
@@ -174,10 +196,12 @@ def _hf_vision(vision: VisionConfig, out_width: int) -> dict[str, Any]:
     }
 
 
-def _text_config(kind: str, text: Mapping[str, Any], own: Mapping[str, Any]) -> TextConfig:
+def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], own: Mapping[str, Any]) -> TextConfig:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     width, heads = text["hidden_size"], text["num_attention_heads"]
     head_width = text.get("head_dim") or width // heads
+    # transformers wrote this key inside text_config before version 5, and beside it since; either may say so
+    ties_embeddings = any(place.get("tie_word_embeddings", False) for place in (config, text))
     return TextConfig(
         num_layers=text["num_hidden_layers"],
         width=width,
@@ -190,8 +214,8 @@ def _text_config(kind: str, text: Mapping[str, Any], own: Mapping[str, Any]) -> 
         mrope_section=tuple(rope.get("mrope_section") or own.get("mrope_section") or _usual_section(head_width)),
         norm_eps=text["rms_norm_eps"],
         max_positions=text["max_position_embeddings"],
-        tie_embeddings=text.get("tie_word_embeddings", False),
-        num_mtp_layers=text.get("num_nextn_predict_layers", 0) if kind == "mimo" else 0,
+        tie_embeddings=ties_embeddings,
+        num_mtp_layers=text.get("num_nextn_predict_layers", 0) if config["model_type"] == "mimo" else 0,
         **{key: own[key] for key in ("mtp_loss_weight",) if key in own},
     )
 
@@ -209,7 +233,6 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
         "temporal_patch_size": "temporal_patch_size",
         "spatial_merge_size": "spatial_merge_size",
         "window_size": "window_size",
-        "tokens_per_second": "tokens_per_second",
         "in_channels": "in_channels" if "in_channels" in vision else "in_chans",
     }
     return VisionConfig(
@@ -218,23 +241,7 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
         num_heads=vision["num_heads"],
         ffn_width=vision["intermediate_size"],
         full_attention_layers=tuple(vision["fullatt_block_indexes"]),
+        tokens_per_second=vision.get("tokens_per_second", 4.0),  # 4 is what transformers assumes
         **{ours: vision[key] for ours, key in optional.items() if key in vision},
         **_FIXED_VISION,
     )
-
-
-def _check_exportable(model: ModelConfig) -> None:
-    text, vision = model.text, model.vision
-    odd = []
-    if text.head_width * text.num_heads != text.width:
-        odd.append(f"text.head_width {text.head_width} x num_heads {text.num_heads} != width {text.width}")
-    if vision is not None:
-        if text.num_mtp_layers:
-            odd.append(f"text.num_mtp_layers is {text.num_mtp_layers}, and Qwen2.5-VL has none")
-        if not vision.tokens_per_second.is_integer():
-            odd.append(f"vision.tokens_per_second {vision.tokens_per_second} is not a whole number")
-        for key, value in _FIXED_VISION.items():
-            if getattr(vision, key) != value:
-                odd.append(f"vision.{key} is {getattr(vision, key)}, and Qwen2.5-VL's code has {value}")
-    if odd:
-        raise CheckpointError(f"model {model.name!r} has no Hugging Face form: {'; '.join(odd)}")

@@ -116,8 +116,8 @@ def _read_header(path: Path) -> dict[str, _Location]:
         shape = tuple(entry["shape"])
         if end - begin != math.prod(shape) * dtype.itemsize or data + end > size:
             raise CheckpointError(
-                f"{path} is torn: tensor {name} {list(shape)} {dtype} should lie in bytes {data + begin} to {data + end} "
-                f"of a file of {size}"
+                f"{path} is torn: tensor {name} {list(shape)} {dtype} should lie in bytes {data + begin} to "
+                f"{data + end} of a file of {size}"
             )
         found[name] = _Location(dtype, shape, path, data + begin)
     return found
@@ -154,7 +154,7 @@ class SafetensorsWriter:
             self._file.write(_header(self._shards[shard], self._dtype))
             self._open_shard = shard
         assert self._file is not None
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self

@@ -27,7 +27,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Piece:
-    """``length`` rows (or columns, by ``dim``) of ours from ``ours_start`` are those of ``hf[source]`` from ``hf_start``."""
+    """``length`` rows of ours from ``ours_start`` are those of ``hf[source]`` from ``hf_start``; columns, at dim 1."""
 
     ours_start: int
     source: int
@@ -95,7 +95,7 @@ def fuse_gate_up(ours: str, gate: str, up: str, shape: Shape) -> Rule:
 
 
 def fuse_qkv(ours: str, hf: Sequence[str], num_heads: int, num_kv_heads: int, head_width: int, rest: Shape) -> Rule:
-    """q, k and v interleaved by key-value head: each one's query heads, then its k, then its v. ``rest`` is the input."""
+    """q, k and v by key-value head: the query heads that share it, its k, its v. ``rest`` is the input's shape."""
     q_rows = num_heads // num_kv_heads * head_width
     rows = (num_heads * head_width, num_kv_heads * head_width, num_kv_heads * head_width)
     specs = tuple(Spec(name, (count, *rest)) for name, count in zip(hf, rows, strict=True))

@@ -1,7 +1,7 @@
 """Tensors in files: mapped where they lie, compared by their bits, checked by name, written aside and then renamed.
 
-Measured on one core (GB per CPU-second): map and copy into a reused buffer 7.1; read into fresh memory 2.4, as every new
-page is zeroed first; torch.save 1.2, and 3.9 without its checksum, which torch.load never looks at.
+Measured on one core, in GB per CPU-second: map and copy into a reused buffer 7.1; read into fresh memory 2.4, as every
+new page is zeroed first; torch.save 1.2, and 3.9 without its checksum, which torch.load never looks at.
 """
 
 import contextlib

@@ -1,11 +1,11 @@
 """Chat messages to token ids and a loss mask, in the ChatML form of the Qwen models.
 
-A turn is ``<|im_start|>role\\ntext<|im_end|>\\n``; an image is ``<|vision_start|>``, one ``<|image_pad|>`` per merged vision
-token, ``<|vision_end|>``; a video likewise with ``<|video_pad|>``. Invariants:
+A turn is ``<|im_start|>role\\ntext<|im_end|>\\n``; an image is ``<|vision_start|>``, one ``<|image_pad|>`` per merged
+vision token, ``<|vision_end|>``; a video likewise with ``<|video_pad|>``. Invariants:
 
 * Trained are the text of assistant turns and the token that closes them; nothing else.
-* Ids equal those of the Hugging Face chat template, except where an assistant's text begins with white space: its header
-  is tokenized alone, because a generator continues after exactly these header tokens.
+* Ids equal those of the Hugging Face chat template, except where an assistant's text begins with white space: its
+  header is tokenized alone, because a generator continues after exactly these header tokens.
 * Text that spells a special token stays text.
 """
 
@@ -31,8 +31,9 @@ def encode_chat(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Token ids [T] and the loss mask [T] of a conversation.
 
-    ``media_lengths[i]`` is the number of merged vision tokens of the i-th image or video part. ``system_prompt`` opens a
-    conversation that does not begin with a system message. ``add_generation_prompt`` opens an assistant turn at the end.
+    ``media_lengths[i]`` is the number of merged vision tokens of the i-th image or video part. ``system_prompt`` opens
+    a conversation that does not begin with a system message; ``add_generation_prompt`` ends it with an open assistant
+    turn.
     """
     num_parts = sum(
         part["type"] != "text"

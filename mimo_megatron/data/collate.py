@@ -1,8 +1,9 @@
 """Encoded samples laid side by side in one pack: every index the forward needs, computed here on the CPU.
 
-Dims: S slots of the pack, M merged vision tokens, P patches, C bytes of a patch. Invariants: labels never cross a segment;
-positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is the k-th merge unit of
-``patches_PC``; padding carries no loss and its segments are short, so that attention over it costs next to nothing.
+Dims: S slots of the pack, M merged vision tokens, P patches, C bytes of a patch. Invariants: labels never cross a
+segment; positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is the
+k-th merge unit of ``patches_PC``; padding carries no loss and its segments are short, so that attention over it costs
+next to nothing.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The opened sources of a recipe, checked against it, as one list of samples numbered through all sources.
 
-Invariants: every index was built with this tokenizer, these pixel limits and this system prompt; a sample whose encoding
-has other lengths than the plan counted on is refused, so a pack never overflows.
+Invariants: every index was built with this tokenizer, these pixel limits and this system prompt; a sample whose
+encoding has other lengths than the plan counted on is refused, so a pack never overflows.
 """
 
 import bisect

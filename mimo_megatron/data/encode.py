@@ -1,8 +1,8 @@
 """From a stored sample to token ids, loss mask and patches; and its lengths without touching a pixel.
 
-``measure_sample`` (for the index) and ``encode_sample`` (for training) share one text path, ``encode_text``, which needs the
-media's shapes only. Invariants: both give the same lengths; placeholders equal merged vision tokens, image by image;
-every error names the sample.
+``measure_sample`` (for the index) and ``encode_sample`` (for training) share one text path, ``encode_text``, which
+needs the media's shapes only. Invariants: both give the same lengths; placeholders equal merged vision tokens, image
+by image; every error names the sample.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The index over a folder of tar shards: one Parquet row a sample, with byte offsets and exact lengths.
 
-With it a data set is shuffled and packed without opening a tar. Invariants: lengths equal those of ``encode_sample``; every
-sample of the tars is either a row or a line of ``index_skipped.jsonl``; the sidecar ``index.json`` is written last, so an
-index that is there is whole.
+With it a data set is shuffled and packed without opening a tar. Invariants: lengths equal those of ``encode_sample``;
+every sample of the tars is either a row or a line of ``index_skipped.jsonl``; the sidecar ``index.json`` is written
+last, so an index that is there is whole.
 """
 
 import hashlib
@@ -69,8 +69,8 @@ def build_index(
 ) -> IndexReport:
     """What was indexed. Writes the index of ``folder/*.tar`` into ``out`` (default: the same folder).
 
-    A sample without a ``split`` of its own goes to "validation" with the chance ``held_out_fraction``, decided by a hash
-    of its id, else to "train".
+    A sample without a ``split`` of its own goes to "validation" with the chance ``held_out_fraction``, decided by a
+    hash of its id, else to "train".
     """
     shards = sorted(folder.glob("*.tar"))
     if not shards:

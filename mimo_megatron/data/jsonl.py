@@ -1,7 +1,7 @@
 """Chat samples from a JSONL file, with media as files whose names are relative to it; for scoring and generation.
 
-A line is a record as in a shard (see ``records``): ``{"id": ..., "messages": [...]}``. A bad line is an error that names the
-file and line: a list of prompts is short, and an answer that is silently missing is worse than a stop.
+A line is a record as in a shard (see ``records``): ``{"id": ..., "messages": [...]}``. A bad line is an error that
+names the file and line: a list of prompts is short, and an answer that is silently missing is worse than a stop.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """The training loader: packs of a plan, encoded and collated for one data-parallel rank, one step ahead.
 
 Packs of a step are dealt like cards: rank r of D takes packs r, r + D, ... Invariants: the packs of a step, and their
-order, do not depend on D; ``state`` speaks of consumed packs, never of prefetched ones; a damaged sample is dropped from
-its pack, counted and listed, and changes nothing else.
+order, do not depend on D; ``state`` speaks of consumed packs, never of prefetched ones; a damaged sample is dropped
+from its pack, counted and listed, and changes nothing else.
 """
 
 from collections import Counter
@@ -53,8 +53,8 @@ class PackLoader:
     ) -> None:
         if packs_per_step % dp_size:
             raise ConfigError(
-                f"train.packs_per_step ({packs_per_step}) % data-parallel size ({dp_size}) = {packs_per_step % dp_size}, "
-                "must be 0; every rank takes equally many packs of a step"
+                f"train.packs_per_step ({packs_per_step}) % data-parallel size ({dp_size}) = "
+                f"{packs_per_step % dp_size}, must be 0; every rank takes equally many packs of a step"
             )
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         self._model = model

@@ -1,8 +1,8 @@
 """Coordinates inside text: written in pixels of the stored image, trained in pixels of the resized one.
 
-``<|box|>x1,y1,x2,y2<|/box|>`` becomes ``[x1, y1, x2, y2]`` and ``<|point|>x,y<|/point|>`` becomes ``[x, y]``, whole numbers in
-the frame that the model sees. They belong to the last image before them, or to image N of the conversation (from 0, in
-order of the image parts) with ``<|box image=N|>``. Text without this markup is not touched.
+``<|box|>x1,y1,x2,y2<|/box|>`` becomes ``[x1, y1, x2, y2]`` and ``<|point|>x,y<|/point|>`` becomes ``[x, y]``, whole
+numbers in the frame that the model sees. They belong to the last image before them, or to image N of the conversation
+(from 0, in order of the image parts) with ``<|box image=N|>``. Text without this markup is not touched.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Samples into packs: best fit decreasing for one capacity (tokens) or two (tokens and vision patches).
 
-The packs are defined, item by item, in ``packing_reference``; the work is done in C++ with the GIL released. Invariants:
-every item in exactly one pack, no pack over a capacity, the same packs for the same costs on every machine.
+The packs are defined, item by item, in ``packing_reference``; the work is done in C++ with the GIL released.
+Invariants: every item in exactly one pack, no pack over a capacity, the same packs as the definition.
 """
 
 from collections.abc import Iterator
@@ -55,26 +55,17 @@ def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, p
     return Packs(*_packing.pack_two(tokens, patches, token_capacity, patch_capacity))
 
 
-def check_packs(packs: Packs, *costs_and_capacities: tuple[ArrayLike, int]) -> None:
-    """Nothing; an ``AssertionError`` unless every item is in exactly one pack and no pack exceeds a capacity."""
-    offsets, items = packs.offsets, packs.items
-    assert offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) > 0).all(), f"bad offsets {offsets}"
-    for values, capacity in costs_and_capacities:
-        costs = np.asarray(values)
-        assert np.array_equal(np.sort(items), np.arange(len(costs))), f"not every one of {len(costs)} items once"
-        totals = packs.totals(costs)
-        assert (totals <= capacity).all(), f"pack {totals.argmax()} holds {totals.max()}, over {capacity}"
-
-
 def _checked(values: ArrayLike, capacity: int, unit: str) -> NDArray[np.int64]:
     costs = np.asarray(values)
-    if costs.ndim != 1 or costs.dtype.kind not in "iu" and costs.size:
+    if costs.ndim != 1 or (costs.size and costs.dtype.kind not in "iu"):
         raise DataError(f"{unit} counts must be a 1-D integer array, not {costs.ndim}-D {costs.dtype}")
-    if capacity <= 0:
-        raise DataError(f"the {unit} capacity of a pack is {capacity}; it must be positive")
-    if costs.size and costs.min() < 0:
+    if not 0 < capacity <= _packing.MAX_CAPACITY:
+        raise DataError(f"the {unit} capacity of a pack is {capacity}; it must be in 1 .. {_packing.MAX_CAPACITY}")
+    if not costs.size:
+        return np.zeros(0, np.int64)
+    if costs.min() < 0:
         raise DataError(f"item {costs.argmin()} has {costs.min()} {unit}s; counts cannot be negative")
-    if costs.size and costs.max() > capacity:
+    if costs.max() > capacity:
         item = int((costs > capacity).argmax())
         raise DataError(
             f"item {item} has {costs[item]} {unit}s but a pack holds {capacity}; raise the capacity or drop the sample"

@@ -8,6 +8,7 @@ Cost grows with items x packs: for tests and for reading, not for training.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mimo_megatron.data.packing import Packs
 
@@ -72,6 +73,17 @@ def pack_two_costs_reference(
         loose_space[best] -= loose_costs[item]
         filled_at[best] = place
     return _as_arrays(packs)
+
+
+def check_packs(packs: Packs, *costs_and_capacities: tuple[ArrayLike, int]) -> None:
+    """Nothing; an ``AssertionError`` unless every item is in exactly one pack and no pack exceeds a capacity."""
+    offsets, items = packs.offsets, packs.items
+    assert offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) > 0).all(), f"bad offsets {offsets}"
+    for values, capacity in costs_and_capacities:
+        costs = np.asarray(values)
+        assert np.array_equal(np.sort(items), np.arange(len(costs))), f"not every one of {len(costs)} items once"
+        totals = packs.totals(costs)
+        assert (totals <= capacity).all(), f"pack {totals.argmax()} holds {totals.max()}, over {capacity}"
 
 
 def _as_arrays(packs: list[list[int]]) -> Packs:

@@ -1,8 +1,8 @@
 """The order of all samples and their packs: a function of (seed, epoch, window) alone.
 
-An epoch takes an exact number of samples from each source, shuffles them all together, and cuts the order into windows of
-equal size; each window is packed on its own and its packs are shuffled. Nothing here knows how many processes train.
-Invariants (N samples in all, numbered through the sources):
+An epoch takes an exact number of samples from each source, shuffles them all together, and cuts the order into
+windows of equal size; each window is packed on its own and its packs are shuffled. Nothing here knows how many
+processes train. Invariants (N samples in all, numbered through the sources):
 
 * A source gives ``round(share * N)`` samples an epoch, and over epochs uses each of its samples equally often (+- 1).
 * Every sample drawn for a window is in exactly one of its packs, and no pack exceeds a capacity.
@@ -12,6 +12,7 @@ Invariants (N samples in all, numbered through the sources):
 
 import bisect
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,9 +55,7 @@ class Plan:
         fits = (self._tokens <= token_capacity) & (self._patches <= patch_capacity)
         self.over_capacity: NDArray[np.int64] = np.flatnonzero(~fits)
         starts = np.cumsum([0, *(len(one.num_tokens_N) for one in lengths)])
-        self._members = [
-            start + np.flatnonzero(fits[start:end]) for start, end in zip(starts[:-1], starts[1:], strict=True)
-        ]
+        self._members = [start + np.flatnonzero(fits[start:end]) for start, end in itertools.pairwise(starts)]
         empty = [place for place, members in enumerate(self._members) if not len(members)]
         if empty:
             raise ConfigError(

@@ -1,9 +1,9 @@
 """What a stored sample may say: the strict reading of its JSON, the same for tar shards and JSONL files.
 
-A record is ``{"messages": [{"role": ..., "content": ...}, ...]}`` with an optional ``id`` and ``split``; every other key
-is kept as ``meta``. Content is a string or a list of parts ``{"type": "text", "text": ...}``,
-``{"type": "image", "image": NAME}``, ``{"type": "video", "video": NAME}``. Anything else is refused: a key that is
-silently ignored is a sample that is silently something else.
+A record is ``{"messages": [{"role": ..., "content": ...}, ...]}`` with an optional ``id`` and ``split``; every other
+key is kept as ``meta``. Content is a string or a list of parts ``{"type": "text", "text": ...}``, ``{"type": "image",
+"image": NAME}``, ``{"type": "video", "video": NAME}``. Anything else is refused: a key that is silently ignored is a
+sample that is silently something else.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def parse_record(text: bytes, default_id: str) -> Record:
         if not isinstance(sample_id, str) or not sample_id:
             raise DataError(f'"id" is {sample_id!r}; it must be a non-empty string')
         split = tree.pop("split", None)
-        if not (split is None or isinstance(split, str) and split):
+        if not (split is None or (isinstance(split, str) and split)):
             raise DataError(f'"split" is {split!r}; it must be a non-empty string')
     with blame(sample_id, "messages"):
         media: list[tuple[MediaKind, str]] = []

@@ -1,7 +1,8 @@
 """WebDataset tars: files of a sample lie side by side and share the part of the name before its first dot.
 
-Sample ``k`` is ``k.json`` and any number of ``k.NAME`` (``k.image0.jpg``, ``k.video0.mp4``). Invariants: written bytes are a
-function of the samples alone (no time stamps, no owners); a shard appears under its name only when it is whole.
+Sample ``k`` is ``k.json`` and any number of ``k.NAME`` (``k.image0.jpg``, ``k.video0.mp4``). Invariants: written
+bytes are a function of the samples alone (no time stamps, no owners); a shard appears under its name only when it is
+whole.
 """
 
 import io

@@ -1,8 +1,8 @@
 """Sources of samples: lengths known up front, a sample read by its number, media left where they lie.
 
-``IndexedSource`` reads what ``build_index`` wrote over a folder of tars. Invariants: it refuses an index whose lengths were
-computed under other settings, and shards that changed since; reads are ``pread`` calls without shared position, so they
-are safe in threads and after a fork.
+``IndexedSource`` reads what ``build_index`` wrote over a folder of tars. Invariants: it refuses an index whose
+lengths were computed under other settings, and shards that changed since; reads are ``pread`` calls without shared
+position, so they are safe in threads and after a fork.
 """
 
 import hashlib
@@ -82,10 +82,8 @@ class IndexedSource:
         self._table = table.filter(pc.equal(table["split"], split)).combine_chunks()
         if not len(self._table):
             known = ", ".join(f"{name} ({count})" for name, count in self._sidecar["num_samples"].items())
-            raise ConfigError(f"data.split: {folder} has no samples in split {split!r}; it has {known or 'none at all'}")
-        self.lengths = SampleLengths(
-            self._table["num_tokens"].to_numpy().astype(np.int64), self._table["num_patches"].to_numpy().astype(np.int64)
-        )
+            raise ConfigError(f"data.split: {folder} has no sample in split {split!r}; it has {known or 'none at all'}")
+        self.lengths = SampleLengths(self._table["num_tokens"].to_numpy(), self._table["num_patches"].to_numpy())
 
     @property
     def name(self) -> str:
@@ -104,7 +102,7 @@ class IndexedSource:
 
     def read(self, index: int) -> RawSample:
         """The sample's messages and references to its media. ``SampleError`` if its JSON is not the indexed one."""
-        row = {name: column[index].as_py() for name, column in zip(self._table.column_names, self._table.columns)}
+        row = self._table.slice(index, 1).to_pylist()[0]
         path = str(self._shards[row["shard"]])
         with blame(row["id"], "json"):
             text = read_bytes(path, row["json_offset"], row["json_bytes"])
@@ -142,7 +140,7 @@ def _read_sidecar(folder: Path) -> dict[str, Any]:
 
 
 def _check_shards(folder: Path, sidecar: Mapping[str, Any]) -> dict[str, Path]:
-    """Path of each shard by name, after a look at its size (their hashes are recorded too, but to compare them is to read every byte)."""
+    """Path of each shard by name, after a look at its size; to compare the recorded hash is to read every byte."""
     paths = {}
     for shard in sidecar["shards"]:
         path = (folder / sidecar["shards_folder"] / shard["name"]).resolve()

@@ -1,7 +1,7 @@
 """A Hugging Face fast tokenizer read from its folder, checked against the model's special token ids.
 
-Text never becomes a special token: parsing of special tokens inside text is switched off, and the data path writes their
-ids itself. So a sample that spells ``<|im_end|>`` in its text cannot end its own turn.
+Text never becomes a special token: parsing of special tokens inside text is switched off, and the data path writes
+their ids itself. So a sample that spells ``<|im_end|>`` in its text cannot end its own turn.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path, tokens: SpecialTokens, vocab_size: int) -> Text
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(
-            f"data.tokenizer: {path} does not exist; give a folder saved by transformers' save_pretrained with a fast tokenizer"
+            f"data.tokenizer: {path} does not exist; save a fast tokenizer there with transformers' save_pretrained"
         )
     text = path.read_bytes()
     try:

@@ -24,10 +24,13 @@ def run_microbatches(
     packs: Sequence[Pack],
     num_slots: int,
     loss: Callable[[Tensor, Pack], tuple[Tensor, Tensor]],
+    *,
+    whole_gradients: bool = False,
 ) -> tuple[float, int]:
     """(loss sum, trained tokens) over all microbatches and ranks; gradients are left in the wrapper's buffers.
 
-    ``loss(logits, pack)`` gives this microbatch's loss sum and trained token count.
+    ``loss(logits, pack)`` gives this microbatch's loss sum and trained token count. The distributed optimizer needs
+    only its own shard of the summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
     """
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -47,6 +50,7 @@ def run_microbatches(
         seq_length=num_slots,
         micro_batch_size=1,
         forward_only=False,
+        force_all_reduce=whole_gradients,
     )
     return _total(rows)
 

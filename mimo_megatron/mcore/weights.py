@@ -28,8 +28,11 @@ def global_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
             first_layer = layers[0].layer_number - 1
             break
     for name, param in model.named_parameters():
-        match = _LAYER.fullmatch(name)
-        yield (f"{match[1]}{int(match[2]) + first_layer}{match[3]}" if match else name), param
+        if match := _LAYER.fullmatch(name):
+            name = f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
+        elif getattr(param, "shared_embedding", False):  # a tied head on the last stage is the embedding
+            name = name.replace("output_layer.", "embedding.word_embeddings.")
+        yield name, param
 
 
 def shard(name: str, whole: Tensor, param: Tensor, tp: Axis) -> Tensor:

@@ -5,7 +5,7 @@ and highest value, so that a spike of one step stays visible. Hover shows exact 
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 26  # margins, in pixels, for tick labels of up to six digits
+_LETTER_WIDTH = 6.6  # of a bold 11-pixel letter, on average, with room to spare
 _LOG_DECADES = 4  # a log axis reaches at most this far below its highest value: warm-up starts near 0
 _NUM_HOVER_COLUMNS = 200
 _NUM_BUCKETS = 400
@@ -45,7 +46,7 @@ def line_chart(
     series: Sequence[Series],
     *,
     label: str,
-    markers: Iterable[Marker] = (),
+    markers: Sequence[Marker] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
     y_format: Format | None = None,
     is_log: bool = False,
@@ -59,7 +60,7 @@ def line_chart(
     y_axis = _Axis.over(low, high, height - _BOTTOM, _TOP, max_ticks=5, is_log=is_log)
     parts = [
         _grid(x_axis, y_axis, width, height, y_format or compact),
-        *(_marker(one, x_axis, height) for one in markers),
+        *_markers(markers, x_axis, height),
         *(_line(one, x_axis, y_axis) for one in series),
         *_hover_columns([one for one in series if one.has_tooltip], x_axis, y_axis, width, height, y_format or exact),
     ]
@@ -79,14 +80,21 @@ def smooth(ys: NDArray[np.float64], num_steps: int) -> NDArray[np.float64]:
 
 
 def compact(value: float) -> str:
-    """For axes: 12.5k, 3M, 0.25, 1e-5."""
+    """For axes and figures: 12.5k, 3M, 0.25, 1e-5."""
     if value and abs(value) < 1e-3:
-        digits, exponent = f"{value:.0e}".split("e") if _is_short(value) else f"{value:.1e}".split("e")
-        return f"{digits}e{int(exponent)}"
+        return scientific(value)
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def scientific(value: float) -> str:
+    """For learning rates: 1e-3, 2.5e-5."""
+    if not value:
+        return "0"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def exact(value: float) -> str:
@@ -161,10 +169,6 @@ def _value_range(
     return low if limits[0] is None else limits[0], high if limits[1] is None else limits[1]
 
 
-def _is_short(value: float) -> bool:
-    return math.isclose(float(f"{value:.0e}"), value, rel_tol=1e-6)
-
-
 def _grid(x_axis: _Axis, y_axis: _Axis, width: int, height: int, y_format: Format) -> Markup:
     lines = [
         Markup('<line class="grid" x1="{}" x2="{}" y1="{y}" y2="{y}"/><text class="y" x="{}" y="{y}">{}</text>').format(
@@ -182,18 +186,22 @@ def _grid(x_axis: _Axis, y_axis: _Axis, width: int, height: int, y_format: Forma
     return Markup("").join(lines)
 
 
-def _marker(marker: Marker, x_axis: _Axis, height: int) -> Markup:
-    x, base = _px(x_axis.place(marker.x)), height - _BOTTOM
-    if marker.kind == "checkpoint":
-        return Markup('<path class="checkpoint" d="M{} {}l-4 7h8z"><title>{}</title></path>').format(
-            x, base + 1, marker.label
-        )
-    rule = Markup('<line class="{}" x1="{x}" x2="{x}" y1="{}" y2="{}"><title>{}</title></line>').format(
-        marker.kind, _TOP, base, marker.label, x=x
-    )
-    if marker.kind == "stage":
-        rule += Markup('<text class="stage" x="{}" y="{}">{}</text>').format(float(x) + 5, _TOP + 10, marker.label)
-    return rule
+def _markers(markers: Sequence[Marker], x_axis: _Axis, height: int) -> list[Markup]:
+    base = height - _BOTTOM
+    checkpoint = Markup('<path class="checkpoint" d="M{x} {base}l-4 7h8z"><title>{label}</title></path>')
+    rule = Markup('<line class="{kind}" x1="{x}" x2="{x}" y1="{top}" y2="{base}"><title>{label}</title></line>')
+    drawn = []
+    for marker in markers:
+        form = checkpoint if marker.kind == "checkpoint" else rule
+        x = _px(x_axis.place(marker.x))
+        drawn.append(form.format(x=x, top=_TOP, base=base, kind=marker.kind, label=marker.label))
+    stages = [marker for marker in markers if marker.kind == "stage"]
+    starts = [float(x_axis.place(stage.x)) for stage in stages]
+    for stage, start, end in zip(stages, starts, [*starts, x_axis.end][1:], strict=True):
+        num_letters = max(1, int((end - start - 8) / _LETTER_WIDTH))
+        label = stage.label if len(stage.label) <= num_letters else stage.label[: num_letters - 1] + "…"
+        drawn.append(Markup('<text class="stage" x="{}" y="{}">{}</text>').format(_px(start + 5), _TOP - 3, label))
+    return drawn
 
 
 def _line(series: Series, x_axis: _Axis, y_axis: _Axis) -> Markup:

@@ -143,7 +143,7 @@ def _number(value: Any) -> float:
 
 
 def mean_of_ends(values: NDArray[np.float64], fraction: float = 0.05) -> tuple[float, float] | None:
-    """Means over the first and the last ``fraction`` of the finite values (at least one each); None if there are none."""
+    """Means of the first and the last ``fraction`` of the finite values, at least one each; None if there are none."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return None
@@ -157,3 +157,26 @@ def skipped_by_reason(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
     for row in rows:
         groups.setdefault(str(row["reason"]), {}).setdefault(str(row.get("id", "?")), str(row.get("detail") or ""))
     return {reason: list(ids.items()) for reason, ids in sorted(groups.items(), key=lambda item: -len(item[1]))}
+
+
+def joint_evaluation(runs: Sequence[RunData]) -> Evaluation | None:
+    """One table of several runs' evaluations: what is the same in all of them once, the rest a column for each run.
+
+    None unless at least two runs have one, of the same columns and the same names in the first of them.
+    """
+    evaluated = [(run.name, run.evaluation) for run in runs if run.evaluation]
+    shapes = {(one.caption, one.columns, tuple(row[:1] for row in one.rows)) for _, one in evaluated}
+    if len(evaluated) < 2 or len(shapes) != 1:
+        return None
+    first = evaluated[0][1]
+    of_column = [[[row[i] for row in one.rows] for _, one in evaluated] for i in range(len(first.columns))]
+    varies = [any(cells != per_run[0] for cells in per_run) for per_run in of_column]
+    columns: list[tuple[str, list[Any]]] = []
+    for name, per_run, is_varying in zip(first.columns, of_column, varies, strict=True):
+        if not is_varying:
+            columns.append((name, per_run[0]))
+            continue
+        prefix = f"{name}, " if sum(varies) > 1 else ""
+        columns += [(prefix + run, cells) for (run, _), cells in zip(evaluated, per_run, strict=True)]
+    rows = tuple(zip(*(cells for _, cells in columns), strict=True))
+    return Evaluation(first.caption, tuple(name for name, _ in columns), rows)

