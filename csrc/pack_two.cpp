@@ -101,29 +101,37 @@ struct Item {
     std::int32_t tokens, patches;
 };
 
-// By decreasing tokens / token_capacity + patches / patch_capacity; equal ones by item number.
+// Stable radix sort by increasing key(entry) <= largest, least significant digit first.
+template <typename Entry, typename Key>
+void radix_sort(std::vector<Entry>& entries, std::vector<Entry>& scratch, std::uint64_t largest, Key key) {
+    constexpr int kBits = 11;
+    for (int shift = 0; largest >> shift; shift += kBits) {
+        std::uint32_t start[(1 << kBits) + 1] = {};
+        const auto digit = [=](const Entry& entry) { return key(entry) >> shift & ((1 << kBits) - 1); };
+        for (const Entry& entry : entries) ++start[digit(entry) + 1];
+        std::partial_sum(std::begin(start), std::end(start), std::begin(start));
+        for (const Entry& entry : entries) scratch[start[digit(entry)]++] = entry;
+        entries.swap(scratch);
+    }
+}
+
+// By decreasing tokens / token_capacity + patches / patch_capacity, then by decreasing tokens, then by number.
 std::vector<Item> largest_first(const std::int64_t* tokens, const std::int64_t* patches, std::int64_t n,
                                 std::int64_t token_capacity, std::int64_t patch_capacity) {
     struct Entry {
         std::uint64_t smallness;
-        std::uint32_t number;
+        std::uint32_t fewer_tokens, number;
     };
     const std::int64_t divisor = std::gcd(token_capacity, patch_capacity);
     const std::int64_t token_weight = patch_capacity / divisor, patch_weight = token_capacity / divisor;
     const std::uint64_t largest = token_weight * token_capacity + patch_weight * patch_capacity;
     std::vector<Entry> entries(n), scratch(n);
     for (std::int64_t i = 0; i < n; ++i)
-        entries[i] = {largest - tokens[i] * token_weight - patches[i] * patch_weight, static_cast<std::uint32_t>(i)};
+        entries[i] = {largest - tokens[i] * token_weight - patches[i] * patch_weight,
+                      static_cast<std::uint32_t>(token_capacity - tokens[i]), static_cast<std::uint32_t>(i)};
+    radix_sort(entries, scratch, token_capacity, [](const Entry& entry) { return entry.fewer_tokens; });
+    radix_sort(entries, scratch, largest, [](const Entry& entry) { return entry.smallness; });
 
-    constexpr int kBits = 11;  // stable radix sort, least significant digit first
-    for (int shift = 0; largest >> shift; shift += kBits) {
-        std::uint32_t start[(1 << kBits) + 1] = {};
-        const auto digit = [shift](const Entry& entry) { return (entry.smallness >> shift) & ((1 << kBits) - 1); };
-        for (const Entry& entry : entries) ++start[digit(entry) + 1];
-        std::partial_sum(std::begin(start), std::end(start), std::begin(start));
-        for (const Entry& entry : entries) scratch[start[digit(entry)]++] = entry;
-        entries.swap(scratch);
-    }
     // Fetching the costs here, where the loads overlap, and not one by one while packing: half the time of pack_two.
     std::vector<Item> order(n);
     for (std::int64_t i = 0; i < n; ++i) {

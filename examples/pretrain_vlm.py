@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     try:
-        pretrain(load_recipe(options.recipe, options.overrides), RankAddress.from_environment())
+        pretrain(RankAddress.from_environment(), load_recipe(options.recipe, options.overrides))
     except MimoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -3,9 +3,7 @@ from numpy.typing import NDArray
 
 MAX_CAPACITY: int
 
-def pack_one(
-    lengths: NDArray[np.integer], capacity: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def pack_one(lengths: NDArray[np.integer], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def pack_two(
     tokens: NDArray[np.integer], patches: NDArray[np.integer], token_capacity: int, patch_capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...

@@ -1,14 +1,15 @@
 """Attention over packed rows: many runs or segments lie one after another and none sees its neighbour.
 
-Pieces of equal length are computed in one batched call, so the cost in calls is the number of distinct lengths, not of
-pieces: a vision pack has thousands of windows of XX
+Pieces of equal length are computed in one batched call, so the number of calls is that of distinct lengths, not of
+pieces: a vision pack has thousands of windows, of at most nine lengths. Invariants: the result does not depend on what
 else is packed; grouping is exact and deterministic, forward and backward, and is worked out once per pack on the CPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def varlen_attention(
     """out_TNH: every row attends to all rows of its own run; run i is the rows ``bounds[i]`` to ``bounds[i + 1]``."""
     assert bounds[0] == 0 and bounds[-1] == len(q_TNH) == len(k_TKH), (bounds[0], bounds[-1], len(q_TNH), len(k_TKH))
     if backend == "reference":
-        pieces = [Piece(start, end, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        pieces = [Piece(start, end, start, end) for start, end in pairwise(bounds)]
         return reference_attention(q_TNH, k_TKH, v_TKH, pieces, causal=False)
     return _grouped_sdpa(q_TNH, k_TKH, v_TKH, _group_runs(bounds, q_TNH.device), causal=False)
 
@@ -100,7 +101,7 @@ def _group(queries: np.ndarray, keys: np.ndarray, *, len_keys: int, device: torc
     by_appearance = np.argsort(first_piece)
     order = np.argsort(first_piece[kind], kind="stable")
     return _Groups(
-        shapes=tuple((int(counts[i]), *map(int, distinct[i])) for i in by_appearance),
+        shapes=tuple((int(counts[i]), int(distinct[i, 0]), int(distinct[i, 1])) for i in by_appearance),
         queries=_rows(queries[order], int(lengths[:, 0].sum()), device),
         keys=_rows(keys[order], len_keys, device),
     )
@@ -133,13 +134,14 @@ class _Take(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: _Rows) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, rows: _Rows) -> Tensor:
+        assert rows.index is not None
         ctx.rows, ctx.shape = rows, x.shape
         return x.index_select(0, rows.index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.rows.inverse is not None:
             return grad.index_select(0, ctx.rows.inverse), None
         total, done = grad.new_zeros(ctx.shape), 0

@@ -87,11 +87,10 @@ def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np
 def _decode_rgb(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if "A" in image.getbands() or image.info.get("transparency") is not None:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+            if "A" not in image.getbands() and image.info.get("transparency") is None:
+                return image.convert("RGB")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     except Exception as fault:
         raise _unreadable(data, fault) from fault
 

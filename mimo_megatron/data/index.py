@@ -1,8 +1,8 @@
 """The index over a folder of tar shards: one Parquet row a sample, with byte offsets and exact lengths.
 
 With it a data set is shuffled and packed without opening a tar. Invariants: lengths equal those of ``encode_sample``;
-every sample of the tars is either a row or a line of ``index_skipped.jsonl``; the sidecar ``index.json`` is written
-last, so an index that is there is whole.
+every sample of the tars is either a row or a line of ``index_skipped.jsonl`` (a torn shard is one line for all that is
+lost); the sidecar ``index.json`` is written last, so an index that is there is whole.
 """
 
 import hashlib

@@ -103,9 +103,7 @@ def report(
         seconds = time.perf_counter() - start
         vision = Resource("patches", patch_capacity, patches, packs.totals(patches))
     num_over_capacity = len(lengths) - len(tokens)
-    return PackingReport(
-        Resource("tokens", capacity, tokens, packs.totals(tokens)), vision, num_over_capacity, seconds
-    )
+    return PackingReport(Resource("tokens", capacity, tokens, packs.totals(tokens)), vision, num_over_capacity, seconds)
 
 
 def plot(figures: PackingReport, path: Path) -> None:
@@ -185,7 +183,8 @@ def _lengths(values: NDArray[Any]) -> NDArray[np.int64]:
 def _plot_lengths(axes: Axes, resource: Resource) -> None:
     positive = resource.lengths[resource.lengths > 0]
     shortest = positive.min(initial=resource.capacity)
-    axes.hist(positive, bins=np.geomspace(min(shortest, resource.capacity / 2), resource.capacity, 61), color=_BLUE)
+    edges = np.geomspace(min(shortest, resource.capacity / 2), resource.capacity, 61).tolist()
+    axes.hist(positive, bins=edges, color=_BLUE)
     axes.set_xscale("log")
     axes.axvline(resource.capacity, color=_GREY, linestyle="--", linewidth=1)
     axes.annotate(
@@ -200,7 +199,7 @@ def _plot_lengths(axes: Axes, resource: Resource) -> None:
 
 
 def _plot_fill(axes: Axes, resource: Resource) -> None:
-    axes.hist(resource.totals / resource.capacity * 100, bins=np.linspace(0, 100, 51), color=_ORANGE)
+    axes.hist(resource.totals / resource.capacity * 100, bins=[2 * edge for edge in range(51)], color=_ORANGE)
     axes.set_yscale("log")
     axes.set_xlim(0, 101)
     axes.set_ylim(bottom=0.5)  # one pack is still a bar

@@ -1,9 +1,10 @@
 """From the bytes of a video to uint8 patches: frames sampled evenly in time, resized alike, cut in pairs.
 
-The plan of a video - which frames, what size - follows from the container alone: its packets are listed, none is decoded.
-Sampling goes by the packets' timestamps, so variable frame rates keep absolute time. Pixels are taken as stored, as for
-images: a rotation flag is not applied. Invariants: ``video_grid`` equals the grid that ``encode_video`` returns; frames x
-pixels stay under the token limit; whatever FFmpeg raises on damaged bytes becomes a ``DataError``.
+The plan of a video - which frames, what size - follows from the container alone: its packets are listed, none decoded.
+Sampling goes by the packets' timestamps, so variable frame rates keep absolute time. Pixels are taken as stored, as
+for images: a rotation flag is not applied. Invariants: ``video_grid`` equals the grid that ``encode_video`` returns; a
+video stays under the token limit; whatever FFmpeg raises on damaged bytes becomes a ``DataError``. A WebM file cut off
+between two packets is a shorter valid clip: its header does not say how many there were.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ def video_grid(
 def encode_video(data: bytes, vision: VisionConfig, video: VideoConfig, *, min_pixels: int) -> EncodedMedia:
     """The video as uint8 patches in merge-block order, with its grid and the seconds between temporal steps."""
     plan = _plan(data, vision, video, min_pixels)
-    kept = []
+    kept: list[NDArray[np.uint8]] = []
     with _opened(data) as stream:
         for number, frame in enumerate(stream.container.decode(stream)):
             if number == plan.frames[len(kept)]:
@@ -64,37 +65,38 @@ def _plan(data: bytes, vision: VisionConfig, video: VideoConfig, min_pixels: int
     with _opened(data) as stream:
         times_F = _presentation_times(stream)
         height, width = stream.codec_context.height, stream.codec_context.width
-        frame_rate = stream.average_rate
-    if len(times_F) > 1:
-        frame_seconds = (times_F[-1] - times_F[0]) / (len(times_F) - 1)
-    else:
-        frame_seconds = 1 / float(frame_rate or video.fps)
-    duration = frame_seconds * len(times_F)
+        frame_rate = float(stream.average_rate or video.fps)
+    intervals = np.diff(times_F) if len(times_F) > 1 else np.array([1 / frame_rate])
+    duration = float(intervals.mean() * len(times_F))
 
     pair = vision.temporal_patch_size
     most = min(video.max_frames, len(times_F)) // pair * pair
     num_frames = max(pair, min(round(duration * video.fps / pair) * pair, most))
-    steps = num_frames // pair
-    # The frame on screen at each time; half a frame of grace, as containers round timestamps (WebM to milliseconds).
-    sample_times = times_F[0] + np.arange(num_frames) * (duration / num_frames) + frame_seconds / 2
+    # The frame on screen at each time, with grace for containers that round timestamps (WebM: to milliseconds).
+    sample_times = times_F[0] + np.arange(num_frames) * (duration / num_frames) + intervals.min() / 2
     frames = np.searchsorted(times_F, sample_times, side="right") - 1
 
-    pixel_cap = video.max_total_tokens // steps * vision.pixel_multiple**2
-    height, width = smart_resize(
-        height,
-        width,
-        multiple=vision.pixel_multiple,
-        min_pixels=min_pixels,
-        max_pixels=min(video.max_pixels_per_frame, pixel_cap),
-    )
+    steps = num_frames // pair
+    height, width = _frame_size(height, width, steps, vision, video, min_pixels)
     grid = (steps, height // vision.patch_size, width // vision.patch_size)
-    num_tokens = grid[0] * grid[1] * grid[2] // vision.merge_factor
-    if num_tokens > video.max_total_tokens:
-        raise DataError(
-            f"video of {num_frames} frames of {height}x{width} makes {num_tokens} tokens, over data.video.max_total_tokens "
-            f"({video.max_total_tokens}); raise it or lower data.video.max_frames"
-        )
     return _Plan(tuple(frames.tolist()), height, width, grid, duration / steps)
+
+
+def _frame_size(
+    height: int, width: int, steps: int, vision: VisionConfig, video: VideoConfig, min_pixels: int
+) -> tuple[int, int]:
+    """(height, width) of every sampled frame: within the limit of a frame and its share of the video's tokens."""
+    multiple = vision.pixel_multiple
+    share = video.max_total_tokens // steps * multiple**2
+    max_pixels = min(video.max_pixels_per_frame, share)
+    if min_pixels <= max_pixels:
+        new = smart_resize(height, width, multiple=multiple, min_pixels=min_pixels, max_pixels=max_pixels)
+        if new[0] * new[1] <= share:
+            return new
+    raise DataError(
+        f"video of {steps} frame pairs of {height}x{width} pixels cannot be shrunk to data.video.max_total_tokens "
+        f"({video.max_total_tokens}) with data.min_pixels {min_pixels}; raise the limit or lower data.video.max_frames"
+    )
 
 
 def _presentation_times(stream: av.VideoStream) -> NDArray[np.float64]:
@@ -106,8 +108,8 @@ def _presentation_times(stream: av.VideoStream) -> NDArray[np.float64]:
     ticks = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
     if not ticks or None in ticks or len(packets) < stream.frames:
         raise DataError(
-            f"video stream announces {stream.frames} frames and holds {len(packets)}, {len(ticks) - ticks.count(None)} of them "
-            "with a time; the file is damaged: drop the sample or replace it"
+            f"video stream announces {stream.frames} frames and holds {len(packets)}, of which "
+            f"{len(ticks) - ticks.count(None)} have a time; the file is damaged: drop the sample or replace it"
         )
     return np.sort(np.array(ticks, np.float64)) * float(stream.time_base)
 

@@ -199,7 +199,7 @@ def _events(run: RunData) -> list[tuple[str, str, str, str]]:
             flat = {key: str(value) for key, value in _flat(detail).items() if value is not None}
             changed = {key: value for key, value in flat.items() if seen.get(key) != value}
             seen |= flat
-            detail = ", ".join(f"{key} {value}" for key, value in changed.items()) or "as before" or "as before"
+            detail = ", ".join(f"{key} {value}" for key, value in changed.items()) or "as before"
         rows.append((_time(event.get("time")), str(event["event"]), str(event.get("step", "")), str(detail)))
     return rows
 

@@ -28,7 +28,7 @@ from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_s
 from mimo_megatron.types import PackedBatch
 
 
-def pretrain(config: RunConfig, address: RankAddress) -> None:
+def pretrain(address: RankAddress, config: RunConfig) -> None:
     """Train as ``config`` says, on every rank of the job; a run folder with checkpoints is continued, not overwritten."""
     log.set_up(address.rank)
     check(config, address.world_size)
@@ -45,6 +45,7 @@ def pretrain(config: RunConfig, address: RankAddress) -> None:
         folder = RunFolder(config.dir)
         first_step = _start_or_resume(trainer, loader, folder)
         if address.rank == 0:
+            folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
         with _metrics(config, address, trainer.device) or nullcontext() as metrics:
             if metrics is not None:

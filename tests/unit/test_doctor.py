@@ -1,0 +1,113 @@
+"""What the doctor says of this machine, and of planted faults."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimo_megatron import doctor
+from mimo_megatron.doctor import (
+    TOPICS,
+    Finding,
+    as_json,
+    examine,
+    has_fault,
+    judge_gpu_package,
+    judge_megatron,
+    judge_memory,
+    judge_python,
+    judge_requirements,
+    judge_torchvision,
+)
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    return examine()
+
+
+def test_this_machine_can_run_the_package(findings: list[Finding]) -> None:
+    assert [one for one in findings if one.status == "fault"] == []
+
+
+def test_backends_are_those_the_package_chooses(findings: list[Finding]) -> None:
+    from mimo_megatron import platform
+    from mimo_megatron.mcore.layers import layer_backend
+
+    found = {one.name: one.found for one in findings if one.topic == "backends"}
+    here = platform.current()
+    assert (found["device"], found["collectives"]) == (here.kind, here.backend)
+    assert found["decoder layers"] == layer_backend()
+
+
+def test_every_finding_belongs_to_a_topic_and_every_fault_would_have_a_remedy(findings: list[Finding]) -> None:
+    assert {one.topic for one in findings} == set(TOPICS)
+    assert {"Python", "torch", "megatron-core", "C++ packing", "CPU cores", "memory", "disk"} <= {one.name for one in findings}
+
+
+def test_json_holds_every_finding(findings: list[Finding]) -> None:
+    assert [Finding(**row) for row in json.loads(as_json(findings))] == findings
+
+
+def test_python_outside_the_tested_range_is_a_fault() -> None:
+    assert [judge_python(version).status for version in ((3, 10), (3, 11), (3, 12), (3, 13))] == ["fault", "ok", "ok", "fault"]
+
+
+def test_megatron_on_python_311_is_explained() -> None:
+    assert "0.17 and later ask for 3.12" in judge_megatron("0.16.1", (3, 11)).why
+    assert judge_megatron("0.19.0", (3, 12)).why == ""
+    assert judge_megatron(None, (3, 12)).status == "fault"
+
+
+def test_a_torchvision_that_does_not_load_is_a_fault_with_a_remedy() -> None:
+    bad = judge_torchvision("0.28.0", "2.13.0+cpu", "RuntimeError: operator torchvision::nms does not exist")
+    assert bad.status == "fault" and "uninstall torchvision" in bad.remedy and "nms" in bad.why
+    assert judge_torchvision("0.28.0", "2.13.0", None).status == judge_torchvision(None, "2.13.0", None).status == "ok"
+
+
+def test_a_gpu_package_that_does_not_import_is_a_fault_and_a_missing_one_a_note() -> None:
+    assert judge_gpu_package("flash-attn", "packed attention", "2.8", "undefined symbol").status == "fault"
+    assert judge_gpu_package("flash-attn", "packed attention", None, None).status == "note"
+    assert judge_gpu_package("flash-attn", "packed attention", "2.8", None).status == "ok"
+
+
+def test_little_memory_is_a_note_with_a_remedy() -> None:
+    small = judge_memory("/dev/shm", 64e6, 1e9, "NCCL", "--shm-size=8g")
+    assert small.status == "note" and small.remedy == "--shm-size=8g"
+    assert judge_memory("/dev/shm", 2e9, 1e9, "NCCL", "").status == "ok"
+
+
+def test_requirements_that_are_missing_or_too_old_are_faults() -> None:
+    versions = {"numpy": "1.26.4", "rich": "15.0.0"}
+    wanted = ["numpy>=2", "rich>=14", "torch>=2.11", 'pytest>=8; extra == "dev"']
+    found = list(judge_requirements(wanted, versions.get))
+    assert [(one.name, one.found, one.status) for one in found] == [
+        ("numpy", "1.26.4", "fault"), ("torch", "not installed", "fault"),
+    ]  # fmt: skip
+    assert found[1].remedy == 'pip install "torch>=2.11"'
+    assert [one.status for one in judge_requirements(["rich>=14"], versions.get)] == ["ok"]
+
+
+def test_has_fault_decides_the_exit_code() -> None:
+    fine = Finding("machine", "x", "y", "note")
+    assert not has_fault([fine]) and has_fault([fine, Finding("machine", "x", "y", "fault")])
+
+
+def test_a_package_that_crashes_on_import_does_not_crash_the_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise OSError('libtorch.so: cannot open shared object file')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    found = {one.name: one for one in doctor.examine()}
+    assert found["torch"].status == found["all"].status == "fault"
+    assert "libtorch.so" in found["torch"].why
+
+
+def test_the_command_prints_a_table_or_json_and_exits_with_0() -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "mimo_megatron.cli", "doctor"]
+    table = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert table.returncode == 0 and "megatron-core" in table.stdout
+    rows = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=root, check=True).stdout
+    assert {row["topic"] for row in json.loads(rows)} == set(TOPICS)

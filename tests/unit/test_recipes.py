@@ -1,0 +1,69 @@
+"""Every shipped recipe loads and fits a layout; the four stages have the report's numbers; the docs name every key."""
+
+from pathlib import Path
+
+import pytest
+
+from mimo_megatron.config.check import check
+from mimo_megatron.config.keys import explain, markdown_table
+from mimo_megatron.config.load import load_recipe
+from mimo_megatron.config.run import RunConfig
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "examples/recipes").rglob("*.yaml"))
+MIMO = ROOT / "examples/recipes/mimo_vl_7b"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_loads_and_fits_its_smallest_layout(path: Path) -> None:
+    config = load_recipe(path)
+    check(config, config.parallel.model_ranks)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_the_real_stages_fit_256_gpus(stage: int) -> None:
+    check(load_recipe(MIMO / f"stage{stage}.yaml"), 256)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "pack", "vision_lr", "projector_lr", "text_lr"),
+    [
+        (1, 300e9, 8192, None, 1e-3, None),
+        (2, 167e9, 8192, 1e-5, 1e-4, None),
+        (3, 1.4e12, 8192, 1e-5, 1e-5, 1e-5),
+        (4, 550e9, 32768, 2.5e-5, 2.5e-5, 2.5e-5),
+    ],
+)
+def test_the_stages_have_the_reports_numbers(
+    stage: int, tokens: float, pack: int, vision_lr: float | None, projector_lr: float, text_lr: float | None
+) -> None:
+    config = load_recipe(MIMO / f"stage{stage}.yaml")
+    train = config.train
+    assert config.model.name == "mimo-vl-7b" and config.data.pack_tokens == pack
+    assert (train.vision.lr, train.projector.lr, train.text.lr) == (vision_lr, projector_lr, text_lr)
+    assert train.steps * train.packs_per_step * pack == pytest.approx(tokens, rel=1e-3)
+
+
+@pytest.mark.parametrize("folder", ["mimo_vl_7b", "tiny"])
+def test_each_stage_starts_from_the_last_checkpoint_of_the_stage_before(folder: str) -> None:
+    stages = [load_recipe(ROOT / f"examples/recipes/{folder}/stage{stage}.yaml") for stage in (1, 2, 3, 4)]
+    for before, after in zip(stages, stages[1:], strict=False):
+        assert after.start_from == last_checkpoint(before)
+        assert after.model == before.model and after.data.tokenizer == before.data.tokenizer
+
+
+def last_checkpoint(config: RunConfig) -> Path:
+    return config.dir / "checkpoints" / f"step_{config.train.steps:06d}"
+
+
+def test_the_tiny_stages_train_the_same_parts_as_the_real_ones() -> None:
+    for stage in (1, 2, 3, 4):
+        real, tiny = (load_recipe(ROOT / f"examples/recipes/{name}/stage{stage}.yaml").train for name in ("mimo_vl_7b", "tiny"))
+        for part in ("vision", "projector", "text"):
+            assert real.module(part).is_frozen == tiny.module(part).is_frozen, f"stage {stage}, {part}"  # type: ignore[arg-type]
+
+
+def test_the_docs_table_is_the_schemas() -> None:
+    assert markdown_table(explain(None)) in (ROOT / "docs/recipes.md").read_text(), (
+        "replace the table at the end of docs/recipes.md by what `mimo-megatron config explain --markdown` prints"
+    )

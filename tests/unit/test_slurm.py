@@ -1,0 +1,94 @@
+"""The batch script, run for real with stand-ins for SLURM's commands and torchrun."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples/slurm/pretrain.sbatch"
+COMMANDS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LOG"; fi',
+    "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "torchrun": (
+        'echo "torchrun $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
+        'trap \'echo "ranks stopped" >> "$LOG"; exit 143\' TERM\n'
+        "for _ in $(seq $TICKS); do sleep 0.05; done; exit $CODE"
+    ),
+}
+
+
+class Cluster:
+    """A folder with a virtual environment and a PATH on which SLURM's commands write what they were asked to do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        (folder / ".venv/bin").mkdir(parents=True)
+        (folder / ".venv/bin/activate").write_text("")
+        (folder / "bin").mkdir()
+        self.log.write_text("")
+        for name, body in COMMANDS.items():
+            (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+            (folder / "bin" / name).chmod(0o755)
+
+    def submit(self, *arguments: str, ticks: int = 0, code: int = 0, **more: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "LOG": str(self.log),
+            "TICKS": str(ticks), "CODE": str(code), "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8", **more,
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *arguments], cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def wait_for(self, words: str) -> None:
+        deadline = time.monotonic() + 20
+        while words not in self.log.read_text():
+            assert time.monotonic() < deadline, f"{words!r} not in {self.log.read_text()!r}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_the_script_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_torchrun_meets_on_the_first_node_with_the_recipe_and_its_overrides(cluster: Cluster) -> None:
+    assert cluster.submit("r.yaml", "train.steps=3").wait(20) == 0
+    log = cluster.log.read_text()
+    assert "--nnodes=2 --nproc-per-node=8" in log and "--rdzv-endpoint=node7:23456" in log
+    assert "examples/pretrain_vlm.py r.yaml train.steps=3" in log and "CUDA_DEVICE_MAX_CONNECTIONS=1" in log
+    assert "requeue" not in log
+
+
+def test_a_warned_job_stops_its_ranks_and_goes_back_to_the_queue(cluster: Cluster) -> None:
+    job = cluster.submit("r.yaml", ticks=400)
+    cluster.wait_for("torchrun")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 0
+    log = cluster.log.read_text()
+    assert log.index("ranks stopped") < log.index("scontrol requeue 123456")
+
+
+def test_a_failed_run_fails_the_job_and_is_not_requeued(cluster: Cluster) -> None:
+    assert cluster.submit("r.yaml", code=7).wait(20) == 7
+    assert "requeue" not in cluster.log.read_text()
+
+
+def test_an_image_runs_in_a_container_that_sees_the_working_directory(cluster: Cluster) -> None:
+    job = cluster.submit("r.yaml", CONTAINER_IMAGE="/images/a.sqsh", CONTAINER_MOUNTS="/data:/data")
+    assert job.wait(20) == 0
+    folder = cluster.folder
+    assert f"--container-image=/images/a.sqsh --container-mounts={folder}:{folder},/data:/data" in cluster.log.read_text()
+
+
+def test_without_a_recipe_it_says_how_to_use_it(cluster: Cluster) -> None:
+    job = cluster.submit()
+    assert job.wait(20) == 2 and job.stderr is not None and "usage: sbatch" in job.stderr.read()
