@@ -103,11 +103,11 @@ std::vector<Run> best_fit(const std::vector<std::uint32_t>& histogram, std::vect
 }  // namespace
 
 Offsets pack_one(const std::int64_t* lengths, std::int64_t n, std::int64_t capacity, std::int64_t* items) {
-    check_sizes(n, capacity, "token");
+    check_sizes(n, capacity, "tokens");
     std::vector<std::uint32_t> histogram(capacity + 1, 0);
     for (std::int64_t i = 0; i < n; ++i) {
         if (static_cast<std::uint64_t>(lengths[i]) > static_cast<std::uint64_t>(capacity))
-            refuse(i, lengths[i], capacity, "token");
+            refuse(i, lengths[i], capacity, "tokens");
         ++histogram[lengths[i]];
     }
 

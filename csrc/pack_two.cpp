@@ -156,10 +156,10 @@ std::int64_t packs_needed(const std::int64_t* costs, std::int64_t n, std::int64_
 
 Offsets pack_two(const std::int64_t* tokens, const std::int64_t* patches, std::int64_t n,
                  std::int64_t token_capacity, std::int64_t patch_capacity, std::int64_t* items) {
-    check_sizes(n, token_capacity, "token");
-    check_sizes(n, patch_capacity, "patch");
-    const std::int64_t token_packs = packs_needed(tokens, n, token_capacity, "token");
-    const std::int64_t patch_packs = packs_needed(patches, n, patch_capacity, "patch");
+    check_sizes(n, token_capacity, "tokens");
+    check_sizes(n, patch_capacity, "patches");
+    const std::int64_t token_packs = packs_needed(tokens, n, token_capacity, "tokens");
+    const std::int64_t patch_packs = packs_needed(patches, n, patch_capacity, "patches");
     const bool patches_are_tight = patch_packs > token_packs;
     const std::int64_t tight_capacity = patches_are_tight ? patch_capacity : token_capacity;
     const std::int64_t loose_capacity = patches_are_tight ? token_capacity : patch_capacity;

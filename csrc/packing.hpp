@@ -27,14 +27,14 @@ Offsets pack_two(const std::int64_t* tokens, const std::int64_t* patches, std::i
 
 inline void check_sizes(std::int64_t n, std::int64_t capacity, const char* unit) {
     if (capacity <= 0 || capacity > kMaxCapacity)
-        throw std::invalid_argument(std::string(unit) + " capacity " + std::to_string(capacity) + " is not in 1 .. " +
+        throw std::invalid_argument("a capacity of " + std::to_string(capacity) + " " + unit + " is not in 1 .. " +
                                     std::to_string(kMaxCapacity));
     if (n > kMaxItems) throw std::invalid_argument(std::to_string(n) + " items are more than 2^31");
 }
 
 [[noreturn]] inline void refuse(std::int64_t item, std::int64_t cost, std::int64_t capacity, const char* unit) {
     throw std::invalid_argument("item " + std::to_string(item) + " has " + std::to_string(cost) + " " + unit +
-                                "s, outside 0 .. " + std::to_string(capacity));
+                                ", outside 0 .. " + std::to_string(capacity));
 }
 
 }  // namespace packing

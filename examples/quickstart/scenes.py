@@ -72,25 +72,15 @@ class Clip:
     seconds: tuple[tuple[int, int], ...]
 
 
-def draw_scene(
-    rng: np.random.Generator,
-    assets: Assets,
-    level: Level,
-    *,
-    size: tuple[int, int] | None = None,
-    distinct: bool = False,
-) -> Scene:
-    """A scene of that level; ``size`` (height, width) fixes its size, ``distinct`` forbids a label to come twice."""
-    height, width = size if size else (int(rng.integers(level.sides[0], level.sides[1] + 1)) for _ in range(2))
+def draw_scene(rng: np.random.Generator, assets: Assets, level: Level) -> Scene:
+    """A scene of that level."""
+    height, width = (int(rng.integers(level.sides[0], level.sides[1] + 1)) for _ in range(2))
     num_digits = int(rng.integers(level.num_digits[0], level.num_digits[1] + 1))
-    inks, labels, corners = _place(rng, assets, level, (height, width), num_digits, distinct)
-    canvas = _background(rng, assets, level, (height, width))
-    marks = []
-    for ink, label, (top, left) in zip(inks, labels, corners, strict=True):
-        bottom, right = top + ink.shape[0], left + ink.shape[1]
-        _blend(rng, canvas[top:bottom, left:right], ink, level)
-        marks.append(Mark(label, (left, top, right, bottom)))
-    return Scene(_to_bytes(canvas), tuple(marks))
+    placed = _place(rng, assets, level, (height, width), rng.integers(0, 10, size=num_digits))
+    canvas_HW3 = _background(rng, assets, level, (height, width))
+    for one in placed:
+        _blend(rng, canvas_HW3[one.rows, one.columns], one.ink, level)
+    return Scene(_to_bytes(canvas_HW3), tuple(one.mark for one in placed))
 
 
 def draw_clip(
@@ -108,55 +98,79 @@ def draw_clip(
     """
     height, width = (int(rng.integers(sides[0], sides[1] + 1)) // 2 * 2 for _ in range(2))
     num_digits = int(rng.integers(level.num_digits[0], level.num_digits[1] + 1))
-    inks, labels, corners = _place(rng, assets, level, (height, width), num_digits, distinct=True)
-    canvas = _background(rng, assets, level, (height, width))
-    frames = np.repeat(canvas[None], num_seconds * frames_per_second, axis=0)
-    marks, seconds = [], []
-    for ink, label, (top, left) in zip(inks, labels, corners, strict=True):
-        first, last = sorted(int(t) for t in rng.choice(num_seconds + 1, size=2, replace=False))
-        bottom, right = top + ink.shape[0], left + ink.shape[1]
-        patch = canvas[top:bottom, left:right].copy()
-        _blend(rng, patch, ink, level)
-        frames[first * frames_per_second : last * frames_per_second, top:bottom, left:right] = patch
-        marks.append(Mark(label, (left, top, right, bottom)))
+    placed = _place(rng, assets, level, (height, width), rng.permutation(10)[:num_digits])
+    canvas_HW3 = _background(rng, assets, level, (height, width))
+    frames_FHW3 = np.repeat(canvas_HW3[None], num_seconds * frames_per_second, axis=0)
+    seconds = []
+    for one in placed:
+        first, last = sorted(int(second) for second in rng.choice(num_seconds + 1, size=2, replace=False))
+        region_HW3 = canvas_HW3[one.rows, one.columns].copy()
+        _blend(rng, region_HW3, one.ink, level)
+        frames_FHW3[first * frames_per_second : last * frames_per_second, one.rows, one.columns] = region_HW3
         seconds.append((first, last))
-    return Clip(_to_bytes(frames), frames_per_second, tuple(marks), tuple(seconds))
+    return Clip(_to_bytes(frames_FHW3), frames_per_second, tuple(one.mark for one in placed), tuple(seconds))
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """One digit and where it goes."""
+
+    label: int
+    ink: NDArray[np.float32]
+    """Coverage in [0, 1], [height, width]."""
+    top: int
+    left: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.ink.shape[0])
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.ink.shape[1])
+
+    @property
+    def mark(self) -> Mark:
+        return Mark(self.label, (self.left, self.top, self.columns.stop, self.rows.stop))
 
 
 def _place(
-    rng: np.random.Generator, assets: Assets, level: Level, size: tuple[int, int], num_digits: int, distinct: bool
-) -> tuple[list[NDArray[np.float32]], list[int], list[tuple[int, int]]]:
-    """Ink masks, labels and (top, left) corners of digits in lines; drops digits for which the picture has no room."""
+    rng: np.random.Generator, assets: Assets, level: Level, size: tuple[int, int], labels: NDArray[np.int64]
+) -> list[_Placed]:
+    """The digits in lines, in reading order; those for which their line has no room are left out."""
     height, width = size
     tallest = min(level.digit_height[1], height - _GAP)
-    num_lines = int(rng.integers(1, max(1, min(num_digits, height // (tallest + 2 * _GAP))) + 1))
-    members = np.sort(rng.integers(0, num_lines, size=num_digits))
-    labels = rng.permutation(10)[:num_digits] if distinct else rng.integers(0, 10, size=num_digits)
-    inks_out, labels_out, corners = [], [], []
-    line_height = height / num_lines
+    most_lines = max(1, min(len(labels), height // (tallest + 2 * _GAP)))
+    num_lines = int(rng.integers(1, most_lines + 1))
+    line_of = np.sort(rng.integers(0, num_lines, size=len(labels)))
+    placed: list[_Placed] = []
     for line in range(num_lines):
-        inks, kept, used = [], [], 0
-        for label in labels[members == line]:
-            ink = _draw_ink(rng, assets, int(label), int(rng.integers(level.digit_height[0], tallest + 1)))
-            if used + ink.shape[1] + (len(inks) + 1) * _GAP > width:
+        inks: list[tuple[int, NDArray[np.float32]]] = []
+        used = _GAP
+        for label in labels[line_of == line].tolist():
+            ink = _draw_ink(rng, assets, label, int(rng.integers(level.digit_height[0], tallest + 1)))
+            used += ink.shape[1] + _GAP
+            if used > width:
                 break
-            inks.append(ink)
-            kept.append(int(label))
-            used += ink.shape[1]
-        room = width - used - max(0, len(inks) - 1) * _GAP
-        cuts = np.sort(rng.integers(0, room + 1, size=len(inks)))
-        tallest_here = max((ink.shape[0] for ink in inks), default=0)
-        slack = max(0, line_height - tallest_here - _GAP)
-        centre = line * line_height + tallest_here / 2 + _GAP / 2 + rng.uniform(0, slack)
-        left = 0
-        for place, ink in enumerate(inks):
-            free = (tallest_here - ink.shape[0]) / 2  # a lower digit may sit anywhere within its line
-            top = round(centre - ink.shape[0] / 2 + rng.uniform(-free, free))
-            corners.append((min(max(top, 0), height - ink.shape[0]), int(cuts[place]) + left + place * _GAP))
-            left += ink.shape[1]
-        inks_out += inks
-        labels_out += kept
-    return inks_out, labels_out, corners
+            inks.append((label, ink))
+        placed += _set_line(rng, inks, width, line * height / num_lines, height / num_lines)
+    return placed
+
+
+def _set_line(
+    rng: np.random.Generator, inks: list[tuple[int, NDArray[np.float32]]], width: int, top: float, height: float
+) -> list[_Placed]:
+    """One line between ``top`` and ``top + height``: spread at random, low digits anywhere beside the tallest."""
+    tallest = max((ink.shape[0] for _, ink in inks), default=0)
+    room = width - sum(ink.shape[1] + _GAP for _, ink in inks) + _GAP
+    cuts = np.sort(rng.integers(0, room + 1, size=len(inks))).tolist()
+    line_top = top + rng.uniform(0, height - tallest)
+    placed, used = [], 0
+    for cut, (label, ink) in zip(cuts, inks, strict=True):
+        digit_top = int(line_top + rng.uniform(0, tallest - ink.shape[0]))
+        placed.append(_Placed(label, ink, digit_top, cut + used))
+        used += ink.shape[1] + _GAP
+    return placed
 
 
 def _draw_ink(rng: np.random.Generator, assets: Assets, label: int, digit_height: int) -> NDArray[np.float32]:
@@ -174,7 +188,7 @@ def _draw_ink(rng: np.random.Generator, assets: Assets, label: int, digit_height
     drawn = digit.transform(
         (side, side), Image.Transform.AFFINE, (a, b, offset_x, d, e, offset_y), Image.Resampling.BICUBIC
     )
-    coverage = np.clip((np.asarray(drawn, dtype=np.float32) / 255 - 0.35) / 0.4, 0, 1)
+    coverage = np.clip((np.asarray(drawn) / 255 - 0.35) / 0.4, 0, 1).astype(np.float32)
     rows = np.flatnonzero((coverage > _INK_LEVEL).any(axis=1))
     columns = np.flatnonzero((coverage > _INK_LEVEL).any(axis=0))
     tight = coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -193,7 +207,7 @@ def _background(rng: np.random.Generator, assets: Assets, level: Level, size: tu
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
     mean = pixels.mean(axis=(0, 1))
-    return mean + (pixels - mean) * np.float32(rng.uniform(*level.photo_contrast))
+    return (mean + (pixels - mean) * rng.uniform(*level.photo_contrast)).astype(np.float32)
 
 
 def _blend(rng: np.random.Generator, region_HW3: NDArray[np.float32], ink: NDArray[np.float32], level: Level) -> None:

@@ -1,1 +1,1 @@
-"""What a run is (``run``, ``model``), models by name (``presets``), recipes and overrides (``load``), layouts (``check``)."""
+"""A run (``run``, ``model``), models by name (``presets``), recipes and overrides (``load``), rules (``check``)."""

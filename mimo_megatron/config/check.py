@@ -87,7 +87,7 @@ def trained_modules_exist(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     for name in ("vision", "projector"):
         if not config.train.module(name).is_frozen:
-            yield f"train.{name}.lr is set but model.vision is null: set train.{name}.lr=null, or give the model a vision part"
+            yield f"train.{name}.lr is set but model.vision is null: set train.{name}.lr=null, or model.vision"
 
 
 def warmup_ends_within_the_run(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -99,7 +99,7 @@ def warmup_ends_within_the_run(config: RunConfig, world_size: int) -> Iterator[s
 def packs_fit_the_positions(config: RunConfig, world_size: int) -> Iterator[str]:
     slots, positions = config.data.pack_tokens, config.model.text.max_positions
     if slots > positions:
-        yield f"data.pack_tokens ({slots}) > model.text.max_positions ({positions}): a full-length sample has no position"
+        yield f"data.pack_tokens ({slots}) > model.text.max_positions ({positions}): shorten the packs"
 
 
 def pixel_limits_are_ordered(config: RunConfig, world_size: int) -> Iterator[str]:

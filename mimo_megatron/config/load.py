@@ -23,7 +23,7 @@ Tree = dict[str, Any]
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the recipe describes. Relative paths in it count from the working directory, ``base`` from its file."""
+    """The run that the recipe describes. Relative paths count from the working directory, ``base`` from its file."""
     tree = _read(Path(path), ())
     problems = [problem for text in overrides if (problem := _override(tree, text))]
     problems += _put_preset_under(tree)

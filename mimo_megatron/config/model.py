@@ -56,7 +56,7 @@ class VisionConfig(Strict):
 
 
 class TextConfig(Strict):
-    """A Qwen2-style decoder: pre-norm RMSNorm, grouped-query attention with qkv bias, SwiGLU, 3-axis rotary positions."""
+    """A Qwen2-style decoder: pre-norm RMSNorm, grouped-query attention, qkv bias, SwiGLU, 3-axis rotary positions."""
 
     num_layers: int = Field(gt=0, description="Decoder layers.")
     width: int = Field(gt=0, description="D of the decoder.")

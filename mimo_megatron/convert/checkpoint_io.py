@@ -1,7 +1,7 @@
 """Distributed checkpoints, one tensor in memory at a time, without megatron and without a process group.
 
-The folder is a torch distributed checkpoint (``.metadata`` says in which file, at which offset and in which chunks each
-tensor lies; a chunk is a ``torch.save`` record) with megatron's two small files beside it and our ``model.json``.
+The folder is a torch distributed checkpoint: ``.metadata`` says in which file, at which offset and in which chunks each
+tensor lies, and a chunk is a ``torch.save`` record. Beside it are megatron's two small files and our description.
 Invariants: megatron's ``dist_checkpointing.load`` accepts, strictly, what is written here; what any layout saved is
 read here as the same whole tensors.
 """
@@ -13,10 +13,9 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -30,60 +29,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from mimo_megatron.config.description import STATE_FILE, read_description, write_description
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.convert.hf_io import read_json, write_json
+from mimo_megatron.convert.hf_io import write_json
 from mimo_megatron.convert.storage import Scratch, Stored, map_tensor
 from mimo_megatron.errors import CheckpointError
 
-MODEL_FILE = "model.json"
-FORMAT_VERSION = 1
 OPTIMIZER_PREFIX = "optimizer."
 _METADATA_FILE = ".metadata"
 _DATA_FILE = "__0_0.distcp"
 _RECORD_ALIGNMENT = 64
-_UNIMPORTANT = {"name", "max_positions", "mtp_loss_weight"}
-"""Fields in which two configurations of the same weights may differ."""
-
-
-def write_model(folder: Path, model: ModelConfig) -> None:
-    """Put ``model.json`` into a checkpoint folder."""
-    content = {"kind": "model", "format": FORMAT_VERSION, "model": model.model_dump(mode="json")}
-    write_json(folder / MODEL_FILE, content)
-
-
-def read_model(folder: Path) -> ModelConfig:
-    """The model that a checkpoint folder says it holds."""
-    if not (folder / MODEL_FILE).is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint of this project: it has no {MODEL_FILE}")
-    content = read_json(folder / MODEL_FILE)
-    if content.get("format") != FORMAT_VERSION or "model" not in content:
-        raise CheckpointError(
-            f"{folder / MODEL_FILE}: format {content.get('format')!r} is not {FORMAT_VERSION}; "
-            "use the release that wrote this checkpoint"
-        )
-    try:
-        return ModelConfig.model_validate(content["model"])
-    except ValidationError as fault:
-        raise CheckpointError(f"{folder / MODEL_FILE} does not describe a model: {fault}") from fault
-
-
-def check_same_model(found: ModelConfig, wanted: ModelConfig, where: str) -> None:
-    """Nothing where both have the same weights and meaning; else ``CheckpointError`` with the fields that differ."""
-    a, b = _flat("", found.model_dump()), _flat("", wanted.model_dump())
-    keys = [key for key in a | b if key.split(".")[-1] not in _UNIMPORTANT and not key.startswith("tokens.")]
-    unequal = [f"{key} is {a.get(key)}, not {b.get(key)}" for key in keys if a.get(key) != b.get(key)]
-    if unequal:
-        raise CheckpointError(
-            f"{where} holds model {found.name!r}, not {wanted.name!r}: {'; '.join(unequal)}. "
-            "Choose the checkpoint of this model, or this checkpoint's model in the recipe"
-        )
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flat(f"{prefix}{key}.", value) if isinstance(value, dict) else {prefix + key: value}
-    return leaves
 
 
 class CheckpointReader:
@@ -91,7 +46,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.model = read_model(folder)
+        self.model = read_description(folder)
         metadata = _read_metadata(folder)
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._entries = {
@@ -196,7 +151,8 @@ class CheckpointWriter:
         self._file.close()
         if kind is not None:
             return
-        write_model(self._folder, self._model)
+        write_description(self._folder, self._model)
+        write_json(self._folder / STATE_FILE, {})
         backends = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,

@@ -41,7 +41,7 @@ class Packs:
 
 def pack(lengths: ArrayLike, capacity: int) -> Packs:
     """Packs of at most ``capacity`` tokens. ``DataError`` names the first item that exceeds it."""
-    return Packs(*_packing.pack_one(_checked(lengths, capacity, "token"), capacity))
+    return Packs(*_packing.pack_one(_checked(lengths, capacity, "tokens"), capacity))
 
 
 def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, patch_capacity: int) -> Packs:
@@ -49,7 +49,7 @@ def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, p
 
     ``DataError`` names the first item that exceeds one of them.
     """
-    tokens, patches = _checked(tokens, token_capacity, "token"), _checked(patches, patch_capacity, "patch")
+    tokens, patches = _checked(tokens, token_capacity, "tokens"), _checked(patches, patch_capacity, "patches")
     if len(tokens) != len(patches):
         raise DataError(f"{len(tokens)} token counts but {len(patches)} patch counts; give both for every sample")
     return Packs(*_packing.pack_two(tokens, patches, token_capacity, patch_capacity))
@@ -58,16 +58,18 @@ def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, p
 def _checked(values: ArrayLike, capacity: int, unit: str) -> NDArray[np.int64]:
     costs = np.asarray(values)
     if costs.ndim != 1 or (costs.size and costs.dtype.kind not in "iu"):
-        raise DataError(f"{unit} counts must be a 1-D integer array, not {costs.ndim}-D {costs.dtype}")
+        raise DataError(f"{unit} of samples must be a 1-D integer array, not {costs.ndim}-D {costs.dtype}")
     if not 0 < capacity <= _packing.MAX_CAPACITY:
-        raise DataError(f"the {unit} capacity of a pack is {capacity}; it must be in 1 .. {_packing.MAX_CAPACITY}")
+        raise DataError(
+            f"a pack of {capacity} {unit} cannot be filled; the capacity must be in 1 .. {_packing.MAX_CAPACITY}"
+        )
     if not costs.size:
         return np.zeros(0, np.int64)
     if costs.min() < 0:
-        raise DataError(f"item {costs.argmin()} has {costs.min()} {unit}s; counts cannot be negative")
+        raise DataError(f"item {costs.argmin()} has {costs.min()} {unit}; counts cannot be negative")
     if costs.max() > capacity:
         item = int((costs > capacity).argmax())
         raise DataError(
-            f"item {item} has {costs[item]} {unit}s but a pack holds {capacity}; raise the capacity or drop the sample"
+            f"item {item} has {costs[item]} {unit} but a pack holds {capacity}; raise the capacity or drop the sample"
         )
     return costs.astype(np.int64, copy=False)

@@ -200,7 +200,8 @@ def _plot_lengths(axes: Axes, resource: Resource) -> None:
 
 def _plot_fill(axes: Axes, resource: Resource) -> None:
     axes.hist(resource.totals / resource.capacity * 100, bins=[2 * edge for edge in range(51)], color=_ORANGE)
-    axes.set_yscale("log")
+    if len(resource.totals):
+        axes.set_yscale("log")
     axes.set_xlim(0, 101)
     axes.set_ylim(bottom=0.5)  # one pack is still a bar
     axes.set_xlabel(f"fill of a pack, % of {resource.capacity:,} {resource.unit} (mean {resource.fill_fraction:.2%})")

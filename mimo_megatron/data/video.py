@@ -104,11 +104,14 @@ def _presentation_times(stream: av.VideoStream) -> NDArray[np.float64]:
 
     They come in decoding order and are sorted: AVI numbers H.264's reordered frames wrongly, but the set is right.
     """
-    packets = [packet for packet in stream.container.demux(stream) if packet.size]
-    ticks = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
-    if not ticks or None in ticks or len(packets) < stream.frames:
+    num_packets, ticks = 0, []
+    for packet in stream.container.demux(stream):
+        num_packets += packet.size > 0  # the last one is empty: a marker
+        if packet.size and not packet.is_discard:
+            ticks.append(packet.dts if packet.pts is None else packet.pts)
+    if not ticks or None in ticks or num_packets < stream.frames:
         raise DataError(
-            f"video stream announces {stream.frames} frames and holds {len(packets)}, of which "
+            f"video stream announces {stream.frames} frames and holds {num_packets}, of which "
             f"{len(ticks) - ticks.count(None)} have a time; the file is damaged: drop the sample or replace it"
         )
     return np.sort(np.array(ticks, np.float64)) * float(stream.time_base)

@@ -13,18 +13,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore.module import MegatronModule
+from mimo_megatron.mcore.optimizer import CONTENT, load_state, sharded_state
 
 FORMAT = 1
 MODEL_FILE, STATE_FILE = "model.json", "state.json"
-_CONTENT = {
-    "non_homogeneous_layers": True,  # one tensor for each layer, named by its global number
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+_UNREADABLE = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
 
 
 def save(
@@ -44,7 +42,7 @@ def save(
         partial.mkdir(parents=True)
     dist.barrier()
     tensors = _sharded(model, optimizer, is_loading=False)
-    dist_checkpointing.save(tensors, str(partial), content_metadata=_CONTENT)
+    dist_checkpointing.save(tensors, str(partial), content_metadata=CONTENT)
     if dist.get_rank() == 0:
         write_description(partial, model_config)
         (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=1))
@@ -67,14 +65,14 @@ def load(
     check_description(folder, model_config)
     try:
         loaded = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(folder))
-    except (CheckpointingException, KeyError, OSError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
-            f"{folder}: cannot be read as a checkpoint of {model_config.name}: {error}. "
+            f"{folder}: cannot be read as a checkpoint of {model_config.name}: {_last_line(error)}. "
             "Take an earlier checkpoint, or convert the weights again"
         ) from error
     model.load_state_dict(loaded["model"], strict=True)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_state(optimizer, loaded)
     return json.loads((folder / STATE_FILE).read_text())
 
 
@@ -112,9 +110,11 @@ def check_description(folder: Path, model_config: ModelConfig) -> None:
         )  # fmt: skip
 
 
+def _last_line(error: BaseException) -> str:
+    """The cause in one line; torch's checkpoint errors carry a traceback of every rank."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict(metadata=_CONTENT)
-    tensors: dict[str, Any] = {"model": weights}
-    if optimizer is not None:
-        tensors["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_CONTENT)
-    return tensors
+    weights = model.sharded_state_dict(metadata=CONTENT)
+    return {"model": weights, **(sharded_state(optimizer, weights, is_loading=is_loading) if optimizer else {})}

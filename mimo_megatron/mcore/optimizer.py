@@ -1,14 +1,27 @@
 """Megatron's data-parallel wrapper and distributed optimizer, with one learning rate for each part of the model."""
 
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import Tensor
 from torch.nn import Parameter
 
 from mimo_megatron.config.run import ModuleName, TrainConfig
 from mimo_megatron.mcore.module import MegatronModule
+
+CONTENT: dict[str, Any] = {
+    "non_homogeneous_layers": True,  # one tensor for each layer, named by its global number
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+"""How megatron lays out a checkpoint of ours."""
 
 MODULES: tuple[ModuleName, ...] = ("vision", "projector", "text")
 
@@ -47,7 +60,9 @@ def build(wrapped: DistributedDataParallel, train: TrainConfig) -> MegatronOptim
     )
     overrides = {_part_key(name): ParamGroupOverride(max_lr=rate) for name, rate in learning_rates(train).items()}
     overrides[_flat_key()] = ParamGroupOverride(wd_mult=0.0)
-    return get_megatron_optimizer(config, [wrapped], overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, [wrapped], overrides, use_gloo_process_groups=False)
+    _allocate_adam_state(optimizer)
+    return optimizer
 
 
 def learning_rates(train: TrainConfig) -> dict[ModuleName, float]:
@@ -56,10 +71,64 @@ def learning_rates(train: TrainConfig) -> dict[ModuleName, float]:
 
 
 def set_rate(optimizer: MegatronOptimizer, train: TrainConfig, factor: float) -> None:
-    """Every group's learning rate becomes its peak times ``factor``."""
+    """Every group's learning rate becomes its part's peak times ``factor``."""
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * factor
         group["weight_decay"] = train.optimizer.weight_decay * group["wd_mult"]
+
+
+def sharded_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's sharded form of this rank's optimizer state: whole tensors by name, and the step count.
+
+    Empty where the whole stage is frozen. ``weights`` is the model's sharded state. Parameter groups are not part of it:
+    megatron tells them apart by (wd_mult, lr_mult) alone and would give all parts the last one's learning rate; the
+    recipe sets them anew. Nor is torch's per-parameter ``step``, which megatron loads as one tensor shared by all.
+    """
+    own = _own_optimizer(optimizer)
+    if own is None:
+        return {}
+    with _steps_set_aside(own.optimizer) as steps:
+        tensors = own.sharded_param_state_fully_reshardable(weights, is_loading, metadata=CONTENT)
+    return {"optimizer": {"tensors": tensors, "step": next(iter(steps.values())).item() if steps else 0.0}}
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Set this rank's optimizer state from what ``sharded_state`` described and megatron filled."""
+    own = _own_optimizer(optimizer)
+    if own is None:
+        return
+    with _steps_set_aside(own.optimizer) as steps:
+        own.load_parameter_state_from_fully_reshardable(loaded["optimizer"]["tensors"])
+        for step in steps.values():
+            step.fill_(loaded["optimizer"]["step"])
+
+
+def _own_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
+    """The one distributed optimizer of this rank; None where it has nothing to update."""
+    (own,) = optimizer.chained_optimizers
+    return own if any(group["params"] for group in own.optimizer.param_groups) else None
+
+
+@contextlib.contextmanager
+def _steps_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[dict[Tensor, Tensor]]:
+    """Take torch's step counters out of the state, which megatron then handles, and put them back."""
+    steps = {param: state.pop("step") for param, state in optimizer.state.items() if "step" in state}
+    try:
+        yield steps
+    finally:
+        for param, step in steps.items():
+            optimizer.state[param]["step"] = step
+
+
+def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its state before the first step, so that it can be loaded into."""
+    for one in optimizer.chained_optimizers:
+        if isinstance(one.optimizer, torch.optim.AdamW):
+            for group in one.optimizer.param_groups:
+                for param in group["params"]:
+                    state = one.optimizer.state[param]
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
 
 
 def _highest_rate(train: TrainConfig) -> float:

@@ -4,6 +4,7 @@ The file needs nothing else: styles and charts are inline, there is no script, a
 request. Whatever a run folder lacks is left out; what could not be read is named at the end.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from os.path import relpath
@@ -72,6 +73,7 @@ def write_journey(run_dirs: Sequence[Path], out: Path, *, title: str = "Training
     return _write(out, page)
 
 
+@functools.cache
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),

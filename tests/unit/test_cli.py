@@ -17,7 +17,9 @@ def test_help_loads_no_heavy_package() -> None:
         "import sys; from mimo_megatron.cli import build_parser; build_parser().format_help(); "
         "print([name for name in ('torch', 'pydantic', 'rich', 'numpy', 'megatron') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=RECIPE.parents[3])
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=RECIPE.parents[3]
+    )
     assert found.stdout.strip() == "[]"
 
 
@@ -48,7 +50,13 @@ def test_overrides_may_stand_around_options() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["config", "show", "r.yaml", "--rnks", "2"], ["config", "show", "r.yaml", "--ranks", "2", "x"], ["doctor", "a=1"], ["nope"], []],
+    [
+        ["config", "show", "r.yaml", "--rnks", "2"],
+        ["config", "show", "r.yaml", "--ranks", "2", "x"],
+        ["doctor", "a=1"],
+        ["nope"],
+        [],
+    ],
 )
 def test_what_is_not_understood_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exited:

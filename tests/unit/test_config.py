@@ -73,7 +73,7 @@ def test_a_section_given_whole_as_an_override_is_merged_key_by_key(recipe: Path)
 
 def test_a_base_is_inherited_and_found_beside_the_file_that_names_it(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    child = write(tmp_path / "sub/child.yaml", "base: ../example.yaml\nname: child\ntrain: {vision: {lr: 1e-4}}\n")
+    write(tmp_path / "sub/child.yaml", "base: ../example.yaml\nname: child\ntrain: {vision: {lr: 1e-4}}\n")
     grandchild = write(tmp_path / "grandchild.yaml", "base: sub/child.yaml\ndata: {sources: [{path: data/c}]}\n")
     config = load_recipe(grandchild)
     assert (config.name, config.train.vision.lr, config.train.text.lr) == ("child", 1e-4, 1e-3)
@@ -146,7 +146,13 @@ def test_yaml_reads_back_what_it_wrote(value: Any) -> None:
 
 def test_every_mistake_is_reported_at_once_on_one_screen(recipe: Path) -> None:
     text = complaint(recipe, "train.stps=1", "parallel.tp=0", "data.sources.0.weight=-1", "train.precision=fp8", "x")
-    for words in ("did you mean train.steps", "parallel.tp = 0", "data.sources.0.weight", "'fp32' or 'bf16'", "'x' is not"):
+    for words in (
+        "did you mean train.steps",
+        "parallel.tp = 0",
+        "data.sources.0.weight",
+        "'fp32' or 'bf16'",
+        "'x' is not",
+    ):
         assert words in text
     many = complaint(recipe, *(f"train.wrong{number}=1" for number in range(50)))
     assert "50 mistakes" in many and "and 38 more" in many and len(many.splitlines()) < 20
@@ -183,7 +189,9 @@ def test_a_missing_key_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
-    assert "line 3: key 'name' was given on line 1" in complaint(write(tmp_path / "r.yaml", "name: a\nseed: 1\nname: b\n"))
+    assert "line 3: key 'name' was given on line 1" in complaint(
+        write(tmp_path / "r.yaml", "name: a\nseed: 1\nname: b\n")
+    )
 
 
 def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:

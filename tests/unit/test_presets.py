@@ -24,7 +24,12 @@ def test_mimo_vl_7b_has_the_reports_sizes() -> None:
     text, vision = model.text, model.vision
     assert vision is not None
     assert (text.num_layers, text.width, text.num_heads, text.num_kv_heads, text.ffn_width) == (36, 4096, 32, 8, 11008)
-    assert (text.head_width, text.vocab_size, text.rope_theta, text.mrope_section) == (128, 151_680, 640_000.0, (16, 24, 24))
+    assert (text.head_width, text.vocab_size, text.rope_theta, text.mrope_section) == (
+        128,
+        151_680,
+        640_000.0,
+        (16, 24, 24),
+    )
     assert (vision.depth, vision.width, vision.num_heads, vision.ffn_width) == (32, 1280, 16, 3456)
     assert (vision.head_width, vision.patch_bytes, vision.merge_factor, vision.pixel_multiple) == (80, 1176, 4, 28)
     assert not text.tie_embeddings and text.num_mtp_layers == 0

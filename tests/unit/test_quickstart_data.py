@@ -1,4 +1,4 @@
-"""The demo's samples: gold answers follow from the scene, the data path reads what is written, builds repeat exactly."""
+"""The demo's samples: answers follow from the scene, the data path reads what is written, builds repeat exactly."""
 
 import io
 import json
@@ -70,7 +70,8 @@ def test_clip_samples_decode_to_the_frames_that_were_drawn() -> None:
         assert stream.average_rate == tasks.CLIP_FRAMES_PER_SECOND
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert len(frames) % tasks.CLIP_FRAMES_PER_SECOND == 0
-    assert sample.questions[0].task == "when" and score("when", sample.questions[0].answer, sample.questions[0].gold) == 1
+    (question,) = sample.questions
+    assert question.task == "when" and score("when", question.answer, question.gold) == 1.0
 
 
 def test_samples_of_one_number_differ_between_shares_levels_and_seeds() -> None:
@@ -130,7 +131,5 @@ def test_training_answers_are_those_of_the_training_share() -> None:
 
 def test_a_second_build_gives_the_same_bytes(built: Path, tmp_path: Path) -> None:
     source = build_data.SOURCES["clip_few"]
-    (again,) = build_data.build_source(
-        tmp_path, build_data.Source(source.family, source.level, 4), seed=1
-    )
+    (again,) = build_data.build_source(tmp_path, build_data.Source(source.family, source.level, 4), seed=1)
     assert again.read_bytes() == (built / "sources" / "clip_few" / again.name).read_bytes()

@@ -32,15 +32,12 @@ def test_every_class_gives_a_fifth_to_the_held_out_share() -> None:
 
 def test_labels_name_the_digits_they_stand_beside() -> None:
     bunch = load_digits()
-    known = {np.round(image * 255 / 16).astype(np.uint8).tobytes(): label for image, label in zip(*_pairs(bunch))}
+    stored = [np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in bunch.images]
+    known = dict(zip(stored, bunch.target, strict=True))
     assets = load_assets("held_out")
     assert all(known[digit.tobytes()] == label for digit, label in zip(assets.digits_N88, assets.labels_N, strict=True))
     for label, members in enumerate(assets.by_label):
         assert (assets.labels_N[members] == label).all()
-
-
-def _pairs(bunch):  # type: ignore[no-untyped-def]
-    return bunch.images, bunch.target
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,7 +86,12 @@ def test_a_scene_is_a_function_of_its_generator() -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 def test_clip_digits_are_visible_exactly_in_their_seconds(seed: int) -> None:
     clip = draw_clip(
-        np.random.default_rng(seed), load_assets("train"), LEVELS["few"], sides=(84, 112), num_seconds=4, frames_per_second=4
+        np.random.default_rng(seed),
+        load_assets("train"),
+        LEVELS["few"],
+        sides=(84, 112),
+        num_seconds=4,
+        frames_per_second=4,
     )
     height, width = clip.frames_FHW3.shape[1:3]
     assert len(clip.frames_FHW3) == 16 and height % 2 == 0 and width % 2 == 0

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: any text comes back, coordinates are one token, plain transformers agrees with the data path."""
+"""The demo's tokenizer: any text comes back, a coordinate is one token, transformers agrees with the data path."""
 
 import io
 from pathlib import Path
@@ -64,15 +64,16 @@ def test_auto_tokenizer_and_its_chat_template_give_the_ids_of_the_data_path(
 ) -> None:
     auto = AutoTokenizer.from_pretrained(folder)
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Read the digits."}]},
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Read the digits."}],
+        },
         {"role": "assistant", "content": "3 7; 1"},
         {"role": "user", "content": "Describe the image."},
         {"role": "assistant", "content": [{"type": "text", "text": "3 [1, 20, 30, 140]; 7 [5, 6, 7, 8]"}]},
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When is the 7 visible?"}]},
     ]
-    ours, _ = encode_chat(
-        messages, tokenizer, MODEL.tokens, (1, 1, 1), system_prompt=None, add_generation_prompt=True
-    )
+    ours, _ = encode_chat(messages, tokenizer, MODEL.tokens, (1, 1, 1), system_prompt=None, add_generation_prompt=True)
     theirs = auto.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert theirs == ours.tolist()
     assert (auto.eos_token_id, auto.pad_token_id) == (MODEL.tokens.turn_end, MODEL.tokens.pad)

@@ -1,5 +1,6 @@
 """Every shipped recipe loads and fits a layout; the four stages have the report's numbers; the docs name every key."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_the_stages_have_the_reports_numbers(
 @pytest.mark.parametrize("folder", ["mimo_vl_7b", "tiny"])
 def test_each_stage_starts_from_the_last_checkpoint_of_the_stage_before(folder: str) -> None:
     stages = [load_recipe(ROOT / f"examples/recipes/{folder}/stage{stage}.yaml") for stage in (1, 2, 3, 4)]
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         assert after.start_from == last_checkpoint(before)
         assert after.model == before.model and after.data.tokenizer == before.data.tokenizer
 
@@ -58,7 +59,9 @@ def last_checkpoint(config: RunConfig) -> Path:
 
 def test_the_tiny_stages_train_the_same_parts_as_the_real_ones() -> None:
     for stage in (1, 2, 3, 4):
-        real, tiny = (load_recipe(ROOT / f"examples/recipes/{name}/stage{stage}.yaml").train for name in ("mimo_vl_7b", "tiny"))
+        real, tiny = (
+            load_recipe(ROOT / f"examples/recipes/{name}/stage{stage}.yaml").train for name in ("mimo_vl_7b", "tiny")
+        )
         for part in ("vision", "projector", "text"):
             assert real.module(part).is_frozen == tiny.module(part).is_frozen, f"stage {stage}, {part}"  # type: ignore[arg-type]
 

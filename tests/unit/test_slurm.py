@@ -13,8 +13,8 @@ COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LOG"; fi',
     "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "torchrun": (
-        'echo "torchrun $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
         'trap \'echo "ranks stopped" >> "$LOG"; exit 143\' TERM\n'
+        'echo "torchrun $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
         "for _ in $(seq $TICKS); do sleep 0.05; done; exit $CODE"
     ),
 }
@@ -70,7 +70,7 @@ def test_torchrun_meets_on_the_first_node_with_the_recipe_and_its_overrides(clus
 
 def test_a_warned_job_stops_its_ranks_and_goes_back_to_the_queue(cluster: Cluster) -> None:
     job = cluster.submit("r.yaml", ticks=400)
-    cluster.wait_for("torchrun")
+    cluster.wait_for("r.yaml CUDA_DEVICE_MAX_CONNECTIONS")
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == 0
     log = cluster.log.read_text()
@@ -86,7 +86,9 @@ def test_an_image_runs_in_a_container_that_sees_the_working_directory(cluster: C
     job = cluster.submit("r.yaml", CONTAINER_IMAGE="/images/a.sqsh", CONTAINER_MOUNTS="/data:/data")
     assert job.wait(20) == 0
     folder = cluster.folder
-    assert f"--container-image=/images/a.sqsh --container-mounts={folder}:{folder},/data:/data" in cluster.log.read_text()
+    assert (
+        f"--container-image=/images/a.sqsh --container-mounts={folder}:{folder},/data:/data" in cluster.log.read_text()
+    )
 
 
 def test_without_a_recipe_it_says_how_to_use_it(cluster: Cluster) -> None:

@@ -1,0 +1,264 @@
+"""One self-contained HTML page of what a recipe really trains on: packs, resized images, tokens and loss mask.
+
+Everything shown is read back from the encoded samples: pixels from the patches, text from the token ids, so that a fault
+in resize, chat template or mask is on the page. Boxes are drawn where the text says, in the frame that the model sees.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mimo_megatron.config.model import ModelConfig, VisionConfig
+from mimo_megatron.config.run import DataConfig
+from mimo_megatron.data.corpus import Corpus
+from mimo_megatron.data.encode import MediaShape, measure_media
+from mimo_megatron.data.markup import Frame, Region, rescale_coordinates, rescale_messages
+from mimo_megatron.data.plan import Position
+from mimo_megatron.data.records import SampleError
+from mimo_megatron.data.source import read_media
+from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer
+from mimo_megatron.types import EncodedMedia, EncodedSample, RawSample
+
+TEMPLATE = "preview.html.j2"
+_PLAIN_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
+_MOST_TOKENS_OF_A_CHARACTER = 4  # UTF-8 bytes
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a sample's text: one or more tokens that make whole characters, or a run of placeholders."""
+
+    text: str
+    kind: str
+    """"text", "special" or "media"."""
+    is_trained: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A box (x, y, width, height) or a point (width and height 0) drawn over an image."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    label: str
+    origin: str
+    """"text" for coordinates that the messages hold, "meta" for boxes of the sample's other keys."""
+
+
+def write_preview(data: DataConfig, model: ModelConfig, out: Path, num_packs: int, *, seed: int = 1) -> Path:
+    """``out``, now a page about the first ``num_packs`` packs that a run with this seed trains on."""
+    corpus = Corpus(data, model)
+    plan = corpus.plan(seed)
+    packs, _ = plan.take(Position(0, 0), num_packs)
+    views = [_pack_view(corpus, number, pack.tolist()) for number, pack in enumerate(packs)]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(TEMPLATE).render(
+        model=model.name,
+        data=data,
+        seed=seed,
+        sources=[source.describe() for source in corpus.sources],
+        num_over_capacity=len(plan.over_capacity),
+        packs=views,
+        totals=_totals(views),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def frames_of(media: EncodedMedia, vision: VisionConfig) -> NDArray[np.uint8]:
+    """uint8 [F, height, width, 3], the inverse of ``patchify``."""
+    frames, height, width = media.grid
+    patch, merge = vision.patch_size, vision.spatial_merge_size
+    blocks = media.patches_PC.reshape(
+        frames, height // merge, width // merge, merge, merge, vision.in_channels, vision.temporal_patch_size, patch, patch
+    )
+    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(-1, height * patch, width * patch, vision.in_channels)
+
+
+def token_spans(sample: EncodedSample, tokenizer: TextTokenizer, model: ModelConfig) -> Iterator[Span]:
+    """The sample's tokens as readable pieces, in order; their tokens add up to the sample's."""
+    names = {value: TOKEN_NAMES[field] for field, value in model.tokens.model_dump().items()}
+    ids, mask = sample.token_ids_T.tolist(), sample.loss_mask_T.tolist()
+    placeholders = (model.tokens.image_pad, model.tokens.video_pad)
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        if ids[start] in placeholders:
+            while end < len(ids) and ids[end] == ids[start]:
+                end += 1
+            name = names[ids[start]].strip("<|>")
+            yield Span(f"{name} × {end - start}", "media", mask[start], f"tokens {start} to {end - 1}: {ids[start]}")
+        elif ids[start] in names:
+            yield Span(names[ids[start]], "special", mask[start], f"token {start}: {ids[start]}")
+        else:
+            while _is_cut(tokenizer.decode(ids[start:end])) and _may_grow(ids, mask, names, start, end):
+                end += 1
+            text = tokenizer.decode(ids[start:end])
+            yield Span(text, "text", mask[start], f"token {start}: {', '.join(map(str, ids[start:end]))}")
+        start = end
+
+
+def _is_cut(text: str) -> bool:
+    return "\N{REPLACEMENT CHARACTER}" in text
+
+
+def _may_grow(ids: list[int], mask: list[bool], names: dict[int, str], start: int, end: int) -> bool:
+    """Whether the token at ``end`` may belong to the character that begins at ``start``."""
+    is_inside = end < len(ids) and end - start < _MOST_TOKENS_OF_A_CHARACTER
+    return is_inside and ids[end] not in names and mask[end] == mask[start]
+
+
+def _pack_view(corpus: Corpus, number: int, members: Sequence[int]) -> dict[str, Any]:
+    samples, faults = [], []
+    for member in members:
+        try:
+            samples.append(_sample_view(corpus, corpus.read(member), corpus.encode(member)))
+        except SampleError as fault:
+            faults.append(str(fault))
+    slots, patch_slots = corpus.data.pack_tokens, corpus.data.pack_patches
+    num_tokens = sum(sample["num_tokens"] for sample in samples)
+    num_patches = sum(sample["num_patches"] for sample in samples)
+    return {
+        "number": number,
+        "samples": samples,
+        "faults": faults,
+        "num_tokens": num_tokens,
+        "num_patches": num_patches,
+        "num_trained": sum(sample["num_trained"] for sample in samples),
+        "token_fill": num_tokens / slots,
+        "patch_fill": num_patches / patch_slots,
+    }
+
+
+def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample) -> dict[str, Any]:
+    contents = [read_media(ref) for ref in raw.media]
+    shapes = [
+        measure_media(content, ref.kind, corpus.model, corpus.data)
+        for content, ref in zip(contents, raw.media, strict=True)
+    ]
+    drawn = _drawn(raw, shapes)
+    image_numbers = np.cumsum([shape.frame is not None for shape in shapes]) - 1
+    media = [
+        _image_view(one, shape.frame, drawn[image], corpus.model) if shape.frame else _video_view(one, corpus.model)
+        for one, shape, image in zip(sample.media, shapes, image_numbers.tolist(), strict=True)
+    ]
+    return {
+        "id": sample.id,
+        "source": raw.source,
+        "num_tokens": sample.num_tokens,
+        "num_patches": sample.num_patches,
+        "num_trained": int(sample.loss_mask_T.sum()),
+        "media": media,
+        "spans": [asdict(span) for span in token_spans(sample, corpus.tokenizer, corpus.model)],
+        "meta": json.dumps(dict(raw.meta), ensure_ascii=False) if raw.meta else "",
+    }
+
+
+def _drawn(raw: RawSample, shapes: Sequence[MediaShape]) -> list[list[Shape]]:
+    """The boxes and points on each image: from marks, from plain ``[x1, y1, x2, y2]`` of the assistant, from ``meta``."""
+    frames = [shape.frame for shape in shapes if shape.frame is not None]
+    _, regions = rescale_messages(raw.messages, frames)
+    found = [(region, "text") for region in (*regions, *_plain_boxes(raw, len(frames)))]
+    found += [(region, "meta") for region in _meta_boxes(raw, frames)]
+    drawn: list[list[Shape]] = [[] for _ in frames]
+    for region, origin in found:
+        x, y, *far = region.coordinates
+        right, lower = far or (x, y)
+        drawn[region.image].append(Shape(x, y, right - x, lower - y, str(list(region.coordinates)), origin))
+    return drawn
+
+
+def _plain_boxes(raw: RawSample, num_images: int) -> Iterator[Region]:
+    num_before = 0
+    for message in raw.messages:
+        content = message["content"]
+        for part in ({"type": "text", "text": content},) if isinstance(content, str) else content:
+            num_before += part["type"] == "image"
+            if part["type"] == "text" and message["role"] == "assistant" and num_before:
+                for box in _PLAIN_BOX.finditer(part["text"]):
+                    yield Region(num_before - 1, tuple(int(value) for value in box.groups()))
+
+
+def _meta_boxes(raw: RawSample, frames: Sequence[Frame]) -> Iterator[Region]:
+    """``meta["boxes"]``: [x1, y1, x2, y2] in pixels of the stored first image."""
+    boxes = raw.meta.get("boxes")
+    for box in boxes if isinstance(boxes, list) and frames else ():
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
+            yield Region(0, rescale_coordinates(box, frames[0]))
+
+
+def _image_view(media: EncodedMedia, frame: Frame, shapes: Sequence[Shape], model: ModelConfig) -> dict[str, Any]:
+    assert model.vision is not None
+    # Drawn at its own size where that is readable; a thumbnail of one merge unit is shown larger.
+    zoom = max(160 / max(frame.width, frame.height), min(1.0, 420 / frame.width, 360 / frame.height))
+    return {
+        "kind": "image",
+        "src": _data_uri(frames_of(media, model.vision)[0]),
+        "width": frame.width,
+        "height": frame.height,
+        "stored": f"{frame.stored_width} × {frame.stored_height}",
+        "shown_width": round(frame.width * zoom),
+        "num_tokens": media.num_patches // model.vision.merge_factor,
+        "radius": max(frame.width, frame.height) / 70,
+        "shapes": [asdict(shape) for shape in shapes],
+    }
+
+
+def _video_view(media: EncodedMedia, model: ModelConfig) -> dict[str, Any]:
+    assert model.vision is not None
+    frames = frames_of(media, model.vision)[:: model.vision.temporal_patch_size]
+    return {
+        "kind": "video",
+        "height": frames.shape[1],
+        "width": frames.shape[2],
+        "num_tokens": media.num_patches // model.vision.merge_factor,
+        "seconds_per_grid": media.seconds_per_grid,
+        "frames": [
+            {"src": _data_uri(frame), "time": _clock(place * media.seconds_per_grid)}
+            for place, frame in enumerate(frames)
+        ],
+    }
+
+
+def _data_uri(pixels_HW3: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HW3).save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(math.floor(seconds * 10 + 0.5), 600)
+    return f"{minutes:02d}:{rest / 10:04.1f}"
+
+
+def _totals(packs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    tokens = sum(pack["num_tokens"] for pack in packs)
+    return {
+        "samples": sum(len(pack["samples"]) for pack in packs),
+        "tokens": tokens,
+        "patches": sum(pack["num_patches"] for pack in packs),
+        "trained_fraction": sum(pack["num_trained"] for pack in packs) / max(tokens, 1),
+        "token_fill": sum(pack["token_fill"] for pack in packs) / max(len(packs), 1),
+        "patch_fill": sum(pack["patch_fill"] for pack in packs) / max(len(packs), 1),
+    }
