@@ -30,10 +30,10 @@ $(STAMP): pyproject.toml setup.py $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet --upgrade pip
 ifeq ($(HAS_GPU),yes)
-	$(PIP) install --quiet --editable ".[$(EXTRAS)]"
+	PYTHONWARNINGS=ignore $(PIP) install --quiet --editable ".[$(EXTRAS)]"
 else
 	$(PIP) install --quiet $(TORCH_ARGS) torch==$(TORCH)
-	$(PIP) install --quiet $(TORCH_ARGS) torch==$(TORCH) --editable ".[$(EXTRAS)]"
+	PYTHONWARNINGS=ignore $(PIP) install --quiet $(TORCH_ARGS) torch==$(TORCH) --editable ".[$(EXTRAS)]"
 endif
 	@touch $@
 

@@ -3,10 +3,10 @@
     python benchmarks/bench_packing.py            # 1,000,000 samples; a few minutes, nearly all of it the peers
     python benchmarks/bench_packing.py --samples 100000
 
-Times are CPU seconds of one thread: the median of five runs, or of fewer where a run takes seconds. Each packer gets its
-own kind of input ready-made and returns its own kind of output (ours arrays; a row gives ours from and to Python lists
-too). Peers from PyPI that are not installed are listed as such: ``pip install lightbinpack datasets`` and
-``pip install --no-deps trl``. Two peers are not packages of their own; their published algorithms are written anew here.
+Times are CPU seconds of one thread: the median of five runs, or one run where it takes over two seconds. Each packer
+gets its own kind of input ready-made and returns its own kind of output: ours arrays, so a second row gives ours from and
+to Python lists. Peers from PyPI that are not installed are listed as such: ``pip install lightbinpack datasets`` and
+``pip install --no-deps trl``. Two peers are no packages of their own: their published algorithms are written anew here.
 """
 
 import argparse
@@ -21,15 +21,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mimo_megatron.data.packing import pack, pack_two_costs
@@ -38,7 +37,6 @@ from mimo_megatron.data.packing_reference import check_packs
 CAPACITY = 32_768
 PATCH_CAPACITIES = (32_768, 65_536, 131_072)
 OURS = "mimo-megatron pack"
-COLUMNS = "algorithm,distribution,samples,cpu_seconds,packs,lower_bound,times_ours,commit,machine,versions,command".split(",")
 ONE_RUN_SECONDS = 2.0
 
 Lengths = NDArray[np.int64]
@@ -110,12 +108,11 @@ class _Packed(Exception):
     """Raised where TRL has its bins and begins to gather tokens."""
 
 
-def trl_bfd(lengths: pa.LargeListArray, capacity: int) -> int:
+def trl_bfd(data_utils: ModuleType, lengths: pa.LargeListArray, capacity: int) -> int:
     """TRL's own function, stopped before it copies token data, which at this size would dwarf the packing.
 
     Dropping empty samples, which copies too, is skipped: there are none.
     """
-    from trl import data_utils
 
     def stop(*_: object) -> None:
         raise _Packed
@@ -154,32 +151,42 @@ def measure(run: Callable[[], int]) -> tuple[float, int]:
     return statistics.median(times), num_packs
 
 
-def one_cost_rows(name: str, lengths: Lengths, skip: Sequence[str]) -> Iterator[dict[str, Any]]:
+def one_cost_packers(lengths: Lengths) -> dict[str, Callable[[], int] | None]:
+    """By name; None for a peer that is not installed."""
     as_list = lengths.tolist()
-    packs = pack(lengths, CAPACITY)
-    check_packs(packs, (lengths, CAPACITY))
-    packers: dict[str, Callable[[], int]] = {
+    packers: dict[str, Callable[[], int] | None] = {
         OURS: lambda: len(pack(lengths, CAPACITY)),
         f"{OURS}, lists in and out": lambda: len([one.tolist() for one in pack(as_list, CAPACITY)]),
+        "LightBinPack obfd": None,
+        "LightBinPack ffd": None,
+        "greedy knapsack (as LLaMA-Factory)": lambda: greedy_knapsack(as_list, CAPACITY),
+        "first fit, segment tree (as Megatron-Bridge)": lambda: first_fit_decreasing(as_list, CAPACITY),
+        "TRL bfd": None,
     }
     if installed("lightbinpack"):
         import lightbinpack
 
         packers["LightBinPack obfd"] = lambda: len(lightbinpack.pack(as_list, CAPACITY, strategy="obfd"))
         packers["LightBinPack ffd"] = lambda: len(lightbinpack.pack(as_list, CAPACITY, strategy="ffd"))
-    packers["greedy knapsack (as LLaMA-Factory)"] = lambda: greedy_knapsack(as_list, CAPACITY)
-    packers["first fit, segment tree (as Megatron-Bridge)"] = lambda: first_fit_decreasing(as_list, CAPACITY)
     if installed("trl") and installed("datasets"):
-        column = lists_of_null_tokens(lengths)
-        packers["TRL bfd"] = lambda: trl_bfd(column, CAPACITY)
+        from trl import data_utils
 
+        column = lists_of_null_tokens(lengths)
+        packers["TRL bfd"] = lambda: trl_bfd(data_utils, column, CAPACITY)
+    return packers
+
+
+def one_cost_rows(name: str, lengths: Lengths) -> Iterator[dict[str, Any]]:
+    check_packs(pack(lengths, CAPACITY), (lengths, CAPACITY))
+    bound = -(-int(lengths.sum()) // CAPACITY)
     ours = 0.0
-    for algorithm, run in packers.items():
-        if any(word.lower() in algorithm.lower() for word in skip):
+    for algorithm, run in one_cost_packers(lengths).items():
+        if run is None:
+            yield row(algorithm, name, len(lengths), "not installed", "", bound, "")
             continue
         seconds, num_packs = measure(run)
         ours = ours or seconds
-        yield row(algorithm, name, len(lengths), seconds, num_packs, -(-int(lengths.sum()) // CAPACITY), seconds / ours)
+        yield row(algorithm, name, len(lengths), f"{seconds:.5f}", num_packs, bound, f"{seconds / ours:.1f}")
 
 
 def two_cost_rows(name: str, tokens: Lengths, patches: Lengths) -> Iterator[dict[str, Any]]:
@@ -187,16 +194,16 @@ def two_cost_rows(name: str, tokens: Lengths, patches: Lengths) -> Iterator[dict
         check_packs(pack_two_costs(tokens, patches, CAPACITY, capacity), (tokens, CAPACITY), (patches, capacity))
         seconds, num_packs = measure(lambda limit=capacity: len(pack_two_costs(tokens, patches, CAPACITY, limit)))
         bound = max(-(-int(tokens.sum()) // CAPACITY), -(-int(patches.sum()) // capacity))
-        yield row(f"{OURS}_two_costs", f"{name}, {capacity} patches", len(tokens), seconds, num_packs, bound, None)
+        which = f"{name}, {capacity} patches"
+        yield row(f"{OURS}_two_costs", which, len(tokens), f"{seconds:.5f}", num_packs, bound, "")
 
 
 def row(
-    algorithm: str, name: str, samples: int, seconds: float, packs: int, bound: int, ratio: float | None
+    algorithm: str, name: str, samples: int, seconds: str, packs: int | str, bound: int, times_ours: str
 ) -> dict[str, Any]:
-    times_ours = f"{ratio:.3g}" if ratio is not None else ""
-    print(f"{algorithm:46} {name:24} {samples:9,} {seconds:10.4f} s {packs:7,} packs (bound {bound:,}) {times_ours:>7}")
+    print(f"{algorithm:46} {name:24} {samples:9,} {seconds:>13} s {packs:>7} packs (bound {bound}) {times_ours:>8}")
     return dict(
-        algorithm=algorithm, distribution=name, samples=samples, cpu_seconds=f"{seconds:.5f}", packs=packs,
+        algorithm=algorithm, distribution=name, samples=samples, cpu_seconds=seconds, packs=packs,
         lower_bound=bound, times_ours=times_ours,
     )  # fmt: skip
 
@@ -237,21 +244,20 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--skip", nargs="*", default=[], help="words in the names of packers to leave out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{machine()}-packing.csv")
     values = parser.parse_args()
 
     tokens, patches = bimodal(values.samples)
     rows = [
-        *one_cost_rows("lognormal", lognormal(values.samples), values.skip),
-        *one_cost_rows("bimodal", tokens, values.skip),
+        *one_cost_rows("lognormal", lognormal(values.samples)),
+        *one_cost_rows("bimodal", tokens),
         *two_cost_rows("bimodal", tokens, patches),
     ]
     command = shlex.join(["python", "benchmarks/bench_packing.py", *sys.argv[1:]])
     common = dict(commit=commit(), machine=machine(), versions=versions(), command=command)
     values.out.parent.mkdir(parents=True, exist_ok=True)
     with values.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*rows[0], *common])
         writer.writeheader()
         writer.writerows({**one, **common} for one in rows)
     print(f"wrote {values.out} ({common['versions']})")

@@ -21,7 +21,7 @@ constexpr std::int64_t kMaxItems = std::int64_t{1} << 31;
 // Linear in n + capacity, plus one step for each run of equal lengths that goes into one pack.
 Offsets pack_one(const std::int64_t* lengths, std::int64_t n, std::int64_t capacity, std::int64_t* items);
 
-// O(n log(capacity)): one search in a tree over the remaining space for each item.
+// O(n log(n + capacity)): for each item one search in a tree over the token space, and one step in a heap.
 Offsets pack_two(const std::int64_t* tokens, const std::int64_t* patches, std::int64_t n,
                  std::int64_t token_capacity, std::int64_t patch_capacity, std::int64_t* items);
 

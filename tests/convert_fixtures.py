@@ -23,9 +23,7 @@ def small_model(name: str = "tiny-vl", **text_fields: Any) -> ModelConfig:
     vision = model.vision and model.vision.model_copy(
         update={"depth": 2, "width": 48, "num_heads": 2, "ffn_width": 56, "full_attention_layers": (1,)}
     )
-    return model.model_copy(
-        update={"text": model.text.model_copy(update={**text, **text_fields}), "vision": vision}
-    )
+    return model.model_copy(update={"text": model.text.model_copy(update={**text, **text_fields}), "vision": vision})
 
 
 def write_random_hf(

@@ -22,7 +22,11 @@ TINY = preset("tiny-vl")
 
 # How Qwen's vocabularies cut text before merging: newlines stick to white space before them, digits stand alone.
 _CUT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEXT = ["system\nuser\nassistant\n\n\nhello\n\nhello", "What is in the image? A red square above a blue one.\n\n", "一个红色的方块。"]
+_TEXT = [
+    "system\nuser\nassistant\n\n\nhello\n\nhello",
+    "What is in the image? A red square above a blue one.\n\n",
+    "一个红色的方块。",
+]
 
 
 def write_tokenizer(folder: Path, model: ModelConfig = TINY) -> Path:

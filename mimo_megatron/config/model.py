@@ -1,5 +1,7 @@
 """What a model is: the sizes that fix every parameter's shape, and the special token ids."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from mimo_megatron.config.base import Strict
@@ -19,6 +21,11 @@ class VisionConfig(Strict):
     window_size: int = Field(112, description="Side of an attention window, in pixels.")
     full_attention_layers: tuple[int, ...] = Field(description="Layers, from 0, that attend to the whole frame.")
     tokens_per_second: float = Field(2.0, description="Temporal positions per second of video.")
+    video_advance: Literal["time", "frame"] = Field(
+        "time",
+        description="Where the text after a video counts on: past the video's last moment (time), as the released "
+        "models were trained and vLLM runs them, or past one frame's side (frame), as in transformers 5.",
+    )
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
     norm_eps: float = Field(1e-6, gt=0, description="Added to the mean square in every norm.")
 

@@ -17,12 +17,13 @@ _QWEN_7B_TEXT: dict[str, Any] = dict(
 _QWEN_VIT: dict[str, Any] = dict(depth=32, width=1280, num_heads=16, full_attention_layers=(7, 15, 23, 31))
 
 # The tiny twins keep every architectural feature. Rotary frequencies are chosen for grids of a few tokens: at a base of
-# 640,000 and a head of 32 the height and width axes would turn by less than 0.3 rad over a whole tiny image.
+# 640,000 and a head of 32 the height and width axes would turn by less than 0.3 rad over a whole tiny image. Answers
+# are given by plain transformers, so text counts on after a video as it does there.
 _TINY_TEXT: dict[str, Any] = dict(
     num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_width=32, ffn_width=384, vocab_size=512,
     rope_theta=20.0, mrope_section=(2, 7, 7), norm_eps=1e-5, max_positions=4096,
 )  # fmt: skip
-_TINY_VIT: dict[str, Any] = dict(depth=4, width=128, num_heads=4, ffn_width=344, full_attention_layers=(1, 3))
+_TINY_VIT: dict[str, Any] = dict(depth=4, width=128, num_heads=4, ffn_width=344, full_attention_layers=(1, 3), video_advance="frame")
 _TINY_TOKENS: dict[str, int] = dict(
     pad=0, turn_start=1, turn_end=2, vision_start=3, vision_end=4, image_pad=5, video_pad=6
 )

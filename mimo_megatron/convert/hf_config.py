@@ -70,6 +70,8 @@ def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "mrope_section": model.text.mrope_section,
         "mtp_loss_weight": model.text.mtp_loss_weight,
     }
+    if model.vision is not None:
+        own["video_advance"] = model.vision.video_advance
     common = {"tie_word_embeddings": model.text.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
     text = _hf_text(model)
     if model.vision is None:
@@ -106,7 +108,7 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
     if odd:
         raise CheckpointError(f"{name}: this model cannot be trained here: {'; '.join(odd)}")
     try:
-        vision = _vision_config(config["vision_config"]) if kind == "qwen2_5_vl" else None
+        vision = _vision_config(config["vision_config"], own) if kind == "qwen2_5_vl" else None
         tokens = {ours: text[key] for ours, key in _TOKEN_KEYS.items() if isinstance(text.get(key), int)}
         model = ModelConfig(
             name=own.get("name", name),
@@ -227,7 +229,7 @@ def _usual_section(head_width: int) -> tuple[int, int, int]:
     return (head_width // 2 - 2 * space, space, space)
 
 
-def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
+def _vision_config(vision: Mapping[str, Any], own: Mapping[str, Any]) -> VisionConfig:
     optional = {
         "patch_size": "patch_size",
         "temporal_patch_size": "temporal_patch_size",
@@ -243,5 +245,6 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionConfig:
         full_attention_layers=tuple(vision["fullatt_block_indexes"]),
         tokens_per_second=vision.get("tokens_per_second", 4.0),  # 4 is what transformers assumes
         **{ours: vision[key] for ours, key in optional.items() if key in vision},
+        **{key: own[key] for key in ("video_advance",) if key in own},
         **_FIXED_VISION,
     )

@@ -38,45 +38,41 @@ def pack_reference(lengths: Sequence[int], capacity: int) -> Packs:
 def pack_two_costs_reference(
     tokens: Sequence[int], patches: Sequence[int], token_capacity: int, patch_capacity: int
 ) -> Packs:
-    """Packs for two capacities. An item's size is tokens / token_capacity + patches / patch_capacity, then its tokens.
+    """Packs for two capacities. The best fit has the least token space, then the most patch space, then was filled last.
 
-    The tight cost is the one whose total needs more packs (tokens, if both need as many). The best fit has the least
-    tight space; among equal ones the most loose space; then it is the pack filled last.
+    An item's size is tokens / token_capacity + 2 patches / patch_capacity; among equal ones more tokens are larger.
     """
-    # Measured on 30 simulated cases (5 mixes of text, images and videos, 6 patch capacities): this size gives 2-5 %
-    # fewer packs than the larger of the two terms where both capacities bind, and as many within 0.2 % elsewhere.
-    # In integers, so that no rounding breaks a tie.
+    # Patches count twice because an item with patches has tokens too, and an item with tokens alone fills any gap.
+    # Measured on 45 simulated cases (5 mixes of text, images and videos, 9 patch capacities): weight 1 needs up to 7 %
+    # more packs; 1.5 to 4 are alike. With 2, the packs are the lower bound where the tokens need 10 % more of them than
+    # the patches, within 3 % of it where the patches need 10 % more, and within 5 % where both need as many.
+    # Integers, so that no rounding breaks a tie.
     sizes = [
-        (num_tokens * patch_capacity + num_patches * token_capacity, num_tokens)
+        (num_tokens * patch_capacity + 2 * num_patches * token_capacity, num_tokens)
         for num_tokens, num_patches in zip(tokens, patches, strict=True)
     ]
     order = sorted(range(len(sizes)), key=lambda item: sizes[item], reverse=True)
-    tight, loose = (tokens, token_capacity), (patches, patch_capacity)
-    if -(-sum(patches) // patch_capacity) > -(-sum(tokens) // token_capacity):
-        tight, loose = loose, tight
-    tight_costs, tight_capacity = tight
-    loose_costs, loose_capacity = loose
-    tight_space: list[int] = []
-    loose_space: list[int] = []
+    token_space: list[int] = []
+    patch_space: list[int] = []
     filled_at: list[int] = []
     packs: list[list[int]] = []
     for place, item in enumerate(order):
         fitting = [
             pack
             for pack in range(len(packs))
-            if tight_space[pack] >= tight_costs[item] and loose_space[pack] >= loose_costs[item]
+            if token_space[pack] >= tokens[item] and patch_space[pack] >= patches[item]
         ]
         if fitting:
-            best = min(fitting, key=lambda pack: (tight_space[pack], -loose_space[pack], -filled_at[pack]))
+            best = min(fitting, key=lambda pack: (token_space[pack], -patch_space[pack], -filled_at[pack]))
         else:
             best = len(packs)
             packs.append([])
-            tight_space.append(tight_capacity)
-            loose_space.append(loose_capacity)
+            token_space.append(token_capacity)
+            patch_space.append(patch_capacity)
             filled_at.append(place)
         packs[best].append(item)
-        tight_space[best] -= tight_costs[item]
-        loose_space[best] -= loose_costs[item]
+        token_space[best] -= tokens[item]
+        patch_space[best] -= patches[item]
         filled_at[best] = place
     return _as_arrays(packs)
 

@@ -1,7 +1,8 @@
 """The three-axis positions (time, height, width) of one sample's tokens, for M-RoPE with absolute time.
 
 Text counts 0, 1, 2, ... on all three axes. A medium's tokens share a start and spread over its grid, a video's time
-axis in units of ``1 / tokens_per_second`` seconds; what follows starts one past the largest position so far.
+axis in units of ``1 / tokens_per_second`` seconds; what follows starts one past the largest of these positions, or of
+those of one frame (``vision.video_advance``).
 Invariants: positions never decrease from one run of text or medium to the next; a sample's first position is 0.
 """
 
@@ -33,6 +34,7 @@ def mrope_positions(
             f"{len(media)} media; write one placeholder per merged token"
         )
     positions_3T = np.empty((3, len(token_ids_T)), np.int64)
+    first_axis = 1 if model.vision and model.vision.video_advance == "frame" else 0
     next_slot = next_position = first = 0
     for number, (one, grid_3M) in enumerate(zip(media, grids, strict=True)):
         slots = placeholder_slots[first : first + grid_3M.shape[1]]
@@ -46,7 +48,7 @@ def mrope_positions(
             )
         next_position = _count_text(positions_3T[:, next_slot:start], next_position)
         positions_3T[:, start:end] = next_position + grid_3M
-        next_position += int(grid_3M.max()) + 1
+        next_position += int(grid_3M[first_axis:].max()) + 1
         next_slot = end
     _count_text(positions_3T[:, next_slot:], next_position)
     return positions_3T

@@ -1,7 +1,8 @@
 """One self-contained HTML page of what a recipe really trains on: packs, resized images, tokens and loss mask.
 
-Everything shown is read back from the encoded samples: pixels from the patches, text from the token ids, so that a fault
-in resize, chat template or mask is on the page. Boxes are drawn where the text says, in the frame that the model sees.
+Everything shown is read back from the encoded samples: pixels from the patches, text from the token ids, so that a
+fault in resize, chat template or mask is on the page. Boxes are drawn where the text says, in the frame that the
+model sees.
 """
 
 import base64
@@ -32,7 +33,7 @@ from mimo_megatron.types import EncodedMedia, EncodedSample, RawSample
 
 TEMPLATE = "preview.html.j2"
 _PLAIN_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
-_MOST_TOKENS_OF_A_CHARACTER = 4  # UTF-8 bytes
+_LONGEST_PIECE = 16  # tokens; byte-level tokens may end inside a character, and the next begin there
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Span:
 
     text: str
     kind: str
-    """"text", "special" or "media"."""
+    """text, special or placeholder."""
     is_trained: bool
     title: str
 
@@ -56,7 +57,7 @@ class Shape:
     height: int
     label: str
     origin: str
-    """"text" for coordinates that the messages hold, "meta" for boxes of the sample's other keys."""
+    """text for coordinates that the messages hold, meta for boxes of the sample's other keys."""
 
 
 def write_preview(data: DataConfig, model: ModelConfig, out: Path, num_packs: int, *, seed: int = 1) -> Path:
@@ -91,7 +92,15 @@ def frames_of(media: EncodedMedia, vision: VisionConfig) -> NDArray[np.uint8]:
     frames, height, width = media.grid
     patch, merge = vision.patch_size, vision.spatial_merge_size
     blocks = media.patches_PC.reshape(
-        frames, height // merge, width // merge, merge, merge, vision.in_channels, vision.temporal_patch_size, patch, patch
+        frames,
+        height // merge,
+        width // merge,
+        merge,
+        merge,
+        vision.in_channels,
+        vision.temporal_patch_size,
+        patch,
+        patch,
     )
     return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(-1, height * patch, width * patch, vision.in_channels)
 
@@ -107,26 +116,28 @@ def token_spans(sample: EncodedSample, tokenizer: TextTokenizer, model: ModelCon
         if ids[start] in placeholders:
             while end < len(ids) and ids[end] == ids[start]:
                 end += 1
-            name = names[ids[start]].strip("<|>")
-            yield Span(f"{name} × {end - start}", "media", mask[start], f"tokens {start} to {end - 1}: {ids[start]}")
+            text = f"{names[ids[start]].strip('<|>')} × {end - start}"
+            yield Span(text, "placeholder", mask[start], f"tokens {start} to {end - 1}: {ids[start]}")
         elif ids[start] in names:
             yield Span(names[ids[start]], "special", mask[start], f"token {start}: {ids[start]}")
         else:
-            while _is_cut(tokenizer.decode(ids[start:end])) and _may_grow(ids, mask, names, start, end):
-                end += 1
-            text = tokenizer.decode(ids[start:end])
-            yield Span(text, "text", mask[start], f"token {start}: {', '.join(map(str, ids[start:end]))}")
+            limit = start + 1
+            while (
+                limit < min(len(ids), start + _LONGEST_PIECE) and ids[limit] not in names and mask[limit] == mask[start]
+            ):
+                limit += 1
+            end = _end_of_piece(ids, start, limit, tokenizer)
+            listed = ", ".join(map(str, ids[start:end]))
+            yield Span(tokenizer.decode(ids[start:end]), "text", mask[start], f"token {start}: {listed}")
         start = end
 
 
-def _is_cut(text: str) -> bool:
-    return "\N{REPLACEMENT CHARACTER}" in text
-
-
-def _may_grow(ids: list[int], mask: list[bool], names: dict[int, str], start: int, end: int) -> bool:
-    """Whether the token at ``end`` may belong to the character that begins at ``start``."""
-    is_inside = end < len(ids) and end - start < _MOST_TOKENS_OF_A_CHARACTER
-    return is_inside and ids[end] not in names and mask[end] == mask[start]
+def _end_of_piece(ids: list[int], start: int, limit: int, tokenizer: TextTokenizer) -> int:
+    """The first end after ``start`` at which the tokens make whole characters; one token if there is none."""
+    for end in range(start + 1, limit + 1):
+        if "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(ids[start:end]):
+            return end
+    return start + 1
 
 
 def _pack_view(corpus: Corpus, number: int, members: Sequence[int]) -> dict[str, Any]:
@@ -176,7 +187,7 @@ def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample) -> dict[
 
 
 def _drawn(raw: RawSample, shapes: Sequence[MediaShape]) -> list[list[Shape]]:
-    """The boxes and points on each image: from marks, from plain ``[x1, y1, x2, y2]`` of the assistant, from ``meta``."""
+    """The boxes and points on each image: from marks, from plain ``[x1, y1, x2, y2]`` in answers, from ``meta``."""
     frames = [shape.frame for shape in shapes if shape.frame is not None]
     _, regions = rescale_messages(raw.messages, frames)
     found = [(region, "text") for region in (*regions, *_plain_boxes(raw, len(frames)))]

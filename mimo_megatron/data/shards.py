@@ -43,15 +43,19 @@ def write_shards(samples: Iterable[ShardSample], folder: Path, samples_per_shard
     """The paths of the written shards ``shard-000000.tar``, ... in the order of the samples."""
     assert samples_per_shard > 0
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths: list[Path] = []
     remaining = iter(samples)
     while chunk := list(itertools.islice(remaining, samples_per_shard)):
         path = folder / f"shard-{len(paths):06d}.tar"
         if path.exists():
             raise DataError(f"{path} exists already; write to an empty folder, or remove its shards and index first")
         part = path.with_suffix(".tar.part")
+        keys: set[str] = set()
         with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
             for sample in chunk:
+                if sample.key in keys:
+                    raise DataError(f"sample {sample.key!r}: two samples of one shard have this key; give each its own")
+                keys.add(sample.key)
                 _write_sample(tar, sample)
         os.replace(part, path)
         paths.append(path)

@@ -1,6 +1,7 @@
 """Whole tensors and this rank's shards of them: one rule, used to draw weights, and to compare any layout with one process.
 
-A parameter's *global name* numbers its layer over all pipeline stages, so it is the same for every layout.
+A parameter's *global name* is its key in checkpoints: it numbers the layer over all pipeline stages, so it is the same
+for every layout, and names a norm by the linear layer it feeds, as Transformer Engine's fused layers do.
 Fused tensors are cut where megatron cuts them: ``linear_qkv`` by key-value group, ``linear_fc1`` in gate and up apart.
 """
 
@@ -16,6 +17,10 @@ from torch.nn import Module, Parameter
 from mimo_megatron.parallel.mesh import Axis
 
 _LAYER = re.compile(r"(.*\bdecoder\.layers\.)(\d+)(\..*)")
+_NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
 INIT_STD = 0.02
 
 
@@ -32,6 +37,8 @@ def global_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
             name = f"{match[1]}{int(match[2]) + first_layer}{match[3]}"
         elif getattr(param, "shared_embedding", False):  # a tied head on the last stage is the embedding
             name = name.replace("output_layer.", "embedding.word_embeddings.")
+        for plain, fused in _NORMS.items():
+            name = name.replace(plain, fused)
         yield name, param
 
 

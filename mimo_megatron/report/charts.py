@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 26  # margins, in pixels, for tick labels of up to six digits
 _LETTER_WIDTH = 6.6  # of a bold 11-pixel letter, on average, with room to spare
 _LOG_DECADES = 4  # a log axis reaches at most this far below its highest value: warm-up starts near 0
+_NARROWEST, _SMALLEST = 1e-9, 1e-30  # an axis spans more than this, relative and absolute: ticks differ in their digits
 _NUM_HOVER_COLUMNS = 200
 _NUM_BUCKETS = 400
 
@@ -140,8 +141,9 @@ class _Axis:
         cls, low: float, high: float, start: float, end: float, *, max_ticks: int, is_log: bool = False
     ) -> "_Axis":
         """The axis from ``low`` (drawn at ``start``) to ``high`` (at ``end``); a single value gets some room."""
-        if high <= low:
-            room = abs(low) * 0.5 or 0.5
+        if high - low <= max(_NARROWEST * max(abs(low), abs(high)), _SMALLEST):
+            room = max(abs(low), abs(high)) / 2
+            room = room if room > _SMALLEST else 0.5
             low, high = low - room, high + room
         marks = log_ticks(low, high) if is_log else ticks(low, high, max_ticks)
         return cls(low, high, start, end, tuple(marks), is_log)

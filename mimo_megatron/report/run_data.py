@@ -14,6 +14,7 @@ import yaml
 from numpy.typing import NDArray
 
 Row = dict[str, Any]
+_LARGEST = 1e30  # nothing we count comes near; what does is broken, and charts and sums of it would overflow
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RunData:
         values = [row.get(key) for row in self.metrics]
         if inner is not None:
             values = [value.get(inner) if isinstance(value, Mapping) else None for value in values]
-        return np.array([_number(value) for value in values], dtype=np.float64)
+        return np.array([number(value) for value in values], dtype=np.float64)
 
     def total(self, key: str) -> float:
         return float(np.nansum(self.column(key)))
@@ -134,12 +135,13 @@ def _text(path: Path, faults: list[str]) -> str:
 
 
 def _has_step(row: Row) -> bool:
-    return type(row.get("step")) is int
+    return type(row.get("step")) is int and abs(row["step"]) < _LARGEST
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """The value if it is a number that a run can have, else NaN."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    return float(value) if is_number and abs(value) < _LARGEST else math.nan
 
 
 def mean_of_ends(values: NDArray[np.float64], fraction: float = 0.05) -> tuple[float, float] | None:
@@ -165,8 +167,8 @@ def joint_evaluation(runs: Sequence[RunData]) -> Evaluation | None:
     None unless at least two runs have one, of the same columns and the same names in the first of them.
     """
     evaluated = [(run.name, run.evaluation) for run in runs if run.evaluation]
-    shapes = {(one.caption, one.columns, tuple(row[:1] for row in one.rows)) for _, one in evaluated}
-    if len(evaluated) < 2 or len(shapes) != 1:
+    shapes = [(one.caption, one.columns, [row[:1] for row in one.rows]) for _, one in evaluated]
+    if len(evaluated) < 2 or any(shape != shapes[0] for shape in shapes):
         return None
     first = evaluated[0][1]
     of_column = [[[row[i] for row in one.rows] for _, one in evaluated] for i in range(len(first.columns))]

@@ -5,8 +5,9 @@ request. Whatever a run folder lacks is left out; what could not be read is name
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mimo_megatron.report.charts import compact, percent, scientific
 from mimo_megatron.report.run_charts import journey_chart, loss_chart, lr_chart, run_charts
-from mimo_megatron.report.run_data import RunData, joint_evaluation, load_run, mean_of_ends, skipped_by_reason
+from mimo_megatron.report.run_data import RunData, joint_evaluation, load_run, mean_of_ends, number, skipped_by_reason
 
 _NUM_IDS_SHOWN = 50
 
@@ -88,7 +89,8 @@ def _environment() -> Environment:
 
 def _write(path: Path, page: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    # A JSON string may hold half a surrogate pair (a text cut in two), for which UTF-8 has no bytes.
+    path.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
@@ -131,7 +133,7 @@ def _layout(run: RunData, ranks: Any) -> str | None:
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
     words = " × ".join(f"{axis} {size}" for axis, size in zip(("TP", "PP", "CP"), sizes, strict=True))
-    model_ranks = int(np.prod(sizes))
+    model_ranks = math.prod(sizes)
     if isinstance(ranks, int) and ranks % model_ranks == 0:
         words += f" × DP {ranks // model_ranks} ({ranks} rank{'s' if ranks != 1 else ''})"
     return words
@@ -142,7 +144,7 @@ def _modules(run: RunData) -> list[tuple[str, str]]:
     names = ("vision", "projector", "text") if run.setting("model.vision") else ("text",)
     settings = [(module, run.setting(f"train.{module}")) for module in names]
     return [
-        (module, scientific(one["lr"]) if isinstance(one.get("lr"), int | float) else "frozen")
+        (module, scientific(lr) if math.isfinite(lr := number(one.get("lr"))) else "frozen")
         for module, one in settings
         if isinstance(one, Mapping)
     ]
@@ -166,17 +168,22 @@ def _figures(run: RunData) -> list[tuple[str, tuple[str, str]]]:
         figures.append(("MFU", (percent(float(np.nanmedian(mfu))), "median step, no recompute counted")))
     if seconds:
         median = float(np.nanmedian(run.column("seconds")))
-        figures.append(("Time", (str(timedelta(seconds=round(seconds))), f"{median:.3g} s a step (median)")))
+        figures.append(("Time", (_duration(seconds), f"{median:.3g} s a step (median)")))
     if run.metrics:
         num_skipped = sum(_skipped_counts(run).values())
         figures.append(("Skipped", (f"{num_skipped:,}", f"of {run.total('num_samples') + num_skipped:,.0f} samples")))
     return figures
 
 
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{seconds:02}"
+
+
 def _skipped_counts(run: RunData) -> dict[str, int]:
     """Skips by reason, most frequent first: as the trainer counted them, or as listed where it wrote no count."""
     counts = run.metrics[-1].get("skipped") if run.metrics else None
-    if not isinstance(counts, Mapping) or not all(isinstance(count, int) for count in counts.values()):
+    if not isinstance(counts, Mapping) or not all(type(count) is int for count in counts.values()):
         counts = {reason: len(ids) for reason, ids in skipped_by_reason(run.skipped).items()}
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 

@@ -91,7 +91,9 @@ def test_each_placeholder_slot_gets_its_own_merge_unit():
         start += sample.num_tokens
     assert next(units, None) is None
     assert pack.vision is not None and pack.vision.grids_I3 == tuple(one.grid for one in media)
-    assert torch.equal(pack.vision.window_order_M, vision_layout([one.grid for one in media], TINY.vision).window_order_M)
+    assert torch.equal(
+        pack.vision.window_order_M, vision_layout([one.grid for one in media], TINY.vision).window_order_M
+    )
 
 
 def test_padding_is_short_segments_without_loss():

@@ -1,4 +1,4 @@
-"""Stored samples to ids and patches: measured lengths are exact, coordinates follow the resize, errors name the sample."""
+"""Stored samples to ids and patches: measured lengths are exact, coordinates follow the resize, errors name a sample."""
 
 import dataclasses
 import json
@@ -38,7 +38,9 @@ def raw_sample(folder, question, answer, files, name="sample-1") -> RawSample:
         path.write_bytes(content)
         media.append(MediaRef(kind, str(path), 0, len(content), ""))
     parts = tuple({"type": kind} for kind, _ in files)
-    return RawSample(name, "test", tuple(user_and_assistant((*parts, {"type": "text", "text": question}), answer)), tuple(media))
+    return RawSample(
+        name, "test", tuple(user_and_assistant((*parts, {"type": "text", "text": question}), answer)), tuple(media)
+    )
 
 
 CASES = {
@@ -56,7 +58,9 @@ CASES = {
 @pytest.mark.parametrize("max_pixels", [12_845_056, 9000])
 def test_measured_lengths_equal_encoded_lengths(tmp_path, tokenizer, data, name, max_pixels):
     data = data.model_copy(update={"max_pixels": max_pixels, "system_prompt": "Be brief."})
-    raw = raw_sample(tmp_path, "Where? <|box image=0|>1,2,8,9<|/box|>" if "image" in name else "Hm?", "Here.", CASES[name])
+    raw = raw_sample(
+        tmp_path, "Where? <|box image=0|>1,2,8,9<|/box|>" if "image" in name else "Hm?", "Here.", CASES[name]
+    )
     sample = encode_sample(raw, tokenizer, TINY, data)
     measured = measure_sample(raw, [content for _, content in CASES[name]], tokenizer, TINY, data)
     assert measured == (sample.num_tokens, sample.num_patches)
@@ -64,11 +68,15 @@ def test_measured_lengths_equal_encoded_lengths(tmp_path, tokenizer, data, name,
     assert is_placeholder.sum() * 4 == sample.num_patches == sum(len(one.patches_PC) for one in sample.media)
 
 
-def test_placeholders_that_are_not_merged_tokens_are_refused_with_the_sample_named(tmp_path, tokenizer, data, monkeypatch):
+def test_placeholders_that_are_not_merged_tokens_are_refused_with_the_sample_named(
+    tmp_path, tokenizer, data, monkeypatch
+):
     raw = raw_sample(tmp_path, "What?", "Noise.", [("image", picture(56, 56))])
     ids, mask = encode.encode_chat(raw.messages, tokenizer, TINY.tokens, [3], system_prompt=None)
     monkeypatch.setattr(encode, "encode_chat", lambda *_, **__: (ids, mask))
-    with pytest.raises(SampleError, match="'sample-1': 3 image placeholders for 4 merged vision tokens of 1 media") as fault:
+    with pytest.raises(
+        SampleError, match="'sample-1': 3 image placeholders for 4 merged vision tokens of 1 media"
+    ) as fault:
         encode_sample(raw, tokenizer, TINY, data)
     assert fault.value.reason == "placeholders"
 
@@ -124,12 +132,17 @@ def test_marks_are_rescaled_into_the_last_image_before_them():
 
 
 def test_a_mark_may_name_its_image():
-    texts, _ = text_after(FRAMES, IMAGE, IMAGE, "<|box image=0|>0, 0, 200, 100<|/box|> <|point image=1|>10,10<|/point|>")
+    texts, _ = text_after(
+        FRAMES, IMAGE, IMAGE, "<|box image=0|>0, 0, 200, 100<|/box|> <|point image=1|>10,10<|/point|>"
+    )
     assert texts == ["[0, 0, 400, 50] [28, 28]"]
 
 
 def test_marks_reach_back_over_turns_and_into_plain_string_content():
-    messages = [{"role": "user", "content": (IMAGE,)}, {"role": "assistant", "content": "at <|point|>200,100<|/point|>"}]
+    messages = [
+        {"role": "user", "content": (IMAGE,)},
+        {"role": "assistant", "content": "at <|point|>200,100<|/point|>"},
+    ]
     rescaled, _ = rescale_messages(messages, FRAMES[:1])
     assert rescaled[1]["content"] == "at [400, 50]"
 
@@ -205,9 +218,17 @@ def test_coordinates_of_the_whole_path_lie_in_the_frame_of_the_patches(tmp_path,
         ('{"messages": [{"role": "user"}]}', "messages", "exactly role and content"),
         ('{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "messages", "exactly role and content"),
         ('{"messages": [{"role": "user", "content": 1}]}', "messages", "content of type int"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}', "messages", "a part is"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            "messages",
+            "a part is",
+        ),
         ('{"messages": [{"role": "user", "content": [{"type": "image", "image": ""}]}]}', "messages", "a part is"),
-        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}', "messages", "a part is"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "b": 1}]}]}',
+            "messages",
+            "a part is",
+        ),
     ],
 )
 def test_a_wrong_record_is_refused_with_its_reason(text, reason, complaint):

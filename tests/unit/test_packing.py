@@ -48,14 +48,20 @@ def test_items_of_zero_length_go_where_least_space_is_left() -> None:
     assert as_lists(pack([0, 0, 0], 10)) == [[0, 1, 2]]
 
 
-def test_tight_cost_decides_the_fit() -> None:
-    # 24 patches need 3 packs, 16 tokens only 2. So the text (item 0, without patches) joins a pack whose patches are
-    # used up, and of those the one filled last, though the pack of item 3 has less token space left.
-    tokens, patches = [2, 4, 4, 6], [0, 10, 10, 4]
-    assert as_lists(pack_two_costs(tokens, patches, 10, 10)) == [[1], [2, 0], [3]]
-    # Without the patches it would.
-    assert as_lists(pack(tokens, 10)) == [[3, 1], [2, 0]]
-    assert as_lists(pack_two_costs(tokens, [0, 1, 1, 1], 10, 10)) == [[3, 1], [2, 0]]
+def test_with_two_costs_least_token_space_decides_then_most_patch_space() -> None:
+    # Items 0, 1 and 2 open a pack each, with (tokens, patches) left: (4, 0), (4, 3), (5, 9).
+    tokens, patches = [6, 6, 5, 4, 4, 4], [9, 6, 0, 0, 2, 0]
+    packs = pack_two_costs(tokens, patches, 10, 9)
+    # Item 4 needs 2 patches: of the two tightest packs only that of item 1 holds it. Then item 3 joins item 0, which is
+    # tighter than item 2, and item 5 is left with item 2.
+    assert as_lists(packs) == [[0, 3], [1, 4], [2, 5]]
+    # Without item 4, item 3 prefers the pack of item 1: equal tokens left, more patches left.
+    assert as_lists(pack_two_costs(tokens[:4], patches[:4], 10, 9)) == [[0], [1, 3], [2]]
+
+
+def test_images_go_before_texts_of_as_many_tokens() -> None:
+    # Text fills what they leave; of the two equal packs the one filled last comes first.
+    assert as_lists(pack_two_costs([5, 5, 5, 5], [0, 0, 10, 10], 10, 10)) == [[2, 1], [3, 0]]
 
 
 def test_nothing_packs_into_nothing() -> None:

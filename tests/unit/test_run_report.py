@@ -85,7 +85,7 @@ def make_run(run_dir: Path, name: str = "stage 1", steps: int = 40, lrs: dict | 
     )
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     metrics = [
-        dict(step=step, loss=4.0 - step / 20, grad_norm=1.0, lrs=lrs, num_tokens=900, num_trained_tokens=300,
+        dict(step=step, loss=4.0 - step / 10, grad_norm=1.0, lrs=lrs, num_tokens=900, num_trained_tokens=300,
              num_slots=1000, num_patches=500, num_images=2, num_samples=5, seconds=0.5, fill=0.9,
              tokens_per_second=1800.0, patches_per_second=1000.0, mfu=None, skipped={"bad image": 2})
         for step in range(1, steps + 1)
@@ -131,7 +131,7 @@ def test_the_report_states_what_the_run_was_and_its_totals(tmp_path):
     assert "TP 2 × PP 1 × CP 1 × DP 2 (4 ranks)" in text
     assert "Commit def5678" in text and "torch 2.0, python 3.11" in text
     assert "vision 1e-5 , projector 1e-3 , text frozen" in text
-    assert "3.92 → 2.03" in text  # means of the first and the last two steps, 5% of 40
+    assert "3.85 → 0.05" in text  # means of the first and the last two steps, 5% of 40
     assert "36k 33.3% of them trained on" in text
     assert "1.8k useful ones; 1k patches" in text
     assert "Fill 90%" in text and "0:00:20" in text
@@ -223,7 +223,7 @@ JSON = st.recursive(
 METRIC_KEYS = ("loss", "grad_norm", "lrs", "skipped", "num_tokens", "num_slots", "seconds", "fill", "mfu")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     metrics=st.lists(
         st.dictionaries(st.sampled_from(METRIC_KEYS), JSON | st.floats(0, 10)).flatmap(
@@ -307,7 +307,7 @@ def test_thinning_a_long_run_keeps_a_spike_of_one_step():
     ys[[54_321, 77_777]] = 9.0, -3.0
     (points,) = chart_paths(draw(list(ys), y_limits=(-3.0, 9.0)))
     assert len(points) < 2000
-    assert {y for _, _, y in points} == {14.0, 141.5, 184.0}  # the spike, a third of the height, the dip
+    assert {y for _, _, y in points} == {14.0, 127.3, 184.0}  # the spike, a third of the height, the dip
 
 
 def test_hover_says_the_exact_value_of_each_series_once():

@@ -49,6 +49,11 @@ def test_a_failed_write_leaves_no_shard(tmp_path):
     assert not list(tmp_path.glob("*.tar"))
 
 
+def test_two_samples_of_one_key_are_refused(tmp_path):
+    with pytest.raises(DataError, match="'000000': two samples of one shard have this key"):
+        write_shards([text_sample(0), text_sample(0)], tmp_path, samples_per_shard=2)
+
+
 def test_a_member_named_json_is_refused(tmp_path):
     with pytest.raises(DataError, match="rename the member"):
         write_shards([ShardSample("a", {}, {"json": b""})], tmp_path, samples_per_shard=1)

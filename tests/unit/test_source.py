@@ -115,7 +115,8 @@ def test_changed_media_bytes_fail_the_hash(folder, data):
 
 
 @pytest.mark.parametrize(
-    "record", [{"id": "x", "messages": [{"role": "user", "content": ""}]}, {"messages": [{"role": "user", "content": ""}]}]
+    "record",
+    [{"id": "x", "messages": [{"role": "user", "content": ""}]}, {"messages": [{"role": "user", "content": ""}]}],
 )
 def test_a_changed_record_is_refused_with_the_sample_named(folder, data, record):
     write_source(folder, [image_sample(0)], data)
