@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mimo_megatron import __version__
 from mimo_megatron.errors import MimoError
+
+if TYPE_CHECKING:
+    import torch
 
 Arguments = argparse.ArgumentParser
 Values = argparse.Namespace
@@ -95,15 +99,182 @@ def _config_explain(values: Values) -> int:
     return 0
 
 
+def _pack_arguments(parser: Arguments) -> None:
+    parser.add_argument("lengths", type=Path, help="an indexed folder, or lengths as .parquet, .npy or text")
+    parser.add_argument("--capacity", type=int, required=True, help="tokens of a pack")
+    parser.add_argument("--patch-capacity", type=int, help="vision patches of a pack")
+    parser.add_argument("--plot", type=Path, help="draw the lengths and the fill into this file")
+
+
+def _pack(values: Values) -> int:
+    from mimo_megatron.data.packing_report import pack_command
+
+    pack_command(values.lengths, values.capacity, values.patch_capacity, values.plot)
+    return 0
+
+
+def _data_index_arguments(parser: Arguments) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--held-out", type=float, default=0.0, help="share of samples for the split `validation`")
+
+
+def _data_index(values: Values) -> int:
+    from mimo_megatron import log
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.index import build_index
+    from mimo_megatron.data.tokenizer import load_tokenizer
+
+    log.set_up()
+    config = load_recipe(values.recipe, values.overrides)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.tokens, config.model.text.vocab_size)
+    for source in config.data.sources:
+        report = build_index(source.path, tokenizer, config.model, config.data, held_out_fraction=values.held_out)
+        splits = ", ".join(f"{count:,} {split}" for split, count in sorted(report.num_samples.items()))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(report.skipped.items()))
+        print(f"{source.path}: {splits or 'no samples'}; {report.num_tokens:,} tokens, {report.num_patches:,} patches")
+        if reasons:
+            print(f"  skipped: {reasons}")
+        if report.num_over_capacity:
+            print(f"  larger than a pack of this recipe: {report.num_over_capacity:,}")
+    return 0
+
+
+def _data_preview_arguments(parser: Arguments) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
+    parser.add_argument("--packs", type=int, default=4, help="packs shown, from the first step on (default 4)")
+
+
+def _data_preview(values: Values) -> int:
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.preview import write_preview
+
+    config = load_recipe(values.recipe, values.overrides)
+    print(write_preview(config.data, config.model, values.out, values.packs, seed=config.seed))
+    return 0
+
+
+def _train_arguments(parser: Arguments) -> None:
+    _recipe_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="processes on this machine (default: tp * pp * cp of the recipe)")
+
+
+def _train(values: Values) -> int:
+    from mimo_megatron.config.check import check
+    from mimo_megatron.config.load import load_recipe
+
+    config = load_recipe(values.recipe, values.overrides)
+    num_ranks = values.ranks or config.parallel.model_ranks
+    check(config, num_ranks)  # before torch and megatron load, which takes seconds
+
+    from mimo_megatron.train.launch import run_local
+    from mimo_megatron.train.loop import pretrain
+
+    run_local(pretrain, num_ranks, config)
+    return 0
+
+
+def _add_dtype(parser: Arguments) -> None:
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as they are)")
+
+
+def _dtype(values: Values) -> "torch.dtype | None":
+    import torch
+
+    return {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[values.dtype]
+
+
+def _from_hf_arguments(parser: Arguments) -> None:
+    parser.add_argument("hf_dir", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="the folder to write")
+    _add_dtype(parser)
+
+
+def _from_hf(values: Values) -> int:
+    from mimo_megatron.convert.verbs import from_hf
+
+    print(f"{values.checkpoint}: {from_hf(values.hf_dir, values.checkpoint, _dtype(values)).name}")
+    return 0
+
+
+def _to_hf_arguments(parser: Arguments) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("hf_dir", type=Path, help="the folder to write")
+    parser.add_argument("--tokenizer-from", type=Path, help="a folder whose tokenizer files are copied")
+    _add_dtype(parser)
+
+
+def _to_hf(values: Values) -> int:
+    from mimo_megatron.convert.verbs import to_hf
+
+    model = to_hf(values.checkpoint, values.hf_dir, _dtype(values), values.tokenizer_from)
+    print(f"{values.hf_dir}: {model.name}")
+    return 0
+
+
+def _verify_arguments(parser: Arguments) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("hf_dir", type=Path)
+
+
+def _verify(values: Values) -> int:
+    from mimo_megatron.convert.verbs import verify
+
+    verification = verify(values.checkpoint, values.hf_dir)
+    print(verification)
+    return int(not verification.is_equal)
+
+
+def _assemble_arguments(parser: Arguments) -> None:
+    parser.add_argument("text_from", type=Path, help="Hugging Face folder of the text model (the report: MiMo-7B-Base)")
+    parser.add_argument("vision_from", type=Path, help="of the model whose vision encoder is taken (Qwen2.5-VL-72B)")
+    parser.add_argument("checkpoint", type=Path, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=1, help="of the random projector (default 1)")
+    parser.add_argument("--name", help="of the model (default: both names)")
+    _add_dtype(parser)
+
+
+def _assemble(values: Values) -> int:
+    from mimo_megatron.convert.verbs import assemble
+
+    chosen = values.text_from, values.vision_from, values.checkpoint
+    print(f"{values.checkpoint}: {assemble(*chosen, values.seed, _dtype(values), values.name).name}")
+    return 0
+
+
+def _report_arguments(parser: Arguments) -> None:
+    parser.add_argument("run_dir", type=Path, nargs="+", help="one run, or the stages of a journey in their order")
+    parser.add_argument("--out", type=Path, help="the page of several runs (default journey.html beside the last)")
+
+
+def _report(values: Values) -> int:
+    from mimo_megatron.report.run_report import write_journey, write_report
+
+    for run_dir in values.run_dir:
+        print(write_report(run_dir))
+    if len(values.run_dir) > 1:
+        print(write_journey(values.run_dir, values.out or values.run_dir[-1].parent / "journey.html"))
+    return 0
+
+
 VERBS: tuple[Verb, ...] = (
     Verb("doctor", "what this machine offers, which backends follow, what to mend", _doctor_arguments, _doctor),
     Verb("config show", "every key of a recipe with the value it resolves to", _config_show_arguments, _config_show),
     Verb("config explain", "what a key of a recipe means", _config_explain_arguments, _config_explain),
+    Verb("data index", "measure the samples of every source of a recipe", _data_index_arguments, _data_index),
+    Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
+    Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
+    Verb("train", "run a recipe on this machine", _train_arguments, _train),
+    Verb("convert from-hf", "a Hugging Face folder into a checkpoint", _from_hf_arguments, _from_hf),
+    Verb("convert to-hf", "a checkpoint into a Hugging Face folder", _to_hf_arguments, _to_hf),
+    Verb("convert verify", "compare a checkpoint and a Hugging Face folder bit for bit", _verify_arguments, _verify),
+    Verb("convert assemble", "a text model, a vision encoder and a random projector", _assemble_arguments, _assemble),
+    Verb("report", "one HTML page of a run, or of several in their order", _report_arguments, _report),
 )
 _GROUPS = {
     "config": "recipes: show, explain",
     "data": "data sets: index, preview",
-    "convert": "checkpoints: convert, verify",
+    "convert": "checkpoints: from-hf, to-hf, verify, assemble",
 }
 
 

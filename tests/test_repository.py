@@ -50,6 +50,18 @@ def test_pyproject_lists_every_package_folder() -> None:
     assert set(project["tool"]["setuptools"]["packages"]) == expected
 
 
+def test_every_file_that_the_package_needs_at_run_time_is_installed() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for name, globs in patterns.items()
+        for glob in globs
+        for path in (ROOT / name.replace(".", "/")).glob(glob)
+    }
+    needed = {path for path in files(ROOT / "mimo_megatron") if path.suffix not in {".py", ".so"}}
+    assert needed <= installed, needed - installed
+
+
 def test_every_folder_of_modules_is_a_package() -> None:
     folders = {path.parent for path in files(ROOT / "mimo_megatron") if path.suffix == ".py"}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []

@@ -38,7 +38,7 @@ def pack_reference(lengths: Sequence[int], capacity: int) -> Packs:
 def pack_two_costs_reference(
     tokens: Sequence[int], patches: Sequence[int], token_capacity: int, patch_capacity: int
 ) -> Packs:
-    """Packs for two capacities. The best fit has the least token space, then the most patch space, then was filled last.
+    """Packs for two capacities. The best fit has the least token space, then most patch space, then was filled last.
 
     An item's size is tokens / token_capacity + 2 patches / patch_capacity; among equal ones more tokens are larger.
     """

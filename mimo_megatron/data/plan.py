@@ -65,10 +65,10 @@ class Plan:
         self.draws = _draws_per_epoch([len(members) for members in self._members], weights)
         self.samples_per_epoch = sum(self.draws)
         self.num_windows = -(-self.samples_per_epoch // window_samples)
-        self.fingerprint = self._fingerprint(weights, window_samples)
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
         self._window: tuple[int, int, list[NDArray[np.int64]]] = (-1, -1, [])
         self._packs_before: tuple[int, list[int]] = (-1, [0])
+        self.fingerprint = self._fingerprint(weights, window_samples)
 
     def window_packs(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
         """The packs of one window in training order, each an array of sample numbers."""
@@ -133,8 +133,9 @@ class Plan:
         digest = hashlib.sha256(repr((list(weights), window_samples, self._capacities, sizes)).encode())
         for array in (*self._members, self._tokens, self._patches):
             digest.update(array.tobytes())
-        # numpy does not promise the same permutations in all versions; a few of them tell when they change
-        digest.update(self._random(_EPOCH, 0).permutation(64).tobytes())
+        # Another numpy may permute in another way, another packer may pack in another way: the first packs tell.
+        for pack in self.window_packs(0, 0):
+            digest.update(pack.tobytes() + b"|")
         return digest.hexdigest()[:16]
 
 

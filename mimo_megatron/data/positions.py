@@ -1,9 +1,10 @@
 """The three-axis positions (time, height, width) of one sample's tokens, for M-RoPE with absolute time.
 
 Text counts 0, 1, 2, ... on all three axes. A medium's tokens share a start and spread over its grid, a video's time
-axis in units of ``1 / tokens_per_second`` seconds; what follows starts one past the largest of these positions, or of
-those of one frame (``vision.video_advance``).
-Invariants: positions never decrease from one run of text or medium to the next; a sample's first position is 0.
+axis in units of ``1 / tokens_per_second`` seconds. What follows starts one past the largest of its positions
+(``vision.video_advance`` "time") or, after videos too, one past the largest row or column ("frame", as transformers 5
+does: the text then starts inside the time of a video that lasts longer than it is wide).
+Invariants: a sample's first position is 0; each run of text or medium starts past the one before, by the chosen rule.
 """
 
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ def _count_text(positions_3T: NDArray[np.int64], first: int) -> int:
 def _media_positions(one: EncodedMedia, model: ModelConfig) -> NDArray[np.int64]:
     """[3, merged tokens] positions of one medium, from 0.
 
-    Time is multiplied out in float32 and then truncated: at 2 positions a second and 24.97 frames a second the product
-    falls on both sides of whole numbers, and the last bit decides.
+    Time is multiplied out in float32 and then truncated, as in transformers; the last bit can decide. Sampled at 1.3
+    frames a second, step 39 stands at 60 s: position 120 in float32, but 119 in float64.
     """
     assert model.vision is not None, "a text model has no media"
     merge = model.vision.spatial_merge_size

@@ -64,7 +64,7 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         calculate_per_token_loss=True,
         init_method=_leave_uninitialised,  # weights are drawn by name (mcore/weights.py) or loaded
         output_layer_init_method=_leave_uninitialised,
-        use_cpu_initialization=on_cpu,
+        use_cpu_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "empty_like", "full", "ones", "randn", "tensor", "zeros", "zeros_like")
@@ -34,7 +35,7 @@ def _answer_device_queries() -> None:
     """``torch.cuda.current_device`` (tensor_parallel/mappings.py, distributed/param_and_grad_buffer.py, p2p_communication.py),
     ``synchronize`` (p2p_communication.py:242), ``empty_cache`` (optimizer.py:362), ``nvtx`` (utils.py), streams."""
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = torch.get_default_device  # the CPU, or meta where a model is only described
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # tensor_parallel/random.py:51, recomputation
@@ -55,6 +56,7 @@ def _map_cuda_factories() -> None:
 
         return wrapped
 
+    _device_constructors()  # ``torch.device("meta")`` knows the factories by identity: let it see the plain ones first
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

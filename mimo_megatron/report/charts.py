@@ -70,13 +70,21 @@ def line_chart(
 
 
 def smooth(ys: NDArray[np.float64], num_steps: int) -> NDArray[np.float64]:
-    """The running mean with a memory of about ``num_steps``, unbiased at its start; a gap stays a gap."""
+    """A mean that reaches about ``num_steps / 2`` to both sides, so that it does not lag; a gap stays a gap.
+
+    Weights fall off exponentially, and are normalised at the ends.
+    """
     keep = 1 - 2 / (num_steps + 1)
+    finite = np.flatnonzero(np.isfinite(ys))
+    sums, weights = -ys[finite], np.full(len(finite), -1.0)  # both passes count the point itself
+    for direction in (1, -1):
+        total = weight = 0.0
+        for i in range(len(finite))[::direction]:
+            total, weight = keep * total + ys[finite[i]], keep * weight + 1
+            sums[i] += total
+            weights[i] += weight
     smoothed = np.full_like(ys, np.nan)
-    total = weight = 0.0
-    for i in np.flatnonzero(np.isfinite(ys)):
-        total, weight = keep * total + ys[i], keep * weight + 1
-        smoothed[i] = total / weight
+    smoothed[finite] = sums / weights
     return smoothed
 
 

@@ -50,8 +50,8 @@ def loss_chart(run: RunData, *, is_wide: bool) -> Chart | None:
         num_steps = max(2, len(loss) // share)
         series.append(Series(f"mean of {num_steps}", run.steps, smooth(loss, num_steps), f"c-loss {level}", False))
         levels.append((level, f"{num_steps} steps"))
-    size = dict(width=1140, height=280) if is_wide else {}
-    svg = line_chart(series, label="Loss by step", markers=_markers(run), **size)
+    width, height = (1140, 280) if is_wide else (560, 210)
+    svg = line_chart(series, label="Loss by step", markers=_markers(run), width=width, height=height)
     return Chart("Loss per trained token", svg, smoothing=tuple(levels), is_wide=is_wide)
 
 
@@ -74,7 +74,7 @@ def lr_chart(run: RunData) -> Chart | None:
     if not rates:
         return None
     peaks = [np.nanmax(rate) for rate in rates.values()]
-    is_log = max(peaks) >= _LOG_LR_RATIO * min(peaks)
+    is_log = bool(max(peaks) >= _LOG_LR_RATIO * min(peaks))
     together: dict[bytes, list[str]] = {}  # modules with the same rates share a line
     for module, rate in rates.items():
         together.setdefault(rate.tobytes(), []).append(module)
@@ -82,9 +82,7 @@ def lr_chart(run: RunData) -> Chart | None:
     for modules in together.values():
         rate, css = rates[modules[0]], f"c{order.index(modules[0]) % 4 + 1}"
         series.append(Series(", ".join(modules), run.steps, np.where(rate > 0, rate, np.nan) if is_log else rate, css))
-    svg = line_chart(
-        series, label="Learning rate by step", markers=_markers(run), is_log=is_log, y_format=scientific
-    )  # fmt: skip
+    svg = line_chart(series, label="Rates by step", markers=_markers(run), is_log=is_log, y_format=scientific)
     legend = tuple((one.name, one.css) for one in series)
     return Chart("Learning rate" + (" (log)" if is_log else ""), svg, legend)
 

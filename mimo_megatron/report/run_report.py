@@ -1,12 +1,13 @@
 """One HTML file that tells a run: what it was, how it went, what was left out, and how well it did.
 
 The file needs nothing else: styles and charts are inline, there is no script, and its content policy forbids any
-request. Whatever a run folder lacks is left out; what could not be read is named at the end.
+request. Whatever a run folder lacks is left out; what is there and could not be read is named.
 """
 
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from os.path import relpath
 from pathlib import Path
@@ -16,8 +17,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mimo_megatron.report.charts import compact, percent, scientific
-from mimo_megatron.report.run_charts import journey_chart, loss_chart, lr_chart, run_charts
-from mimo_megatron.report.run_data import RunData, joint_evaluation, load_run, mean_of_ends, number, skipped_by_reason
+from mimo_megatron.report.run_charts import Chart, journey_chart, loss_chart, lr_chart, run_charts
+from mimo_megatron.report.run_data import (
+    Evaluation,
+    RunData,
+    joint_evaluation,
+    load_run,
+    mean_of_ends,
+    number,
+    skipped_by_reason,
+)
 
 _NUM_IDS_SHOWN = 50
 
@@ -25,7 +34,9 @@ _NUM_IDS_SHOWN = 50
 def write_report(run_dir: Path) -> Path:
     """``run_dir/report.html``, written anew from what the run folder holds now."""
     run = load_run(run_dir)
-    page = _environment().get_template("run.html").render(
+    return _write(
+        run_dir / "report.html",
+        "run.html",
         run=run,
         facts=_facts(run),
         status=_status(run),
@@ -37,41 +48,45 @@ def write_report(run_dir: Path) -> Path:
         skipped=skipped_by_reason(run.skipped),
         num_ids_shown=_NUM_IDS_SHOWN,
         events=_events(run),
-        written=_now(),
-    )  # fmt: skip
-    return _write(run_dir / "report.html", page)
+    )
 
 
 def write_journey(run_dirs: Sequence[Path], out: Path, *, title: str = "Training journey") -> Path:
     """``out``: the given runs, stage after stage in that order, in one page."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
     joint = joint_evaluation(runs)
-    stages = [
-        dict(
-            run=run,
-            status=_status(run),
-            modules=dict(_modules(run)),
-            figures=dict(_figures(run)),
-            charts=[chart for chart in (loss_chart(run, is_wide=False), lr_chart(run)) if chart],
-            evaluation=None if joint else run.evaluation,
-            report=_link(run.run_dir / "report.html", out),
-        )
-        for run in runs
-    ]
-    page = (
-        _environment()
-        .get_template("journey.html")
-        .render(
-            title=title,
-            stages=stages,
-            module_names=_names_in_order(stage["modules"] for stage in stages),
-            figure_names=_names_in_order(stage["figures"] for stage in stages),
-            evaluation=joint,
-            chart=journey_chart(runs),
-            written=_now(),
-        )
+    stages = [_stage(run, out, None if joint else run.evaluation) for run in runs]
+    return _write(
+        out,
+        "journey.html",
+        title=title,
+        stages=stages,
+        module_names=_names_in_order(stage.modules for stage in stages),
+        figure_names=_names_in_order(stage.figures for stage in stages),
+        evaluation=joint,
+        chart=journey_chart(runs),
     )
-    return _write(out, page)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the page of a journey shows of one run."""
+
+    name: str
+    status: str
+    modules: Mapping[str, str]
+    figures: Mapping[str, tuple[str, str]]
+    charts: Sequence[Chart]
+    evaluation: Evaluation | None
+    faults: Sequence[str]
+    report: str | None
+
+
+def _stage(run: RunData, page: Path, evaluation: Evaluation | None) -> _Stage:
+    charts = [chart for chart in (loss_chart(run, is_wide=False), lr_chart(run)) if chart]
+    modules, figures = dict(_modules(run)), dict(_figures(run))
+    report = _link(run.run_dir / "report.html", page)
+    return _Stage(run.name, _status(run)[0], modules, figures, charts, evaluation, run.faults, report)
 
 
 @functools.cache
@@ -87,7 +102,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _write(path: Path, page: str) -> Path:
+def _write(path: Path, template: str, **content: Any) -> Path:
+    page = _environment().get_template(template).render(written=_time(datetime.now(UTC).timestamp()), **content)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A JSON string may hold half a surrogate pair (a text cut in two), for which UTF-8 has no bytes.
     path.write_text(page, encoding="utf-8", errors="replace")
@@ -113,8 +129,8 @@ def _status(run: RunData) -> tuple[str, bool]:
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     """What the run was, as (term, value): model, layout, precision, origin, versions."""
-    start = next((one["detail"] for one in reversed(run.events) if isinstance(one.get("detail"), Mapping)
-                  and "versions" in one["detail"]), {})  # fmt: skip
+    details = [one["detail"] for one in run.events if isinstance(one.get("detail"), Mapping)]
+    start: Mapping[str, Any] = next((one for one in reversed(details) if "versions" in one), {})
     facts = [
         ("Model", run.setting("model.name")),
         ("Layout", _layout(run, start.get("ranks"))),
@@ -227,7 +243,3 @@ def _time(value: Any) -> str:
     except (ValueError, TypeError, OverflowError, OSError):
         return "" if value is None else str(value)
     return at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _now() -> str:
-    return _time(datetime.now(UTC).timestamp())

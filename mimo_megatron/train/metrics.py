@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ class StepRecord:
 
 
 class MetricsWriter:
-    """Writes the records of one run. Made on rank 0 only: ``with MetricsWriter(...).open_for(step) as metrics``.
+    """Writes the records of one run, from ``open_for`` to the end of its ``with`` block. Made on rank 0 only.
 
     ``peak_flops`` is that of all ranks' devices together; with it, records say their MFU.
     """
@@ -92,16 +93,21 @@ class MetricsWriter:
         self._num_ranks = num_ranks
         self._peak_flops = peak_flops
         self._mean_seconds: float | None = None
+        self._open = ExitStack()
 
     def open_for(self, step: int) -> Self:
         """Itself, ready for the records after ``step`` (0 begins a run); rows of an earlier attempt beyond it go."""
         self._run_dir.mkdir(parents=True, exist_ok=True)
         metrics = self._run_dir / "metrics.jsonl"
         keep_rows_until(metrics, step)
-        self._rows = open_to_append(metrics)
-        self._events = open_to_append(self._run_dir / "events.jsonl")
-        self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        self._rows = self._open.enter_context(open_to_append(metrics))
+        self._events = self._open.enter_context(open_to_append(self._run_dir / "events.jsonl"))
+        self._tensorboard = self._open.enter_context(
+            SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        )
         self._bar = _LiveBar(self._config.name, step, self._total_steps) if self._is_tty else None
+        if self._bar:
+            self._open.callback(self._bar.close)
         self.event("resume" if step else "start", step, {"ranks": self._num_ranks, **provenance()})
         return self
 
@@ -132,11 +138,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.close()
-        self._tensorboard.close()
-        self._events.close()
-        self._rows.close()
+        self._open.close()
 
     def _row(self, record: StepRecord) -> dict[str, Any]:
         mfu = None
@@ -157,7 +159,7 @@ class _LiveBar:
 
     def __init__(self, name: str, step: int, total_steps: int) -> None:
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),

@@ -1,9 +1,9 @@
 """Three-axis positions against transformers' ``get_rope_index`` for Qwen2.5-VL.
 
-One difference is meant. After a video that lasts longer than it is wide, transformers 5 continues the text at start +
-max(height, width) and so repeats positions of the video's later frames, while the paper, the code the weights were
-released with, and transformers' own decoding (``rope_deltas``) continue at the largest position + 1. So do we: such
-layouts are compared with transformers' positions of each stretch, joined by its own deltas.
+After a video that lasts longer than it is wide, transformers 5 continues the text at start + max(height, width): our
+``video_advance`` "frame". The paper, the code the weights were released with, and transformers' own decoding (its
+``rope_deltas``) continue at the largest position + 1: our "time", compared with transformers' positions of each stretch
+of text and medium, joined by its own deltas.
 """
 
 from functools import partial
@@ -28,16 +28,19 @@ def medium(kind: str, grid: tuple[int, int, int], seconds_per_grid: float = 0.0)
     return EncodedMedia(kind, np.zeros((0, 1176), np.uint8), grid, seconds_per_grid)  # type: ignore[arg-type]
 
 
-def random_stretch(rng: np.random.Generator, *, is_long: bool) -> tuple[list[int], EncodedMedia]:
-    """Some text, then one medium; ``is_long`` lets a video's time axis outgrow its height and width."""
+def with_advance(advance: str, tokens_per_second: float = 2.0) -> ModelConfig:
+    assert MODEL.vision is not None
+    update = {"video_advance": advance, "tokens_per_second": tokens_per_second}
+    return MODEL.model_copy(update={"vision": MODEL.vision.model_copy(update=update)})
+
+
+def random_stretch(rng: np.random.Generator) -> tuple[list[int], EncodedMedia]:
+    """Some text, then one image or video, some of which last longer than they are wide."""
     height, width = (2 * int(side) for side in rng.integers(1, 9, 2))
-    grid, seconds = (1, height, width), 0.0
+    one, pad = medium("image", (1, height, width)), MODEL.tokens.image_pad
     if rng.random() < 0.5:
-        frames = int(rng.integers(1, 12))
-        longest = 8.0 if is_long else (max(height, width) // 2 - 1) / (2 * max(frames - 1, 1))
-        grid, seconds = (frames, height, width), float(rng.choice([rng.uniform(0, longest), min(0.5, longest)]))
-    one = medium("video" if seconds or rng.random() < 0.1 else "image", grid, seconds)
-    pad = MODEL.tokens.video_pad if one.kind == "video" else MODEL.tokens.image_pad
+        seconds = float(rng.choice([0.5, 1.0, rng.uniform(0, 4)]))
+        one, pad = medium("video", (int(rng.integers(1, 12)), height, width), seconds), MODEL.tokens.video_pad
     num_text = int(rng.integers(1, 6))  # transformers tells neighbouring media apart by the text between them
     return [TEXT] * num_text + [pad] * (one.num_patches // 4), one
 
@@ -66,9 +69,9 @@ def hf_positions(
     return positions[:, 0], len(token_ids) + int(delta)
 
 
-def random_layout(seed: int, *, is_long: bool) -> list[tuple[list[int], list[EncodedMedia]]]:
+def random_layout(seed: int) -> list[tuple[list[int], list[EncodedMedia]]]:
     rng = np.random.default_rng(seed)
-    stretches = [random_stretch(rng, is_long=is_long) for _ in range(rng.integers(0, 5))]
+    stretches = [random_stretch(rng) for _ in range(rng.integers(0, 5))]
     tail = [TEXT] * int(rng.integers(1, 6))
     return [*((ids, [one]) for ids, one in stretches), (tail, [])]
 
@@ -78,37 +81,37 @@ def joined(layout: list[tuple[list[int], list[EncodedMedia]]]) -> tuple[list[int
 
 
 def test_positions_equal_hf_on_random_layouts() -> None:
+    model = with_advance("frame")
     for seed in range(1000):
-        token_ids, media = joined(random_layout(seed, is_long=False))
+        token_ids, media = joined(random_layout(seed))
         want, _ = hf_positions(token_ids, media)
-        np.testing.assert_array_equal(mrope_positions(np.array(token_ids), media, MODEL), want, err_msg=f"seed {seed}")
+        np.testing.assert_array_equal(mrope_positions(np.array(token_ids), media, model), want, err_msg=f"seed {seed}")
 
 
-def test_long_videos_equal_hf_stretch_by_stretch() -> None:
-    num_outgrown = 0
-    for seed in range(300):
-        layout = random_layout(seed, is_long=True)
-        want, start = [], 0
+def test_text_after_a_video_starts_past_its_last_moment() -> None:
+    model = with_advance("time")
+    num_differing = 0
+    for seed in range(1000):
+        layout = random_layout(seed)
+        stretches, start = [], 0
         for token_ids, media in layout:
             stretch, length = hf_positions(token_ids, media)
-            want.append(stretch + start)
+            stretches.append(stretch + start)
             start += length
-        got = mrope_positions(np.array(joined(layout)[0]), joined(layout)[1], MODEL)
-        np.testing.assert_array_equal(got, torch.cat(want, 1), err_msg=f"seed {seed}")
-        num_outgrown += not torch.equal(torch.cat(want, 1), hf_positions(*joined(layout))[0])
-    assert num_outgrown > 50  # the layouts do exercise the difference
+        want, (token_ids, media) = torch.cat(stretches, 1), joined(layout)
+        np.testing.assert_array_equal(mrope_positions(np.array(token_ids), media, model), want, err_msg=f"seed {seed}")
+        num_differing += not torch.equal(want, hf_positions(token_ids, media)[0])
+    assert num_differing > 100  # the layouts do tell the two rules apart
 
 
 @pytest.mark.parametrize("tokens_per_second", [1.0, 2.0, 4.0, 25.0, 41.0])
 def test_times_truncate_as_in_hf(tokens_per_second: float) -> None:
     """Products near whole numbers, where the rounding of the multiplication decides."""
-    assert MODEL.vision is not None
-    vision = MODEL.vision.model_copy(update={"tokens_per_second": tokens_per_second})
-    model = MODEL.model_copy(update={"vision": vision})
-    for frame_rate in (0.7, 1.0, 1.3, 2.0, 2.06, 23.976, 24.97, 29.97, 30.0):
+    for frame_rate in (0.7, 1.0, 1.3, 2.0, 2.06, 3.0, 23.976, 24.0, 24.97, 29.97, 30.0):
         token_ids, media = [MODEL.tokens.video_pad] * 400, [medium("video", (400, 2, 2), 2 / frame_rate)]
         want, _ = hf_positions(token_ids, media, tokens_per_second)
-        np.testing.assert_array_equal(mrope_positions(np.array(token_ids), media, model), want)
+        got = mrope_positions(np.array(token_ids), media, with_advance("time", tokens_per_second))
+        np.testing.assert_array_equal(got, want)
 
 
 def test_text_alone_counts_up_on_all_axes() -> None:
@@ -118,7 +121,7 @@ def test_text_alone_counts_up_on_all_axes() -> None:
 def test_neighbouring_media_need_no_text_between_them() -> None:
     media = [medium("image", (1, 2, 4)), medium("image", (1, 4, 2)), medium("video", (2, 2, 2), 1.0)]
     image, video = MODEL.tokens.image_pad, MODEL.tokens.video_pad
-    got = mrope_positions(np.array([image] * 4 + [video] * 2 + [TEXT]), media, MODEL)
+    got = mrope_positions(np.array([image] * 4 + [video] * 2 + [TEXT]), media, with_advance("time"))
     np.testing.assert_array_equal(got, [[0, 0, 2, 2, 4, 6, 7], [0, 0, 2, 3, 4, 4, 7], [0, 1, 2, 2, 4, 4, 7]])
 
 
@@ -137,11 +140,7 @@ def test_placeholders_that_do_not_fit_are_named(token_ids: list[int], message: s
         mrope_positions(np.array(token_ids), [medium("image", (1, 4, 4))], MODEL)
 
 
-def test_the_comparison_rejects_a_wrong_time_scale() -> None:
-    assert MODEL.vision is not None
-    model: ModelConfig = MODEL.model_copy(
-        update={"vision": MODEL.vision.model_copy(update={"tokens_per_second": 2.01})}
-    )
+def test_the_comparison_rejects_a_slightly_wrong_time_scale() -> None:
     token_ids, media = [MODEL.tokens.video_pad] * 100, [medium("video", (100, 2, 2), 1.0)]
     want, _ = hf_positions(token_ids, media)
-    assert not np.array_equal(mrope_positions(np.array(token_ids), media, model), want)
+    assert not np.array_equal(mrope_positions(np.array(token_ids), media, with_advance("time", 2.02)), want)

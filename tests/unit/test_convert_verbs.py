@@ -125,7 +125,7 @@ def test_mixed_dtypes_are_accepted_once_a_dtype_is_given(tmp_path: Path) -> None
 def test_many_missing_tensors_are_cut_to_ten_names(tmp_path: Path) -> None:
     hf = write_random_hf(tmp_path / "hf", small_model())
     rewrite(hf, {name: None for name in load_hf(hf) if name.startswith("visual.blocks.0.")})
-    with pytest.raises(CheckpointError, match="12 missing: .*; and 2 more"):
+    with pytest.raises(CheckpointError, match=r"12 missing: .*; and 2 more"):
         from_hf(hf, tmp_path / "ckpt")
 
 

@@ -1,4 +1,4 @@
-"""Stored samples to ids and patches: measured lengths are exact, coordinates follow the resize, errors name a sample."""
+"""Samples to ids and patches: measured lengths are exact, coordinates follow the resize, errors name samples."""
 
 import dataclasses
 import json

@@ -108,8 +108,11 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path, log_lines):
 def test_a_broken_row_inside_the_file_stops_the_resume_by_its_line_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"stp": 2}\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl line 2 is not a metrics row"):
-        write_steps(tmp_path, 4, 4)
+    with (
+        pytest.raises(DataError, match=r"metrics\.jsonl line 2 is not a metrics row"),
+        MetricsWriter(tmp_path, make_config(tmp_path), 10, False) as metrics,
+    ):
+        metrics.open_for(3)
     assert path.read_text().count("\n") == 3
 
 

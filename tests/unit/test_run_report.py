@@ -231,8 +231,8 @@ METRIC_KEYS = ("loss", "grad_norm", "lrs", "skipped", "num_tokens", "num_slots",
         ),
         max_size=5,
     ),
-    events=st.lists(st.fixed_dictionaries({k: JSON for k in ("time", "event", "step", "detail")}), max_size=3),
-    skipped=st.lists(st.fixed_dictionaries({k: JSON for k in ("id", "reason", "detail")}), max_size=3),
+    events=st.lists(st.fixed_dictionaries(dict.fromkeys(("time", "event", "step", "detail"), JSON)), max_size=3),
+    skipped=st.lists(st.fixed_dictionaries(dict.fromkeys(("id", "reason", "detail"), JSON)), max_size=3),
     config=st.dictionaries(st.sampled_from(("name", "train", "parallel", "model")), JSON),
     table=JSON,
 )
@@ -351,11 +351,15 @@ def test_log_ticks_are_decades_or_their_2s_and_5s(low, high, expected):
     assert log_ticks(low, high) == pytest.approx(expected)
 
 
-def test_smoothing_is_the_unbiased_running_mean_and_keeps_gaps():
+def test_smoothing_weighs_both_sides_alike_and_keeps_gaps():
     ys = np.array([4.0, math.nan, 1.0, 7.0])
-    smoothed = smooth(ys, 3)  # weights halve with every step back
-    expected = [4.0, math.nan, (1 + 4 / 2) / 1.5, (7 + 1 / 2 + 4 / 4) / 1.75]
-    np.testing.assert_allclose(smoothed, expected)
+    expected = [(4 + 1 / 2 + 7 / 4) / 1.75, math.nan, (4 / 2 + 1 + 7 / 2) / 2, (4 / 4 + 1 / 2 + 7) / 1.75]
+    np.testing.assert_allclose(smooth(ys, 3), expected)  # weights halve with every step away
+
+
+def test_smoothing_does_not_lag_behind_a_straight_fall():
+    ys = np.linspace(9, 1, 101)
+    assert smooth(ys, 10)[50] == pytest.approx(5.0)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.integers(2, 50))
