@@ -43,15 +43,17 @@ class QuestionSet:
 
 
 SOURCES: dict[str, Source] = {
-    "caption_one": Source("caption", "one", 20_000),
-    "caption_few": Source("caption", "few", 20_000),
-    "caption_some": Source("caption", "some", 20_000),
+    "caption_tile": Source("caption", "tile", 30_000),
+    "caption_one": Source("caption", "one", 40_000),
+    "caption_two": Source("caption", "two", 40_000),
+    "caption_few": Source("caption", "few", 40_000),
+    "caption_some": Source("caption", "some", 40_000),
     "caption_many": Source("caption", "many", 20_000),
-    "dense_one": Source("dense", "one", 10_000),
+    "dense_two": Source("dense", "two", 20_000),
     "dense_few": Source("dense", "few", 20_000),
     "dense_some": Source("dense", "some", 20_000),
-    "question_few": Source("question", "few", 10_000),
-    "question_some": Source("question", "some", 10_000),
+    "question_few": Source("question", "few", 20_000),
+    "question_some": Source("question", "some", 20_000),
     "pair_few": Source("pair", "few", 5_000),
     "clip_one": Source("clip", "one", 2_000),
     "clip_few": Source("clip", "few", 2_000),
@@ -59,10 +61,10 @@ SOURCES: dict[str, Source] = {
 }
 _SCENE_TASKS = ("read", "count", "locate", "point", "add", "subtract")
 QUESTIONS: tuple[QuestionSet, ...] = (
-    QuestionSet("question", "few", _SCENE_TASKS, 100),
-    QuestionSet("question", "some", _SCENE_TASKS, 100),
-    QuestionSet("pair", "few", ("read_pair", "count_pair"), 50),
-    QuestionSet("clip", "few", ("when",), 50),
+    QuestionSet("question", "few", _SCENE_TASKS, 60),
+    QuestionSet("question", "some", _SCENE_TASKS, 60),
+    QuestionSet("pair", "few", ("read_pair", "count_pair"), 30),
+    QuestionSet("clip", "few", ("when",), 40),
 )
 
 

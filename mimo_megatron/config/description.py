@@ -37,7 +37,7 @@ def read_description(folder: Path) -> ModelConfig:
             raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}")
         return ModelConfig.model_validate(description["model"])
     except (ValueError, KeyError, AttributeError) as fault:
-        raise CheckpointError(f"{path} does not describe a model: {fault!r}; take another checkpoint") from fault
+        raise CheckpointError(f"{path} does not describe a model ({fault}); take another checkpoint") from fault
 
 
 def check_description(folder: Path, wanted: ModelConfig) -> None:

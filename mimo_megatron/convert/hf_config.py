@@ -119,7 +119,8 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
     except KeyError as fault:
         raise CheckpointError(f"{name}: config.json lacks the key {fault}") from fault
     except ValidationError as fault:
-        raise CheckpointError(f"{name}: config.json does not describe a model that can run: {fault}") from fault
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in fault.errors())
+        raise CheckpointError(f"{name}: config.json does not describe a model that can run: {problems}") from fault
     if vision is not None:
         out_width = config["vision_config"].get("out_hidden_size", model.text.width)
         if out_width != model.text.width:

@@ -60,15 +60,21 @@ class Rule:
         return ours
 
     def to_hf(self, ours: Tensor, out: Tensor | None = None) -> list[Tensor]:
-        """The Hugging Face tensors, in the order of ``hf``. Views of ``out`` or ``ours``, as in ``to_ours``."""
+        """The Hugging Face tensors, in the order of ``hf``. Written into the flat ``out`` where rows are gathered."""
         if not self.pieces:
             return [ours.reshape(self.hf[0].shape)]
         flat = ours.new_empty(self.ours.numel) if out is None else out
-        parts = flat.split([spec.numel for spec in self.hf])
-        hf = [part.view(spec.shape) for part, spec in zip(parts, self.hf, strict=True)]
-        for piece in self.pieces:
-            here = ours.narrow(piece.dim, piece.ours_start, piece.length)
-            hf[piece.source].narrow(piece.dim, piece.hf_start, piece.length).copy_(here)
+        rooms = flat.split([spec.numel for spec in self.hf])
+        return [self._gather(ours, source, room) for source, room in enumerate(rooms)]
+
+    def _gather(self, ours: Tensor, source: int, room: Tensor) -> Tensor:
+        pieces = [piece for piece in self.pieces if piece.source == source]
+        here = [ours.narrow(piece.dim, piece.ours_start, piece.length) for piece in pieces]
+        if len(pieces) == 1:
+            return here[0]
+        hf = room.view(self.hf[source].shape)
+        for piece, values in zip(pieces, here, strict=True):
+            hf.narrow(piece.dim, piece.hf_start, piece.length).copy_(values)
         return hf
 
 

@@ -80,7 +80,8 @@ def build_index(
     out = out or folder
     out.mkdir(parents=True, exist_ok=True)
     (out / SIDECAR_FILE).unlink(missing_ok=True)
-    indexer = _Indexer(folder.name, tokenizer, model, data, held_out_fraction)
+    source = folder.resolve().name
+    indexer = _Indexer(source, tokenizer, model, data, held_out_fraction)
     described = []
     with (
         pq.ParquetWriter(out / INDEX_FILE, SCHEMA) as table,
@@ -97,7 +98,7 @@ def build_index(
     report = indexer.report
     sidecar = {
         "version": INDEX_VERSION,
-        "source": folder.name,
+        "source": source,
         "shards_folder": os.path.relpath(folder.resolve(), out.resolve()),
         "settings": length_settings(tokenizer, model, data),
         "num_samples": dict(report.num_samples),

@@ -88,7 +88,7 @@ class Plan:
         while len(taken) < num_packs:
             window, first = self._find(epoch, consumed)
             if window == self.num_windows:
-                epoch, consumed = epoch + 1, consumed - first
+                epoch, consumed = epoch + 1, 0
                 continue
             found = self.window_packs(epoch, window)[consumed - first :][: num_packs - len(taken)]
             taken += found

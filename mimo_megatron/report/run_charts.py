@@ -10,7 +10,7 @@ from mimo_megatron.report.charts import Marker, Series, line_chart, percent, sci
 from mimo_megatron.report.run_data import RunData
 
 _MODULES = ("text", "projector", "vision")  # each keeps its colour in every chart
-_SMOOTHING = {"light": 25, "strong": 8}  # the running mean reaches over 1/25 and 1/8 of the run
+_SMOOTHING = {"light": (25, 2), "strong": (8, 5)}  # over 1/25 and 1/8 of the run, but at least so many steps
 _LOG_LR_RATIO = 10  # peak rates further apart than this share no linear axis
 _LOG_NORM_RATIO = 20  # a largest norm this far above the median would flatten all others
 
@@ -46,13 +46,18 @@ def loss_chart(run: RunData, *, is_wide: bool) -> Chart | None:
         return None
     series = [Series("loss", run.steps, loss, "c-loss raw")]
     levels = [("off", "off")]
-    for level, share in _SMOOTHING.items():
-        num_steps = max(2, len(loss) // share)
+    for level in _SMOOTHING:
+        num_steps = _reach(len(loss), level)
         series.append(Series(f"mean of {num_steps}", run.steps, smooth(loss, num_steps), f"c-loss {level}", False))
         levels.append((level, f"{num_steps} steps"))
     width, height = (1140, 280) if is_wide else (560, 210)
     svg = line_chart(series, label="Loss by step", markers=_markers(run), width=width, height=height)
     return Chart("Loss per trained token", svg, smoothing=tuple(levels), is_wide=is_wide)
+
+
+def _reach(num_steps: int, level: str) -> int:
+    share, at_least = _SMOOTHING[level]
+    return max(at_least, num_steps // share)
 
 
 def _norm_chart(run: RunData) -> Chart | None:
@@ -118,7 +123,7 @@ def journey_chart(runs: Sequence[RunData]) -> Chart | None:
             continue
         css, at = f"c{i % 4 + 1}", run.steps + offset
         series.append(Series(run.name, at, loss, f"{css} faint"))
-        series.append(Series(run.name, at, smooth(loss, max(2, len(loss) // _SMOOTHING["light"])), css, False))
+        series.append(Series(run.name, at, smooth(loss, _reach(len(loss), "light")), css, False))
         markers.append(Marker(float(at[0]), run.name, "stage"))
         offset = float(at[-1])
     if not series:

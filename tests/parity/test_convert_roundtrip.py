@@ -12,10 +12,12 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 from torch.distributed.checkpoint import BytesStorageMetadata, FileSystemReader
+from torch.multiprocessing import ProcessRaisedException
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.convert import verbs
 from mimo_megatron.convert.checkpoint_io import CheckpointReader
 from mimo_megatron.convert.families import object_keys, rules_for
 from mimo_megatron.convert.hf_config import hf_config
@@ -129,7 +131,7 @@ def test_megatron_loads_an_imported_model_strictly_in_every_layout(name: str, la
 
 
 def random_weights(address: RankAddress, layout: dict[str, Any], model: ModelConfig, ckpt: str) -> dict[str, Tensor]:
-    """This rank's parameters, gathered over tp; saved with the optimizer, as training does, where ``ckpt`` is named."""
+    """This rank's shards of them; saved with the optimizer, as training does, where ``ckpt`` is named."""
     config = run_config(model, parallel=ParallelConfig(**layout), precision="bf16")
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
@@ -158,6 +160,13 @@ def test_what_four_ranks_saved_is_exported_as_the_weights_of_one_rank(tmp_path: 
     assert any(key.startswith("optimizer.") for key in stored)
     objects = [key for key, entry in stored.items() if isinstance(entry, BytesStorageMetadata)]
     assert sorted(objects) == sorted(object_keys(model))
+
+
+def test_a_strict_load_is_refused_without_megatrons_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs, "object_keys", lambda _: [])
+    from_hf(write_random_hf(tmp_path / "hf", small_model()), tmp_path / "ckpt")
+    with pytest.raises(ProcessRaisedException, match=r"linear_qkv\._extra_state"):
+        run_ranks(load_strictly, 1, {}, small_model(), str(tmp_path / "ckpt"))
 
 
 def test_training_loads_an_imported_model(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ def test_epochs_and_seeds_give_other_orders():
     assert len(set(orders.values())) == 4
 
 
+def test_packs_of_a_window_come_in_random_order_and_not_largest_first():
+    costs = [(51 + number, 0) for number in range(40)]  # no two fit one pack
+    (packs,) = epoch_packs(plan_of([costs], window_samples=40), 0)
+    tokens = [costs[pack[0]][0] for pack in packs]
+    assert len(packs) == 40 and 0.3 < np.mean(np.diff(tokens) < 0) < 0.7
+
+
 def test_sources_are_mixed_within_windows():
     plan = plan_of([[(10, 0)] * 200, [(10, 0)] * 200], window_samples=50)
     shares = [np.mean(np.concatenate(packs) < 200) for packs in epoch_packs(plan, 0)]
