@@ -31,6 +31,13 @@ class Verb:
     run: Callable[[Values], int]
 
 
+def count(text: str) -> int:
+    """A whole number from 1; argparse names this function in its complaint."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
 def _doctor_arguments(parser: Arguments) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
@@ -72,7 +79,7 @@ def _recipe_arguments(parser: Arguments) -> None:
 
 def _config_show_arguments(parser: Arguments) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="check also that the run fits this many ranks")
+    parser.add_argument("--ranks", type=count, help="check also that the run fits this many ranks")
 
 
 def _config_show(values: Values) -> int:
@@ -101,8 +108,8 @@ def _config_explain(values: Values) -> int:
 
 def _pack_arguments(parser: Arguments) -> None:
     parser.add_argument("lengths", type=Path, help="an indexed folder, or lengths as .parquet, .npy or text")
-    parser.add_argument("--capacity", type=int, required=True, help="tokens of a pack")
-    parser.add_argument("--patch-capacity", type=int, help="vision patches of a pack")
+    parser.add_argument("--capacity", type=count, required=True, help="tokens of a pack")
+    parser.add_argument("--patch-capacity", type=count, help="vision patches of a pack")
     parser.add_argument("--plot", type=Path, help="draw the lengths and the fill into this file")
 
 
@@ -142,7 +149,7 @@ def _data_index(values: Values) -> int:
 def _data_preview_arguments(parser: Arguments) -> None:
     _recipe_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
-    parser.add_argument("--packs", type=int, default=4, help="packs shown, from the first step on (default 4)")
+    parser.add_argument("--packs", type=count, default=4, help="packs shown, from the first step on (default 4)")
 
 
 def _data_preview(values: Values) -> int:
@@ -156,7 +163,7 @@ def _data_preview(values: Values) -> int:
 
 def _train_arguments(parser: Arguments) -> None:
     _recipe_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="processes on this machine (default: tp * pp * cp of the recipe)")
+    parser.add_argument("--ranks", type=count, help="processes on this machine (default: tp * pp * cp of the recipe)")
 
 
 def _train(values: Values) -> int:

@@ -137,6 +137,11 @@ class PackedBatch:
         return len(self.token_ids_S)
 
     @property
+    def num_trained(self) -> int:
+        """Slots whose next token is trained."""
+        return int(self.loss_weights_S.count_nonzero())
+
+    @property
     def segment_lengths(self) -> list[int]:
         """Tokens of each sample's segment, padding left out."""
         bounds = self.segment_bounds[: len(self.sample_ids) + 1]

@@ -35,7 +35,7 @@ def write_random_hf(
 ) -> Path:
     """``folder``, now a Hugging Face folder whose tensors hold random bits, NaNs among them."""
     folder.mkdir(parents=True)
-    write_hf_companions(folder, model, dtype, PIXELS)
+    write_hf_companions(folder, model, dtype)
     draw = torch.Generator().manual_seed(seed)
     specs = [spec for rule in rules_for(model) for spec in rule.hf]
     with SafetensorsWriter(folder, specs, dtype, shard_bytes) as writer:

@@ -6,20 +6,32 @@ before any device is touched.
 
 from collections.abc import Callable, Iterator
 
+from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.problems import refuse
-from mimo_megatron.config.run import RunConfig
+from mimo_megatron.config.run import ParallelConfig, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
+LayoutRule = Callable[[ModelConfig, ParallelConfig, int], Iterator[str]]
 
 
 def check(config: RunConfig, world_size: int) -> None:
     """Nothing where the run fits ``world_size`` ranks, else a ``ConfigError`` that lists every failed rule."""
-    problems = [message for rule in RULES for message in rule(config, world_size)]
-    refuse(f"run {config.name!r} on {world_size} rank{'s' if world_size > 1 else ''}", problems)
+    problems = [message for rule in LAYOUT_RULES for message in rule(config.model, config.parallel, world_size)]
+    problems += [message for rule in RULES for message in rule(config, world_size)]
+    refuse(f"run {config.name!r} on {_ranks(world_size)}", problems)
 
 
-def ranks_fill_the_layout(config: RunConfig, world_size: int) -> Iterator[str]:
-    layout = config.parallel
+def check_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> None:
+    """Nothing where ``model`` can be laid out so, else a ``ConfigError`` that lists every failed rule."""
+    problems = [message for rule in LAYOUT_RULES for message in rule(model, layout, world_size)]
+    refuse(f"model {model.name!r} on {_ranks(world_size)}", problems)
+
+
+def _ranks(world_size: int) -> str:
+    return f"{world_size} rank{'s' if world_size > 1 else ''}"
+
+
+def ranks_fill_the_layout(model: ModelConfig, layout: ParallelConfig, world_size: int) -> Iterator[str]:
     if world_size % layout.model_ranks:
         yield (
             f"ranks ({world_size}) % (parallel.tp {layout.tp} * pp {layout.pp} * cp {layout.cp} = "
@@ -38,8 +50,10 @@ def packs_divide_over_data_parallel_ranks(config: RunConfig, world_size: int) ->
         )
 
 
-def tensor_parallel_divides_the_text_model(config: RunConfig, world_size: int) -> Iterator[str]:
-    tp, text = config.parallel.tp, config.model.text
+def tensor_parallel_divides_the_text_model(
+    model: ModelConfig, layout: ParallelConfig, world_size: int
+) -> Iterator[str]:
+    tp, text = layout.tp, model.text
     sizes = {
         "num_heads": text.num_heads,
         "num_kv_heads": text.num_kv_heads,
@@ -51,8 +65,8 @@ def tensor_parallel_divides_the_text_model(config: RunConfig, world_size: int) -
             yield f"model.text.{name} ({size}) % parallel.tp ({tp}) = {size % tp}, must be 0: lower parallel.tp"
 
 
-def pipeline_divides_the_layers(config: RunConfig, world_size: int) -> Iterator[str]:
-    pp, layers = config.parallel.pp, config.model.text.num_layers
+def pipeline_divides_the_layers(model: ModelConfig, layout: ParallelConfig, world_size: int) -> Iterator[str]:
+    pp, layers = layout.pp, model.text.num_layers
     if layers % pp:
         yield f"model.text.num_layers ({layers}) % parallel.pp ({pp}) = {layers % pp}, must be 0: choose another pp"
 
@@ -69,8 +83,10 @@ def packs_cut_evenly(config: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def sequence_parallel_needs_tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
-    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+def sequence_parallel_needs_tensor_parallel(
+    model: ModelConfig, layout: ParallelConfig, world_size: int
+) -> Iterator[str]:
+    if layout.sequence_parallel and layout.tp == 1:
         yield "parallel.sequence_parallel is true but parallel.tp is 1: raise tp, or set sequence_parallel=false"
 
 
@@ -148,13 +164,24 @@ def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
         names[token] = name
 
 
-RULES: tuple[Rule, ...] = (
+def prediction_layers_are_not_trained(config: RunConfig, world_size: int) -> Iterator[str]:
+    layers = config.model.text.num_mtp_layers
+    if layers:
+        yield (
+            f"model.text.num_mtp_layers is {layers}, and multi-token prediction cannot be trained yet: set "
+            "model.text.num_mtp_layers=0 (`convert assemble` leaves the layers behind)"
+        )
+
+
+LAYOUT_RULES: tuple[LayoutRule, ...] = (
     ranks_fill_the_layout,
-    packs_divide_over_data_parallel_ranks,
     tensor_parallel_divides_the_text_model,
     pipeline_divides_the_layers,
-    packs_cut_evenly,
     sequence_parallel_needs_tensor_parallel,
+)
+RULES: tuple[Rule, ...] = (
+    packs_divide_over_data_parallel_ranks,
+    packs_cut_evenly,
     something_is_trained,
     trained_modules_exist,
     warmup_ends_within_the_run,
@@ -162,4 +189,5 @@ RULES: tuple[Rule, ...] = (
     pixel_limits_are_ordered,
     largest_media_fit_a_pack,
     special_tokens_differ,
+    prediction_layers_are_not_trained,
 )

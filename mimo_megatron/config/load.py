@@ -113,7 +113,7 @@ def _put_preset_under(tree: Tree) -> list[str]:
     if not isinstance(model, dict) or "preset" not in model:
         return []
     name = model.pop("preset")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         tree["model"] = _merge({"name": "unknown", **next(iter(PRESETS.values()))}, model)  # to find the other mistakes
         return [f"model.preset: no preset {name!r}; there are {', '.join(PRESETS)}"]
     tree["model"] = _merge({"name": name, **PRESETS[name]}, model)

@@ -36,17 +36,22 @@ class VideoConfig(Strict):
     max_total_tokens: int = Field(16_384, gt=0, description="Most vision tokens of one video; frames shrink to fit.")
 
 
-class DataConfig(Strict):
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Data sets that are mixed.")
-    split: str = Field("train", description="Rows of the index that are used: those of this split.")
+class EncodingConfig(Strict):
+    """How messages, images and videos become tokens and patches; the same in training, scoring and generation."""
+
     tokenizer: Path = Field(description="Folder of a Hugging Face tokenizer.")
-    pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
-    pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
-    window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
     min_pixels: int = Field(3136, gt=0, description="A smaller image is scaled up to this.")
     max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
     video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
     system_prompt: str | None = Field(None, description="Put before samples that have no system message.")
+
+
+class DataConfig(EncodingConfig):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Data sets that are mixed.")
+    split: str = Field("train", description="Rows of the index that are used: those of this split.")
+    pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
+    pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
+    window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
 
 
 class OptimizerConfig(Strict):

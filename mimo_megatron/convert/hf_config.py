@@ -6,7 +6,6 @@ Invariant: ``model_from_hf_config(hf_config(model)) == model`` for every model t
 another model is refused with the fields that stand in the way.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ import torch
 from pydantic import ValidationError
 
 from mimo_megatron.config.model import ModelConfig, SpecialTokens, TextConfig, VisionConfig
-from mimo_megatron.convert.hf_io import write_json
+from mimo_megatron.config.processor import copy_tokenizer
+from mimo_megatron.config.run import EncodingConfig
+from mimo_megatron.convert.hf_io import read_json, write_json
 from mimo_megatron.errors import CheckpointError
 
 OWN_KEY = "mimo_megatron"
+_PREPROCESSOR = "preprocessor_config.json"
 _MODEL_TYPES = ("qwen2_5_vl", "mimo", "qwen2")
 _FIXED_VISION = {"norm_eps": 1e-6, "rope_theta": 10_000.0}
 """What Hugging Face's Qwen2.5-VL encoder has in its code, not in its configuration."""
@@ -31,16 +33,6 @@ _TOKEN_KEYS = {
 }
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -130,34 +122,42 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
     return model
 
 
-def write_hf_companions(folder: Path, model: ModelConfig, dtype: torch.dtype, pixels: tuple[int, int]) -> None:
-    """Write config.json, generation_config.json and, with a vision encoder, preprocessor_config.json."""
+def write_hf_companions(
+    folder: Path, model: ModelConfig, dtype: torch.dtype, encoding: EncodingConfig | None = None
+) -> None:
+    """Write config.json, generation_config.json and, with a vision encoder, preprocessor_config.json.
+
+    With ``encoding``, the tokenizer is copied too, and its pixel limits are written; else MiMo-VL's limits.
+    """
     tokens = model.tokens
     write_json(folder / "config.json", hf_config(model, dtype))
     generation = {"bos_token_id": tokens.pad, "pad_token_id": tokens.pad, "eos_token_id": [tokens.turn_end, tokens.pad]}
     write_json(folder / "generation_config.json", generation)
+    if encoding is not None:
+        copy_tokenizer(encoding.tokenizer, folder)
     if model.vision is not None:
+        fields = EncodingConfig.model_fields
         processor = {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2_5_VLProcessor",
-            "min_pixels": pixels[0],
-            "max_pixels": pixels[1],
+            "min_pixels": encoding.min_pixels if encoding else fields["min_pixels"].default,
+            "max_pixels": encoding.max_pixels if encoding else fields["max_pixels"].default,
             "patch_size": model.vision.patch_size,
             "temporal_patch_size": model.vision.temporal_patch_size,
             "merge_size": model.vision.spatial_merge_size,
             "image_mean": list(_PIXEL_MEAN),
             "image_std": list(_PIXEL_STD),
         }
-        write_json(folder / "preprocessor_config.json", processor)
+        if encoding is not None:
+            processor[OWN_KEY] = {"video": encoding.video.model_dump()}
+        write_json(folder / _PREPROCESSOR, processor)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files and the chat template."""
-    present = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if "tokenizer.json" not in present and "vocab.json" not in present:
-        raise CheckpointError(f"{source} holds no tokenizer: neither tokenizer.json nor vocab.json is there")
-    for name in present:
-        shutil.copyfile(source / name, folder / name)
+def encoding_of(hf_dir: Path) -> EncodingConfig:
+    """How a Hugging Face folder's model reads its input: its tokenizer and its image processor's limits."""
+    processor = read_json(hf_dir / _PREPROCESSOR) if (hf_dir / _PREPROCESSOR).is_file() else {}
+    limits = {key: processor[key] for key in ("min_pixels", "max_pixels") if key in processor}
+    return EncodingConfig.model_validate({"tokenizer": hf_dir, **limits, **processor.get(OWN_KEY, {})})
 
 
 def _hf_text(model: ModelConfig) -> dict[str, Any]:

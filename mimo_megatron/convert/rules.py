@@ -6,7 +6,7 @@ Invariants: the pieces of a rule cover every element of both sides exactly once;
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -46,7 +46,7 @@ class Rule:
     ours: Spec
     hf: tuple[Spec, ...]
     pieces: tuple[Piece, ...] = ()
-    copies: tuple[Spec, ...] = field(default=())
+    copies: tuple[Spec, ...] = ()
     """Hugging Face tensors that may repeat this one (a tied head). They must be equal to it, and are never written."""
 
     def to_ours(self, hf: Sequence[Tensor], out: Tensor | None = None) -> Tensor:

@@ -13,31 +13,40 @@ from torch import Tensor
 
 from mimo_megatron.config.description import check_same_model
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.processor import has_processor, read_processor, write_processor
+from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.convert.checkpoint_io import CheckpointReader, CheckpointWriter
 from mimo_megatron.convert.families import object_keys, rules_for
-from mimo_megatron.convert.hf_config import check_exportable, copy_tokenizer, model_from_hf_config, write_hf_companions
+from mimo_megatron.convert.hf_config import check_exportable, encoding_of, model_from_hf_config, write_hf_companions
 from mimo_megatron.convert.hf_io import SafetensorsFolder, SafetensorsWriter, read_json
 from mimo_megatron.convert.rules import Rule, Spec
 from mimo_megatron.convert.storage import Scratch, check_tensors, new_folder, same_bits
 from mimo_megatron.errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000
-PIXELS = (3136, 12_845_056)
-"""Smallest and largest image area in the written preprocessor_config.json: MiMo-VL's."""
 _PROJECTOR_STD = 0.02
 
 
 def from_hf(hf_dir: Path, ckpt_dir: Path, dtype: torch.dtype | None = None) -> ModelConfig:
-    """The model of ``hf_dir``, now also in the checkpoint ``ckpt_dir``; in its own dtype where none is given."""
+    """The model of ``hf_dir``, now also in the checkpoint ``ckpt_dir``; in its own dtype where none is given.
+
+    The folder's tokenizer and pixel limits go along, where it has a tokenizer.
+    """
     source = _HfModel(hf_dir)
     rules = rules_for(source.model)
     source.check(rules, dtype)
     with new_folder(ckpt_dir) as folder, CheckpointWriter(folder, source.model) as writer:
         for key, tensor in source.our_tensors(rules):
-            writer.add(key, tensor if dtype is None else tensor.to(dtype))
+            writer.add(key, tensor.to(dtype or tensor.dtype))
         for key in object_keys(source.model):
             writer.add_object(key, None)
+        _copy_processor(hf_dir, folder)
     return source.model
+
+
+def model_of(hf_dir: Path) -> ModelConfig:
+    """Which model a Hugging Face folder holds, by its ``config.json``."""
+    return model_from_hf_config(read_json(hf_dir / "config.json"), hf_dir.name)
 
 
 def to_hf(
@@ -46,9 +55,11 @@ def to_hf(
     dtype: torch.dtype | None = None,
     tokenizer_from: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
-    pixels: tuple[int, int] = PIXELS,
 ) -> ModelConfig:
-    """The model of ``ckpt_dir``, now also in the folder ``hf_dir``; in its own dtype where none is given."""
+    """The model of ``ckpt_dir``, now also in the folder ``hf_dir``; in its own dtype where none is given.
+
+    The tokenizer and pixel limits are those of the folder ``tokenizer_from``, else those in the checkpoint, if any.
+    """
     reader = CheckpointReader(ckpt_dir)
     check_exportable(reader.model)
     rules = rules_for(reader.model)
@@ -57,9 +68,7 @@ def to_hf(
     specs = [spec for rule in rules for spec in rule.hf]
     scratch = Scratch()
     with new_folder(hf_dir) as folder:
-        write_hf_companions(folder, reader.model, written, pixels)
-        if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, folder)
+        write_hf_companions(folder, reader.model, written, _encoding(ckpt_dir, tokenizer_from))
         with SafetensorsWriter(folder, specs, written, shard_bytes) as writer:
             for rule in rules:
                 ours = reader.read(rule.ours.name)
@@ -142,7 +151,19 @@ def assemble(
             writer.add(key, tensor.to(written))
         for key in object_keys(model):
             writer.add_object(key, None)
+        _copy_processor(text_from, folder)
     return model
+
+
+def _encoding(ckpt_dir: Path, tokenizer_from: Path | None) -> EncodingConfig | None:
+    if tokenizer_from is not None:
+        return encoding_of(tokenizer_from)
+    return read_processor(ckpt_dir) if has_processor(ckpt_dir) else None
+
+
+def _copy_processor(hf_dir: Path, ckpt_dir: Path) -> None:
+    if (hf_dir / "tokenizer.json").is_file():
+        write_processor(ckpt_dir, encoding_of(hf_dir))
 
 
 class _HfModel:
@@ -150,7 +171,7 @@ class _HfModel:
 
     def __init__(self, path: Path):
         self.path = path
-        self.model = model_from_hf_config(read_json(path / "config.json"), path.name)
+        self.model = model_of(path)
         self.folder = SafetensorsFolder(path)
 
     def check(self, rules: list[Rule], dtype: torch.dtype | None, others: list[Rule] | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig, VisionConfig
-from mimo_megatron.config.run import DataConfig
+from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.data.chat import encode_chat
 from mimo_megatron.data.image import encode_image, image_size, smart_resize
 from mimo_megatron.data.markup import Frame, rescale_messages
@@ -40,7 +40,7 @@ class MediaShape:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
-def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: DataConfig) -> dict[str, Any]:
+def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig) -> dict[str, Any]:
     """All that a sample's lengths depend on besides the sample, as plain JSON values."""
     vision = model.vision
     return {
@@ -54,7 +54,7 @@ def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: DataConf
     }
 
 
-def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: DataConfig) -> MediaShape:
+def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: EncodingConfig) -> MediaShape:
     """The shape that the image or video will have after resize, from its header."""
     vision = _vision(model)
     if kind == "video":
@@ -67,7 +67,7 @@ def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: Dat
 
 
 def measure_sample(
-    raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: DataConfig
+    raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
 ) -> tuple[int, int]:
     """(tokens, patches) that ``encode_sample`` will give. ``contents`` are the bytes of its media."""
     with blame(raw.id, "media"):
@@ -82,7 +82,7 @@ def encode_sample(
     raw: RawSample,
     tokenizer: TextTokenizer,
     model: ModelConfig,
-    data: DataConfig,
+    data: EncodingConfig,
     *,
     add_generation_prompt: bool = False,
 ) -> EncodedSample:
@@ -104,7 +104,7 @@ def encode_text(
     shapes: Sequence[MediaShape],
     tokenizer: TextTokenizer,
     model: ModelConfig,
-    data: DataConfig,
+    data: EncodingConfig,
     *,
     add_generation_prompt: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -141,7 +141,7 @@ def _check_placeholders(
 
 
 def _encode_media(
-    content: bytes, kind: MediaKind, model: ModelConfig, data: DataConfig
+    content: bytes, kind: MediaKind, model: ModelConfig, data: EncodingConfig
 ) -> tuple[EncodedMedia, Frame | None]:
     vision = _vision(model)
     if kind == "video":

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece, causal_attention
 from mimo_megatron.parallel.collectives import gather_slots
 from mimo_megatron.parallel.mesh import Axis
@@ -27,6 +28,8 @@ class PackParams(PackedSeqParams):
     cp: Axis = Axis(0, 1)
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
+    cache: KVCache | None = None
+    """In generation only: filled by the prompts' forward, grown by the steps after it."""
 
 
 class PackedCoreAttention(MegatronModule):
@@ -55,5 +58,10 @@ class PackedCoreAttention(MegatronModule):
             assert packed_seq_params.merge_order_S is not None
             kv_T2KH = gather_slots(torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp)
             k_TKH, v_TKH = kv_T2KH.unbind(1)
+        cache = packed_seq_params.cache
+        if cache is not None and cache.holds(self.layer_number):
+            return cache.attend(self.layer_number, q_TNH, k_TKH, v_TKH).flatten(1).unsqueeze(1)
+        if cache is not None:
+            cache.remember(self.layer_number, k_TKH, v_TKH)
         out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces)
         return out_TNH.flatten(1).unsqueeze(1)

@@ -97,3 +97,8 @@ def current_mesh() -> Mesh:
             state.get_pipeline_model_parallel_group(),
         ),
     )
+
+
+def world() -> Axis:
+    """All ranks of the job as one axis."""
+    return Axis(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)

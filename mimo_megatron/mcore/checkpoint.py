@@ -15,13 +15,14 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mimo_megatron.config.description import STATE_FILE, check_description, write_description
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.processor import write_processor
+from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore.module import MegatronModule
 from mimo_megatron.mcore.optimizer import CONTENT, load_state, sharded_state
 
-FORMAT = 1
-MODEL_FILE, STATE_FILE = "model.json", "state.json"
 _UNREADABLE = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
 
 
@@ -31,10 +32,12 @@ def save(
     model: MegatronModule,
     optimizer: MegatronOptimizer | None = None,
     state: dict[str, Any] | None = None,
+    *,
+    encoding: EncodingConfig | None = None,
 ) -> None:
     """Write a checkpoint and publish it under ``folder``. A collective over all ranks.
 
-    An existing checkpoint of that name is replaced only once the new one is whole.
+    With ``encoding``, the tokenizer and pixel limits go along, so that the checkpoint can be used alone. An existing checkpoint of that name is replaced only once the new one is whole.
     """
     partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:
@@ -46,6 +49,8 @@ def save(
     if dist.get_rank() == 0:
         write_description(partial, model_config)
         (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=1))
+        if encoding is not None:
+            write_processor(partial, encoding)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -74,40 +79,6 @@ def load(
     if optimizer is not None:
         load_state(optimizer, loaded)
     return json.loads((folder / STATE_FILE).read_text())
-
-
-def write_description(folder: Path, model_config: ModelConfig) -> None:
-    """Record which model the checkpoint in ``folder`` holds."""
-    description = {"format": FORMAT, "model": model_config.model_dump(mode="json")}
-    (folder / MODEL_FILE).write_text(json.dumps(description, indent=1))
-
-
-def read_description(folder: Path) -> ModelConfig:
-    """The model of the checkpoint in ``folder``. ``CheckpointError`` if there is none."""
-    path = folder / MODEL_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MODEL_FILE}; name a folder that training wrote")
-    description = json.loads(path.read_text())
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}")
-    return ModelConfig.model_validate(description["model"])
-
-
-def check_description(folder: Path, model_config: ModelConfig) -> None:
-    """Refuse a checkpoint whose tensors would not fit ``model_config``, naming the fields that differ."""
-    found = read_description(folder).model_dump(exclude={"name"})
-    wanted = model_config.model_dump(exclude={"name"})
-    differing = [
-        f"model.{part}.{field}: checkpoint has {(found[part] or {}).get(field)!r}, recipe has {(wanted[part] or {}).get(field)!r}"
-        for part in wanted
-        for field in sorted({*(found[part] or {}), *(wanted[part] or {})})
-        if (found[part] or {}).get(field) != (wanted[part] or {}).get(field)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder} holds another model than the recipe asks for:\n  " + "\n  ".join(differing)
-            + "\nName the checkpoint of this model, or set the recipe's model to the checkpoint's"
-        )  # fmt: skip
 
 
 def _last_line(error: BaseException) -> str:

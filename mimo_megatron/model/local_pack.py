@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece
 from mimo_megatron.attention.pieces import causal_pieces
 from mimo_megatron.parallel import zigzag
@@ -37,6 +38,8 @@ class LocalPack:
     """int64 [R]"""
     weights_R: Tensor
     """float32 [R]"""
+    cache: KVCache | None = None
+    """In generation only (see ``attention/cache.py``)."""
 
     def to(self, device: torch.device) -> "LocalPack":
         """The same pack with its tensors on ``device``."""

@@ -46,7 +46,7 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = None
 
     def forward(self, pack: LocalPack) -> Tensor:
-        params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S)
+        params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
         decoder_input = self._embed(pack) if self.mesh.is_first_stage else None
         return self.text.decode(decoder_input, pack.positions_3S, params, pack.rows_R)
 

@@ -53,3 +53,12 @@ def gather_objects(thing: Thing, axis: Axis) -> list[Thing]:
     things: list[Any] = [None] * axis.size
     dist.all_gather_object(things, thing, group=axis.group)
     return things
+
+
+def gather_last_dim(local_x: Tensor, axis: Axis) -> Tensor:
+    """All ranks' parts side by side along the last dim. No gradient."""
+    if axis.size == 1:
+        return local_x
+    parts = [torch.empty_like(local_x) for _ in range(axis.size)]
+    dist.all_gather(parts, local_x.contiguous(), group=axis.group)
+    return torch.cat(parts, -1)

@@ -8,7 +8,7 @@ Forward, of a segment of L text tokens (placeholders included) and a frame of P 
 
     text linear       2 x L x layers x (q, k, v, output, gate, up and down weights)
     text attention    4 x L^2 / 2 x heads x head width x layers
-    head              2 x L x width x vocabulary      (every real token, although only trained ones enter the loss)
+    head              2 x rows x width x vocabulary   (the tokens that are trained: the head sees no others)
     vision linear     2 x P x (patch embedding + depth x (q, k, v, output, gate, up and down weights))
     vision attention  4 x width x (full layers x P^2 + window layers x sum over windows of their patches squared)
     projector         2 x M x (4 x width x 4 x width + 4 x width x text width)
@@ -54,10 +54,16 @@ class FlopCount:
 
 
 def step_flops(
-    model: ModelConfig, segments: Sequence[int], grids: Sequence[Grid], trained: Collection[ModuleName]
+    model: ModelConfig,
+    segments: Sequence[int],
+    grids: Sequence[Grid],
+    trained: Collection[ModuleName],
+    *,
+    num_head_rows: int | None = None,
 ) -> FlopCount:
     """The FLOPs to train once on ``segments`` (their token counts) with images and videos of ``grids`` (in patches).
 
+    ``num_head_rows`` is the number of tokens the head sees, those that are trained; all of them where it is not given.
     Additive over samples: the count of a step is the sum of the counts of its packs.
     """
     assert model.vision is not None or not grids, f"{model.name} has no vision encoder, but got {len(grids)} grids"
@@ -66,6 +72,7 @@ def step_flops(
     text_needs_grad = text_trained or features_need_grad
     text_products = 1 + text_needs_grad + text_trained
     num_tokens = sum(segments)
+    num_rows = num_tokens if num_head_rows is None else num_head_rows
 
     vision_linear = vision_attention = projector = 0
     if vision := model.vision:
@@ -85,7 +92,7 @@ def step_flops(
     return FlopCount(
         text_linear=text_products * 2 * num_tokens * _text_weights(text),
         text_attention=(1 + 2 * text_needs_grad) * 2 * text.num_heads * text.head_width * squares,
-        head=text_products * 2 * num_tokens * text.width * text.vocab_size * (1 + text.num_mtp_layers),
+        head=text_products * 2 * num_rows * text.width * text.vocab_size * (1 + text.num_mtp_layers),
         vision_linear=vision_linear,
         vision_attention=vision_attention,
         projector=projector,

@@ -23,7 +23,7 @@ from mimo_megatron.train.flops import peak_flops, step_flops
 from mimo_megatron.train.metrics import MetricsWriter, StepRecord
 from mimo_megatron.train.rate import rate_factor
 from mimo_megatron.train.run_folder import RunFolder
-from mimo_megatron.train.start import load_start
+from mimo_megatron.train.start import load_weights
 from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
 from mimo_megatron.types import PackedBatch
 
@@ -66,7 +66,8 @@ def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) ->
         log.get_logger().info("resumed after step %d from %s", state["step"], newest)
         return int(state["step"])
     if config.start_from is not None:
-        load_start(config.start_from, trainer, folder.root)
+        load_weights(config.start_from, config.model, trainer.bare_model, folder.root / "start")
+        trainer.optimizer.reload_model_params()
     return 0
 
 
@@ -94,7 +95,10 @@ def _steps(
 
 def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int) -> None:
     state = {"step": step, "loader": loader.state()}
-    checkpoint.save(folder.checkpoint(step), trainer.config.model, trainer.bare_model, trainer.optimizer, state)
+    config = trainer.config
+    checkpoint.save(
+        folder.checkpoint(step), config.model, trainer.bare_model, trainer.optimizer, state, encoding=config.data
+    )
     if dist.get_rank() == 0:
         folder.drop_old_checkpoints(trainer.config.train.checkpoint.keep)
 
@@ -104,7 +108,8 @@ def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
     own = [0] * 6
     for batch in batches:
         grids = batch.vision.grids_I3 if batch.vision else ()
-        flops = step_flops(trainer.config.model, batch.segment_lengths, grids, tuple(learning_rates(trainer.config.train)))
+        trained = tuple(learning_rates(trainer.config.train))
+        flops = step_flops(trainer.config.model, batch.segment_lengths, grids, trained, num_head_rows=batch.num_trained)
         patches = len(batch.patches_PC)
         row = (batch.num_tokens, batch.num_slots, patches, len(grids), len(batch.sample_ids), flops.total)
         own = [total + one for total, one in zip(own, row, strict=True)]
@@ -147,7 +152,8 @@ def _skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder, known: Cou
 def _metrics(config: RunConfig, address: RankAddress, device: torch.device) -> MetricsWriter | None:
     if address.rank != 0:
         return None
-    peak = None if platform.current().is_cpu else peak_flops(torch.cuda.get_device_name(device))
+    has_peak = not platform.current().is_cpu and config.train.precision == "bf16"
+    peak = peak_flops(torch.cuda.get_device_name(device)) if has_peak else None
     return MetricsWriter(
         config.dir,
         config,

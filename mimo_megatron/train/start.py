@@ -1,33 +1,44 @@
-"""The weights a run begins with: a checkpoint of ours, or a Hugging Face folder converted on the way."""
+"""Weights from a checkpoint of ours or from a Hugging Face folder, which is converted on the way."""
 
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
-from mimo_megatron.convert.verbs import from_hf
+from mimo_megatron.config.description import MODEL_FILE, read_description
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.convert.verbs import from_hf, model_of
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore import checkpoint
-from mimo_megatron.train.step import Trainer
+from mimo_megatron.model.vlm import VisionLanguageModel
 
 
-def load_start(source: Path, trainer: Trainer, run_dir: Path) -> None:
-    """Load the model's weights from ``source``; the optimizer starts fresh from them. A collective over all ranks."""
-    if (source / checkpoint.MODEL_FILE).is_file():
-        checkpoint.load(source, trainer.config.model, trainer.bare_model)
-    elif (source / "config.json").is_file():
-        converted = run_dir / "start"
-        if dist.get_rank() == 0:
-            shutil.rmtree(converted, ignore_errors=True)
-            from_hf(source, converted)
-        dist.barrier()
-        checkpoint.load(converted, trainer.config.model, trainer.bare_model)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(converted)
-    else:
-        raise CheckpointError(
-            f"start_from: {source} holds neither {checkpoint.MODEL_FILE} (a checkpoint of ours) nor config.json "
-            "(a Hugging Face folder); name one of these folders"
-        )
-    trainer.optimizer.reload_model_params()
+def model_in(source: Path) -> ModelConfig:
+    """Which model lies in ``source``."""
+    return model_of(source) if _is_hugging_face(source) else read_description(source)
+
+
+def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageModel, scratch: Path) -> None:
+    """Fill ``model`` from ``source``. A collective over all ranks; a conversion passes through the folder ``scratch``."""
+    if not _is_hugging_face(source):
+        checkpoint.load(source, model_config, model)
+        return
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        from_hf(source, scratch)
+    dist.barrier()
+    checkpoint.load(scratch, model_config, model)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(scratch)
+
+
+def _is_hugging_face(source: Path) -> bool:
+    if (source / MODEL_FILE).is_file():
+        return False
+    if (source / "config.json").is_file():
+        return True
+    raise CheckpointError(
+        f"{source} holds neither {MODEL_FILE} (a checkpoint of ours) nor config.json (a Hugging Face folder); "
+        "name one of these folders"
+    )

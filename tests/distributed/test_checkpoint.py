@@ -93,7 +93,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_fields_that_differ(tmp_
     run_ranks(uninterrupted, 1, recipe({}), tmp_path / "saved")
     other = run_config(tiny_model(ffn_width=256))
     message = run_ranks(load_into, 1, other, tmp_path / "saved")[0]
-    assert "model.text.ffn_width: checkpoint has 384, recipe has 256" in message
+    assert "model.text.ffn_width: found 384, wanted 256" in message
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):

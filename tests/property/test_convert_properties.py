@@ -72,6 +72,21 @@ def test_writing_into_a_lent_buffer_changes_nothing(rule: Rule, dtype: torch.dty
     assert all(same_bits(a, b) for a, b in zip(rule.to_hf(ours, buffer), hf, strict=True))
 
 
+@given(st.integers(1, 40), st.integers(0, 9), st.integers(0, 9), st.integers(0, 1000))
+def test_same_bits_sees_every_bit_at_every_alignment(numel: int, skip_a: int, skip_b: int, flipped: int) -> None:
+    values = random_bits(Spec("x", (numel,)), torch.uint8, 0)
+
+    def at(offset: int, content: torch.Tensor) -> torch.Tensor:
+        room = torch.frombuffer(bytearray(len(content) + 64), dtype=torch.uint8, offset=offset)
+        room[2 * offset : 2 * offset + len(content)] = content
+        return room[2 * offset : 2 * offset + len(content)]
+
+    a, b = at(skip_a, values), at(skip_b, values)
+    assert same_bits(a, b)
+    b[flipped % len(b)] ^= 1 << flipped % 8
+    assert not same_bits(a, b)
+
+
 def test_a_piece_in_the_wrong_place_is_caught() -> None:
     right = fuse_qkv("ours", ["q", "k", "v"], 4, 2, 2, (3,))
     first, *others = right.pieces

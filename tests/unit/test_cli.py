@@ -54,6 +54,7 @@ def test_overrides_may_stand_around_options() -> None:
         ["config", "show", "r.yaml", "--rnks", "2"],
         ["config", "show", "r.yaml", "--ranks", "2", "x"],
         ["doctor", "a=1"],
+        ["train", "r.yaml", "--ranks", "0"],
         ["nope"],
         [],
     ],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_megatron.config import check as rules
-from mimo_megatron.config.check import check
+from mimo_megatron.config.check import check, check_layout
 from mimo_megatron.config.keys import all_keys, explain, nearest
 from mimo_megatron.config.load import dump_resolved, load_recipe
 from mimo_megatron.config.run import RunConfig
@@ -167,6 +167,7 @@ def test_every_mistake_is_reported_at_once_on_one_screen(recipe: Path) -> None:
         ("steps=1", "did you mean train.steps?"),
         ("trian.steps=1", "did you mean train?"),
         ("model.preset=tiny", "there are mimo-vl-7b"),
+        ("model.preset=[tiny-vl]", "there are mimo-vl-7b"),
         ("train.steps='20'", "valid integer"),
         ("train.steps=true", "valid integer"),
         ("train.steps=2.5", "integer"),
@@ -232,7 +233,9 @@ def test_explain_shows_a_key_or_a_section_or_offers_the_nearest() -> None:
 
 def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
     config = load_recipe(recipe, overrides)
-    return {rule.__name__ for rule in rules.RULES if list(rule(config, world_size))}
+    names = {rule.__name__ for rule in rules.RULES if list(rule(config, world_size))}
+    layout = (config.model, config.parallel, world_size)
+    return names | {rule.__name__ for rule in rules.LAYOUT_RULES if list(rule(*layout))}
 
 
 @pytest.mark.parametrize(
@@ -256,6 +259,7 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("largest_media_fit_a_pack", 1, ["data.video.max_total_tokens=512"]),
         ("largest_media_fit_a_pack", 1, ["data.pack_patches=1020"]),
         ("special_tokens_differ", 1, ["model.tokens.pad=1"]),
+        ("prediction_layers_are_not_trained", 1, ["model.text.num_mtp_layers=1"]),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:
@@ -266,7 +270,7 @@ def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrid
 def test_all_rules_are_tested() -> None:
     marks: Any = test_each_rule_fires_alone
     cases = marks.pytestmark[0].args[1]
-    assert {case[0] for case in cases} == {rule.__name__ for rule in rules.RULES}
+    assert {case[0] for case in cases} == {rule.__name__ for rule in (*rules.RULES, *rules.LAYOUT_RULES)}
 
 
 def test_check_reports_every_failed_equation_with_a_remedy(recipe: Path) -> None:
@@ -276,6 +280,13 @@ def test_check_reports_every_failed_equation_with_a_remedy(recipe: Path) -> None
     text = str(caught.value)
     assert "ranks (3) % (parallel.tp 2 * pp 1 * cp 1 = 2) = 1, must be 0: start a multiple of 2 ranks" in text
     assert "3 mistakes" in text and "set data.max_pixels=301056" in text
+
+
+def test_a_layout_is_checked_without_a_run_too(recipe: Path) -> None:
+    config = load_recipe(recipe, ["parallel.tp=2"])
+    check_layout(config.model, config.parallel, 4)
+    with pytest.raises(ConfigError, match=r"model 'tiny-vl' on 3 ranks: 1 mistake"):
+        check_layout(config.model, config.parallel, 3)
 
 
 @given(

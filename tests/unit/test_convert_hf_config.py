@@ -61,7 +61,7 @@ def test_the_released_base_model_is_mimo_7b_base() -> None:
 @pytest.mark.parametrize("name", ["mimo-vl-7b", "qwen2.5-vl-7b", "tiny-vl"])
 def test_what_transformers_understands_and_saves_again_is_the_same_model(name: str, tmp_path: Path) -> None:
     model = preset(name)
-    write_hf_companions(tmp_path, model, torch.bfloat16, (3136, 12_845_056))
+    write_hf_companions(tmp_path, model, torch.bfloat16)
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert theirs.dtype == torch.bfloat16
     assert theirs.text_config.rope_parameters["rope_theta"] == model.text.rope_theta
@@ -74,7 +74,7 @@ def test_what_transformers_understands_and_saves_again_is_the_same_model(name: s
 
 def test_a_text_model_without_prediction_layers_is_a_qwen2(tmp_path: Path) -> None:
     model = changed(preset("tiny-base"), "text", num_mtp_layers=0)
-    write_hf_companions(tmp_path, model, torch.float32, (1, 2))
+    write_hf_companions(tmp_path, model, torch.float32)
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert theirs.model_type == "qwen2" and theirs.rope_parameters["rope_theta"] == model.text.rope_theta
     assert model_from_hf_config(theirs.to_dict(), "folder") == model
@@ -82,7 +82,7 @@ def test_a_text_model_without_prediction_layers_is_a_qwen2(tmp_path: Path) -> No
 
 
 def test_the_image_processor_and_generation_settings_are_read_by_transformers(tmp_path: Path) -> None:
-    write_hf_companions(tmp_path, preset("mimo-vl-7b"), torch.bfloat16, (3136, 12_845_056))
+    write_hf_companions(tmp_path, preset("mimo-vl-7b"), torch.bfloat16)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert type(processor).__name__.startswith("Qwen2VLImageProcessor")
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (3136, 12_845_056)

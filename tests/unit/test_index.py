@@ -9,12 +9,13 @@ from collections import Counter
 import pyarrow.parquet as pq
 import pytest
 
+from mimo_megatron.data import index
 from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.index import INDEX_FILE, SIDECAR_FILE, SKIPPED_FILE
 from mimo_megatron.data.shards import ShardSample
 from mimo_megatron.data.source import IndexedSource, read_bytes
 from mimo_megatron.data.tokenizer import load_tokenizer
-from mimo_megatron.errors import DataError
+from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import (
     TINY,
     image_sample,
@@ -172,6 +173,20 @@ def test_an_index_may_lie_in_another_folder(tmp_path, data):
     write_source(tmp_path / "tars", mixed_samples(3), data, out=tmp_path / "deep" / "index")
     assert not (tmp_path / "tars" / INDEX_FILE).exists()
     assert IndexedSource(tmp_path / "deep" / "index", "train").read(1).media[0].path.startswith(str(tmp_path / "tars"))
+
+
+def test_an_interrupted_rebuild_leaves_no_index(tmp_path, data, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "source"
+    write_source(folder, mixed_samples(4), data, samples_per_shard=2)
+    IndexedSource(folder, "train")
+    monkeypatch.setattr(index, "measure_sample", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_source(folder, [], data)
+    with pytest.raises(ConfigError, match=r"has no index\.json"):
+        IndexedSource(folder, "train")
 
 
 def test_a_folder_without_shards_is_refused(tmp_path, data):

@@ -119,7 +119,8 @@ def test_packs_are_the_collated_samples_of_the_plan(data, open_loader):
 )
 def test_a_state_of_another_stream_is_refused(data, open_loader, changes):
     state = open_loader(data).state()
-    seed = changes.pop("seed", 5)
+    seed = changes.get("seed", 5)
+    changes = {key: value for key, value in changes.items() if key != "seed"}
     if "weight" in changes:
         reweighted = data.sources[1].model_copy(update=changes)
         changes = {"sources": (data.sources[0], reweighted)}

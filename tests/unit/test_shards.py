@@ -35,6 +35,8 @@ def test_any_tar_reader_sees_the_samples_side_by_side(tmp_path):
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     first, second = (write_shards(mixed_samples(4), tmp_path / name, samples_per_shard=4) for name in "ab")
     assert first[0].read_bytes() == second[0].read_bytes()
+    with tarfile.open(first[0]) as tar:
+        assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in tar} == {(0, 0, 0, "", "")}
 
 
 def test_shards_are_never_overwritten(tmp_path):
