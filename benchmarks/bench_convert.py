@@ -33,7 +33,7 @@ from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.convert.hf_io import SafetensorsFolder, SafetensorsWriter
 from mimo_megatron.convert.storage import Scratch
-from mimo_megatron.convert.verbs import PIXELS, from_hf, to_hf, verify
+from mimo_megatron.convert.verbs import from_hf, to_hf, verify
 
 DTYPE = torch.bfloat16
 REPEATS = 3
@@ -59,7 +59,7 @@ def reduced_model(num_layers: int) -> ModelConfig:
 
 def make_random(folder: Path, model: ModelConfig) -> None:
     folder.mkdir()
-    write_hf_companions(folder, model, DTYPE, PIXELS)
+    write_hf_companions(folder, model, DTYPE)
     draw = torch.Generator().manual_seed(0)
     specs = [spec for rule in rules_for(model) for spec in rule.hf]
     with SafetensorsWriter(folder, specs, DTYPE, shard_bytes=5_000_000_000) as writer:

@@ -181,6 +181,66 @@ def _train(values: Values) -> int:
     return 0
 
 
+def _add_layout(parser: Arguments) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a Hugging Face folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the layout: parallel.tp=2 parallel.pp=2")
+    parser.add_argument("--ranks", type=count, help="processes on this machine (default: tp * pp * cp)")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer (default: the checkpoint's own)")
+
+
+def _score_arguments(parser: Arguments) -> None:
+    _add_layout(parser)
+    parser.add_argument("--samples", type=Path, required=True, help='JSONL of {"id", "messages"} with image paths')
+    parser.add_argument("--out", type=Path, required=True, help='JSONL of {"id", "token_ids", "logprobs"}')
+    parser.add_argument("--pack-tokens", type=count, default=8192, help="slots of a pack (default 8192)")
+
+
+def _score(values: Values) -> int:
+    from mimo_megatron.config.load import load_layout
+    from mimo_megatron.evaluation.score import ScoreRequest, score
+    from mimo_megatron.train.launch import run_local
+    from mimo_megatron.train.start import read_encoding
+
+    layout = load_layout(values.overrides)
+    encoding = read_encoding(values.checkpoint, values.tokenizer)
+    request = ScoreRequest(values.checkpoint, values.samples, values.out, layout, encoding, values.pack_tokens)
+    run_local(score, values.ranks or layout.model_ranks, request)
+    print(values.out)
+    return 0
+
+
+def _generate_arguments(parser: Arguments) -> None:
+    _add_layout(parser)
+    parser.add_argument("--prompt", help="one question")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="shown before the question; repeatable")
+    parser.add_argument("--prompts", type=Path, help='JSONL of {"id", "messages"} instead of --prompt')
+    parser.add_argument("--out", type=Path, help='JSONL of {"id", "answer"} (default: printed)')
+    parser.add_argument("--max-new-tokens", type=count, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def _generate(values: Values) -> int:
+    from mimo_megatron.config.load import load_layout
+    from mimo_megatron.evaluation.answer import AnswerRequest, answer, read_prompts
+    from mimo_megatron.evaluation.generate import Sampling
+    from mimo_megatron.train.launch import run_local
+    from mimo_megatron.train.start import read_encoding
+
+    layout = load_layout(values.overrides)
+    request = AnswerRequest(
+        values.checkpoint,
+        read_prompts(values.prompt, values.image, values.prompts),
+        values.out,
+        layout,
+        read_encoding(values.checkpoint, values.tokenizer),
+        Sampling(values.max_new_tokens, values.temperature, values.top_p, values.seed),
+    )
+    run_local(answer, values.ranks or layout.model_ranks, request)
+    return 0
+
+
 def _add_dtype(parser: Arguments) -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as they are)")
 
@@ -272,6 +332,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
     Verb("train", "run a recipe on this machine", _train_arguments, _train),
+    Verb("score", "log-probabilities of chat samples, token by token", _score_arguments, _score),
+    Verb("generate", "answers to prompts with images", _generate_arguments, _generate),
     Verb("convert from-hf", "a Hugging Face folder into a checkpoint", _from_hf_arguments, _from_hf),
     Verb("convert to-hf", "a checkpoint into a Hugging Face folder", _to_hf_arguments, _to_hf),
     Verb("convert verify", "compare a checkpoint and a Hugging Face folder bit for bit", _verify_arguments, _verify),

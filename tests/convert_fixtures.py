@@ -13,8 +13,6 @@ from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.convert.hf_io import SafetensorsWriter
 
-PIXELS = (3136, 12_845_056)
-
 
 def small_model(name: str = "tiny-vl", **text_fields: Any) -> ModelConfig:
     """A preset cut to two layers of each kind; query heads 3 to a key-value head, so that no two sizes agree."""

@@ -65,6 +65,7 @@ QUESTIONS: tuple[QuestionSet, ...] = (
     QuestionSet("question", "some", _SCENE_TASKS, 60),
     QuestionSet("pair", "few", ("read_pair", "count_pair"), 30),
     QuestionSet("clip", "few", ("when",), 40),
+    QuestionSet("text", "one", ("text",), 40),
 )
 
 
@@ -127,9 +128,10 @@ def training_answers(
     for number in range(num_samples):
         sample = draw_sample(question_set.family, question_set.level, assets, seed=seed, number=number)
         question = sample.questions[0]
-        answers, golds = found[question.task]
-        answers.append(question.said)
-        golds.append(question.gold)
+        if question.task in found:
+            answers, golds = found[question.task]
+            answers.append(question.said)
+            golds.append(question.gold)
     return found
 
 

@@ -44,7 +44,6 @@ class Question:
 class DemoSample:
     """A conversation about the same media; ``media`` maps a part's name to its bytes, in the order shown."""
 
-    family: str
     level: str
     media: Mapping[str, bytes]
     questions: tuple[Question, ...]
@@ -112,7 +111,7 @@ def scene_questions(rng: np.random.Generator, scene: Scene) -> dict[str, Questio
 
 def draw_caption(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
     scene = draw_scene(rng, assets, LEVELS[level])
-    return DemoSample("caption", level, {"image0.jpg": to_jpeg(scene.image_HW3)}, (describe(scene),))
+    return DemoSample(level, {"image0.jpg": to_jpeg(scene.image_HW3)}, (describe(scene),))
 
 
 def draw_dense(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -120,7 +119,7 @@ def draw_dense(rng: np.random.Generator, assets: Assets, level: str) -> DemoSamp
     scene = draw_scene(rng, assets, LEVELS[level])
     turns = [describe(scene), *scene_questions(rng, scene).values()]
     questions = tuple(turns[place] for place in rng.permutation(len(turns)))
-    return DemoSample("dense", level, {"image0.jpg": to_jpeg(scene.image_HW3)}, questions)
+    return DemoSample(level, {"image0.jpg": to_jpeg(scene.image_HW3)}, questions)
 
 
 def draw_question(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -128,7 +127,7 @@ def draw_question(rng: np.random.Generator, assets: Assets, level: str) -> DemoS
     scene = draw_scene(rng, assets, LEVELS[level])
     asked = list(scene_questions(rng, scene).values())
     question = asked[rng.integers(len(asked))]
-    return DemoSample("question", level, {"image0.jpg": to_jpeg(scene.image_HW3)}, (question,))
+    return DemoSample(level, {"image0.jpg": to_jpeg(scene.image_HW3)}, (question,))
 
 
 def draw_pair(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -140,7 +139,7 @@ def draw_pair(rng: np.random.Generator, assets: Assets, level: str) -> DemoSampl
         _plain("count_pair", "How many digits in both images?", str(total)),
     )[rng.integers(2)]
     media = {f"image{place}.jpg": to_jpeg(scene.image_HW3) for place, scene in enumerate(scenes)}
-    return DemoSample("pair", level, media, (question,))
+    return DemoSample(level, media, (question,))
 
 
 def draw_when(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -149,7 +148,7 @@ def draw_when(rng: np.random.Generator, assets: Assets, level: str) -> DemoSampl
     clip = draw_clip(
         rng, assets, LEVELS[level], sides=CLIP_SIDES, num_seconds=num_seconds, frames_per_second=CLIP_FRAMES_PER_SECOND
     )
-    return DemoSample("clip", level, {"video0.mp4": to_mp4(clip)}, (when(clip, int(rng.integers(len(clip.marks)))),))
+    return DemoSample(level, {"video0.mp4": to_mp4(clip)}, (when(clip, int(rng.integers(len(clip.marks)))),))
 
 
 def draw_text(rng: np.random.Generator, assets: Assets, level: str) -> DemoSample:
@@ -168,7 +167,7 @@ def draw_text(rng: np.random.Generator, assets: Assets, level: str) -> DemoSampl
         _plain("text", f"Point to the middle of {box}.", _list(((left + right) // 2, (upper + lower) // 2))),
         _plain("text", f"How wide is {box}?", str(right - left)),
     )[rng.integers(6)]
-    return DemoSample("text", level, {}, (question,))
+    return DemoSample(level, {}, (question,))
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, Assets, str], DemoSample]] = {

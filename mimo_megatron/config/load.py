@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mimo_megatron.config import keys
 from mimo_megatron.config.presets import PRESETS
 from mimo_megatron.config.problems import refuse
-from mimo_megatron.config.run import RunConfig
+from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.config.yaml_text import from_yaml, to_yaml
 from mimo_megatron.errors import ConfigError
 
@@ -35,6 +35,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         problems += [_say(detail) for detail in _causes(error)]
     refuse(str(path), problems)
     return config
+
+
+def load_layout(overrides: Sequence[str]) -> ParallelConfig:
+    """The layout that ``parallel.tp=2`` and the like describe; one rank where there are none."""
+    tree: Tree = {}
+    problems = [problem for text in overrides if (problem := _override(tree, text))]
+    strangers = sorted(set(tree) - {"parallel"})
+    problems += [f"{key}: only parallel.* can be set here" for key in strangers]
+    try:
+        layout = ParallelConfig.model_validate(tree.get("parallel", {}), strict=True)
+    except ValidationError as error:
+        layout = ParallelConfig()
+        problems += [f"parallel.{_say(detail)}" for detail in _causes(error)]
+    refuse("layout", problems)
+    return layout
 
 
 def resolved_text(config: RunConfig) -> str:

@@ -39,10 +39,14 @@ def generate(
 ) -> list[list[int]]:
     """The new token ids of every prompt, up to and without the end of turn. A collective over tp and pp.
 
-    Prompts end in an open assistant turn. Context parallelism is refused: a step has one token a sequence.
+    Prompts end in an open assistant turn. ``ConfigError`` under context or sequence parallelism: a step has one token a
+    sequence.
     """
-    if mesh.cp.size > 1:
-        raise ConfigError(f"generate: parallel.cp is {mesh.cp.size}; one token at a time cannot be shared out, set cp=1")
+    if mesh.cp.size > 1 or model.config.sequence_parallel:
+        raise ConfigError(
+            f"generate: parallel.cp is {mesh.cp.size} and sequence_parallel {model.config.sequence_parallel}; one token "
+            "at a time cannot be shared out, set cp=1 and sequence_parallel=false"
+        )
     if not prompts:
         return []
     device = next(model.parameters()).device

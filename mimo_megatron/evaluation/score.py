@@ -75,10 +75,8 @@ def score(address: RankAddress, request: ScoreRequest) -> None:
         model = VisionLanguageModel(model_config, request.parallel, Numerics(), mesh).to(device).eval()
         load_weights(request.source, model_config, model, request.out.with_suffix(".weights"))
         tokenizer = load_tokenizer(request.encoding.tokenizer, model_config.tokens, model_config.text.vocab_size)
-        samples = [
-            _every_token(encode_sample(raw, tokenizer, model_config, request.encoding))
-            for raw in read_jsonl(request.samples)
-        ]
+        encoded = (encode_sample(raw, tokenizer, model_config, request.encoding) for raw in read_jsonl(request.samples))
+        samples = [_every_token(sample) for sample in encoded]
         num_slots = _slots(samples, request)
         packs = [list(one) for one in pack([sample.num_tokens for sample in samples], num_slots)]
         found = _score_packs(model, mesh, samples, packs, num_slots, device)

@@ -7,6 +7,9 @@ import torch.distributed as dist
 
 from mimo_megatron.config.description import MODEL_FILE, read_description
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.processor import has_processor, read_processor
+from mimo_megatron.config.run import EncodingConfig
+from mimo_megatron.convert.hf_config import encoding_of
 from mimo_megatron.convert.verbs import from_hf, model_of
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore import checkpoint
@@ -16,6 +19,17 @@ from mimo_megatron.model.vlm import VisionLanguageModel
 def model_in(source: Path) -> ModelConfig:
     """Which model lies in ``source``."""
     return model_of(source) if _is_hugging_face(source) else read_description(source)
+
+
+def read_encoding(source: Path, tokenizer: Path | None = None) -> EncodingConfig:
+    """How the model in ``source`` reads its input; by another tokenizer where one is named."""
+    if _is_hugging_face(source):
+        encoding = encoding_of(source)
+    elif tokenizer is None or has_processor(source):
+        encoding = read_processor(source)
+    else:
+        encoding = EncodingConfig(tokenizer=tokenizer)
+    return encoding if tokenizer is None else encoding.model_copy(update={"tokenizer": tokenizer})
 
 
 def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageModel, scratch: Path) -> None:

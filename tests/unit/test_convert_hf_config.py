@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.presets import PRESETS, preset
-from mimo_megatron.convert.hf_config import copy_tokenizer, hf_config, model_from_hf_config, write_hf_companions
+from mimo_megatron.config.processor import copy_tokenizer
+from mimo_megatron.convert.hf_config import hf_config, model_from_hf_config, write_hf_companions
 from mimo_megatron.errors import CheckpointError
 
 # The layout of released Qwen2.5-VL folders: text keys flat, rope under its old names, `in_chans`.
