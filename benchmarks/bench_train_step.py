@@ -108,9 +108,7 @@ class Peer:
             name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): param.detach()
             for name, param in self.model.named_parameters()
         }
-        return {
-            rule.ours.name: rule.to_ours([named[spec.name] for spec in rule.hf]) for rule in rules_for(self.config)
-        }
+        return {rule.ours.name: rule.to_ours([named[spec.name] for spec in rule.hf]) for rule in rules_for(self.config)}
 
     def padded(self, samples: Sequence[EncodedSample]) -> Step:
         return self._step([self._rows(samples)], _num_trained(samples))

@@ -1,4 +1,6 @@
-"""Pre-train a vision-language model under torchrun: ``torchrun --nproc-per-node 8 examples/pretrain_vlm.py RECIPE key=value``.
+"""Pre-train a vision-language model under torchrun.
+
+    torchrun --nproc-per-node 8 examples/pretrain_vlm.py RECIPE key=value
 
 The same run on local ranks without torchrun is ``mimo-megatron train RECIPE --ranks N key=value``.
 """

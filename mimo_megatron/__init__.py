@@ -1,3 +1,3 @@
-"""mimo-megatron: train MiMo-VL-7B-class vision-language models on Megatron-core, every layout proven equal to one process."""
+"""Train MiMo-VL-7B-class vision-language models on Megatron-core; every layout is proven equal to one process."""
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision
 Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176).
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -145,4 +146,4 @@ class PackedBatch:
     def segment_lengths(self) -> list[int]:
         """Tokens of each sample's segment, padding left out."""
         bounds = self.segment_bounds[: len(self.sample_ids) + 1]
-        return [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [end - start for start, end in itertools.pairwise(bounds)]

@@ -1,8 +1,10 @@
 """Keys and values of growing sequences, layer by layer, for generation one token at a time.
 
-Dims: Q sequences, L slots of the cache, N query heads, K key-value heads, H head width. The prompt goes through the packed
-path once (``remember``); after it every sequence adds one token a step (``attend``).
+Dims: Q sequences, L slots of the cache, N query heads, K key-value heads, H head width. The prompt goes through the
+packed path once (``remember``); after it every sequence adds one token a step (``attend``).
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ class KVCache:
     def __init__(self, bounds: tuple[int, ...], num_new_tokens: int, device: torch.device):
         """``bounds`` are the prompts' cumulative lengths in their pack; each may grow by ``num_new_tokens``."""
         self._bounds = bounds
-        self._prompt_lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        self._prompt_lengths = [end - start for start, end in itertools.pairwise(bounds)]
         self._num_slots = max(self._prompt_lengths) + num_new_tokens
         self.lengths_Q = torch.tensor(self._prompt_lengths, device=device)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}

@@ -1,5 +1,6 @@
 """Which queries of this rank may look at which keys of the pack: the causal attention layout as plain integers."""
 
+import itertools
 from collections.abc import Sequence
 
 from mimo_megatron.attention.packed import Piece
@@ -9,13 +10,13 @@ from mimo_megatron.parallel.zigzag import Range
 def causal_pieces(segment_bounds: Sequence[int], ranges: Sequence[Range]) -> tuple[Piece, ...]:
     """One piece for every overlap of a segment with a local range, in local order.
 
-    ``segment_bounds`` are cumulative over the whole pack; ``ranges`` are this rank's slot ranges (``zigzag.local_ranges``).
+    ``segment_bounds`` are cumulative over the whole pack; ``ranges`` are this rank's slots (``zigzag.local_ranges``).
     A piece's queries are numbered locally, its keys globally: keys reach from the segment's start to the last query.
     """
     pieces = []
     offset = 0
     for range_start, range_end in ranges:
-        for start, end in zip(segment_bounds[:-1], segment_bounds[1:], strict=True):
+        for start, end in itertools.pairwise(segment_bounds):
             first, last = max(start, range_start), min(end, range_end)
             if first < last:
                 q_start = offset + first - range_start

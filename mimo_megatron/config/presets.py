@@ -23,7 +23,9 @@ _TINY_TEXT: dict[str, Any] = dict(
     num_layers=4, width=128, num_heads=4, num_kv_heads=2, head_width=32, ffn_width=384, vocab_size=512,
     rope_theta=20.0, mrope_section=(2, 7, 7), norm_eps=1e-5, max_positions=4096,
 )  # fmt: skip
-_TINY_VIT: dict[str, Any] = dict(depth=4, width=128, num_heads=4, ffn_width=344, full_attention_layers=(1, 3), video_advance="frame")
+_TINY_VIT: dict[str, Any] = dict(
+    depth=4, width=128, num_heads=4, ffn_width=344, full_attention_layers=(1, 3), video_advance="frame"
+)
 _TINY_TOKENS: dict[str, int] = dict(
     pad=0, turn_start=1, turn_end=2, vision_start=3, vision_end=4, image_pad=5, video_pad=6
 )

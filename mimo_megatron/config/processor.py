@@ -1,4 +1,4 @@
-"""The ``processor/`` folder of a checkpoint: tokenizer files and how media are resized, so that the weights suffice alone.
+"""The ``processor/`` folder of a checkpoint: its tokenizer and how media are resized, so that it can be used alone.
 
 Written by training and by the converter from a Hugging Face folder; read by scoring, generation and the export.
 """

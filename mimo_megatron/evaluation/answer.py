@@ -61,7 +61,8 @@ def answer(address: RankAddress, request: AnswerRequest) -> None:
         for start in range(0, len(request.prompts), request.prompts_at_once):
             some = request.prompts[start : start + request.prompts_at_once]
             encoded = [
-                encode_sample(raw, tokenizer, model_config, request.encoding, add_generation_prompt=True) for raw in some
+                encode_sample(raw, tokenizer, model_config, request.encoding, add_generation_prompt=True)
+                for raw in some
             ]
             for raw, token_ids in zip(some, generate(model, encoded, request.sampling, mesh), strict=True):
                 rows.append({"id": raw.id, "answer": tokenizer.decode(token_ids)})

@@ -39,8 +39,8 @@ def generate(
 ) -> list[list[int]]:
     """The new token ids of every prompt, up to and without the end of turn. A collective over tp and pp.
 
-    Prompts end in an open assistant turn. ``ConfigError`` under context or sequence parallelism: a step has one token a
-    sequence.
+    Prompts end in an open assistant turn. ``ConfigError`` under context or sequence parallelism: a step has one token
+    per sequence.
     """
     if mesh.cp.size > 1 or model.config.sequence_parallel:
         raise ConfigError(

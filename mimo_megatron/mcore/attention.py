@@ -1,10 +1,10 @@
-"""Our core attention inside megatron's layers: packed, causal per segment, context-parallel by gathered keys and values.
+"""Our core attention inside megatron's layers: packed, causal per segment, context-parallel by gathering keys, values.
 
 The layout travels as data: ``PackParams`` rides where megatron passes its packed-sequence parameters, so that an
 activation recomputed in the backward pass sees the layout of its own microbatch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ from mimo_megatron.parallel.mesh import Axis
 
 @dataclass
 class PackParams(PackedSeqParams):
-    """The attention layout of one pack on this rank. ``qkv_format`` is not ``thd``: megatron then leaves q, k, v alone."""
+    """The attention layout of one pack on this rank.
+
+    ``qkv_format`` is not ``thd``, so megatron leaves q, k and v alone.
+    """
 
     qkv_format: str = "pack"
     pieces: tuple[Piece, ...] = ()
-    cp: Axis = Axis(0, 1)
+    cp: Axis = field(default_factory=lambda: Axis(0, 1))
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
     cache: KVCache | None = None
@@ -56,7 +59,9 @@ class PackedCoreAttention(MegatronModule):
         q_TNH, k_TKH, v_TKH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed_seq_params.cp.size > 1:
             assert packed_seq_params.merge_order_S is not None
-            kv_T2KH = gather_slots(torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp)
+            kv_T2KH = gather_slots(
+                torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp
+            )
             k_TKH, v_TKH = kv_T2KH.unbind(1)
         cache = packed_seq_params.cache
         if cache is not None and cache.holds(self.layer_number):

@@ -88,9 +88,7 @@ def current_mesh() -> Mesh:
             state.get_context_parallel_world_size(),
             state.get_context_parallel_group(),
         ),
-        dp=Axis(
-            state.get_data_parallel_rank(), state.get_data_parallel_world_size(), state.get_data_parallel_group()
-        ),
+        dp=Axis(state.get_data_parallel_rank(), state.get_data_parallel_world_size(), state.get_data_parallel_group()),
         pp=Axis(
             state.get_pipeline_model_parallel_rank(),
             state.get_pipeline_model_parallel_world_size(),

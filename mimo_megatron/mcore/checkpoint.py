@@ -37,7 +37,8 @@ def save(
 ) -> None:
     """Write a checkpoint and publish it under ``folder``. A collective over all ranks.
 
-    With ``encoding``, the tokenizer and pixel limits go along, so that the checkpoint can be used alone. An existing checkpoint of that name is replaced only once the new one is whole.
+    With ``encoding``, the tokenizer and pixel limits go along, so that it can be used alone. An existing checkpoint of
+    that name is replaced only once the new one is whole.
     """
     partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:

@@ -1,6 +1,5 @@
 """Megatron's data-parallel wrapper and distributed optimizer, with one learning rate for each part of the model."""
 
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -80,8 +79,8 @@ def set_rate(optimizer: MegatronOptimizer, train: TrainConfig, factor: float) ->
 def sharded_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Megatron's sharded form of this rank's optimizer state: whole tensors by name, and the step count.
 
-    Empty where the whole stage is frozen. ``weights`` is the model's sharded state. Parameter groups are not part of it:
-    megatron tells them apart by (wd_mult, lr_mult) alone and would give all parts the last one's learning rate; the
+    Empty where the whole stage is frozen. ``weights`` is the model's sharded state. Parameter groups are not part of
+    it: megatron tells them apart by (wd_mult, lr_mult) alone and would give all parts the last one's learning rate; the
     recipe sets them anew. Nor is torch's per-parameter ``step``, which megatron loads as one tensor shared by all.
     """
     own = _own_optimizer(optimizer)

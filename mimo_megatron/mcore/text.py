@@ -89,9 +89,9 @@ class TextDecoder(GPTModel):
             post_process=mesh.is_last_stage,
             share_embeddings_and_output_weights=text.tie_embeddings,
             position_embedding_type="mrope",
-            rotary_base=text.rope_theta,  # type: ignore[arg-type]
+            rotary_base=text.rope_theta,
             scatter_embedding_sequence_parallel=False,  # image features are spliced into the whole slice first
-            mtp_block_spec=mtp_spec(config),  # type: ignore[arg-type]
+            mtp_block_spec=mtp_spec(config),
         )
         if mesh.is_last_stage:
             # The head sees gathered rows, so it must not gather again under sequence parallelism, and must sum its
@@ -118,7 +118,7 @@ class TextDecoder(GPTModel):
         )
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, labels: Tensor, **__: Any) -> Tensor:
-        """Megatron's hook after the layers; ``labels`` carries ``rows_R``, so that the head sees only what is trained."""
+        """Megatron's hook after the layers; ``labels`` carries ``rows_R``, all that the head sees."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:

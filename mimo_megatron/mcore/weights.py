@@ -1,4 +1,4 @@
-"""Whole tensors and this rank's shards of them: one rule, used to draw weights, and to compare any layout with one process.
+"""Whole tensors and this rank's shards of them: one rule, to draw weights and to compare a layout with one process.
 
 A parameter's *global name* is its key in checkpoints: it numbers the layer over all pipeline stages, so it is the same
 for every layout, and names a norm by the linear layer it feeds, as Transformer Engine's fused layers do.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mimo_megatron.parallel.mesh import Axis
 
-
 Thing = TypeVar("Thing")
 
 
@@ -40,7 +39,7 @@ def gather_slots(local_x: Tensor, order_S: Tensor, axis: Axis) -> Tensor:
 
 
 def sum_over(values: Sequence[int], axis: Axis, device: torch.device | None = None) -> list[int]:
-    """Element by element, the sum of every rank's ``values`` over the axis. One host sync where the axis is longer than 1."""
+    """Element by element, the sum of every rank's ``values`` over the axis. One host sync where its size is above 1."""
     if axis.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.int64, device=device)

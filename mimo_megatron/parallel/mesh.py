@@ -1,6 +1,6 @@
 """The rank grid: four axes (tp, cp, dp, pp), integers first, process groups attached by whoever starts them.
 
-Order is megatron-core's default: tp varies fastest, then cp, dp, pp. ``mesh.tp.rank/.size/.group`` is the only spelling.
+Order is megatron-core's default: tp varies fastest, then cp, dp, pp. One spelling: ``mesh.tp.rank/.size/.group``.
 """
 
 from dataclasses import dataclass

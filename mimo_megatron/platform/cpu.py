@@ -32,10 +32,10 @@ def install() -> None:
 
 
 def _answer_device_queries() -> None:
-    """``torch.cuda.current_device`` (tensor_parallel/mappings.py, distributed/param_and_grad_buffer.py, p2p_communication.py),
+    """``current_device`` (tensor_parallel/mappings.py, distributed/param_and_grad_buffer.py, p2p_communication.py),
     ``synchronize`` (p2p_communication.py:242), ``empty_cache`` (optimizer.py:362), ``nvtx`` (utils.py), streams."""
     cuda: Any = torch.cuda
-    cuda.current_device = torch.get_default_device  # the CPU, or meta where a model is only described
+    cuda.current_device = torch.get_default_device  # the CPU; meta where a model is only described
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # tensor_parallel/random.py:51, recomputation
@@ -43,7 +43,7 @@ def _answer_device_queries() -> None:
 
 
 def _map_cuda_factories() -> None:
-    """``torch.zeros(..., device="cuda")`` in optimizer/clip_grads.py:103, pipeline_parallel/schedules.py:596 and others."""
+    """``torch.zeros(..., device="cuda")`` in optimizer/clip_grads.py:103 and pipeline_parallel/schedules.py:596."""
 
     def on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(make)
@@ -71,7 +71,7 @@ def _keep_tensors_in_place() -> None:
 
 
 def _name_cpu_types_as_cuda() -> None:
-    """optimizer/distrib_optimizer.py:361, optimizer.py:671 and clip_grads.py:167 sort parameters by ``tensor.type()``."""
+    """optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167 sort parameters by ``tensor.type()``."""
     plain_type = torch.Tensor.type
 
     @functools.wraps(plain_type)

@@ -36,7 +36,9 @@ def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
             raise MimoError(refusals[0].read_text()) from None
 
 
-def _enter(rank: int, num_ranks: int, folder: Path, threads: int, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _enter(
+    rank: int, num_ranks: int, folder: Path, threads: int, body: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(threads)  # first: a forked child hangs in the parent's OpenMP pool otherwise
     try:
         body(RankAddress(rank, num_ranks, rank, f"file://{folder / 'rendezvous'}"), *args)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mimo_megatron import log, platform
 from mimo_megatron.config.check import check
 from mimo_megatron.config.load import dump_resolved
-from mimo_megatron.config.run import RunConfig
+from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.data.loader import PackLoader
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import RankAddress, megatron
@@ -29,7 +29,7 @@ from mimo_megatron.types import PackedBatch
 
 
 def pretrain(address: RankAddress, config: RunConfig) -> None:
-    """Train as ``config`` says, on every rank of the job; a run folder with checkpoints is continued, not overwritten."""
+    """Train as ``config`` says, on every rank of the job. A run folder with checkpoints is continued."""
     log.set_up(address.rank)
     check(config, address.world_size)
     with megatron(config.parallel, address, config.seed) as mesh:
@@ -117,14 +117,19 @@ def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
 
 
 def _record(
-    step: int, result: StepResult, totals: list[int], rates: dict[str, float], skipped: Counter[str], seconds: float
+    step: int,
+    result: StepResult,
+    totals: list[int],
+    rates: Mapping[ModuleName, float],
+    skipped: Counter[str],
+    seconds: float,
 ) -> StepRecord:
     tokens, slots, patches, images, samples, flops = totals
     return StepRecord(
         step=step,
         loss=result.loss,
         grad_norm=result.grad_norm,
-        lrs=rates,
+        lrs={str(name): rate for name, rate in rates.items()},
         num_tokens=tokens,
         num_trained_tokens=result.num_trained_tokens,
         num_slots=slots,

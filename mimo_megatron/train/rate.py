@@ -6,7 +6,7 @@ from mimo_megatron.config.run import ScheduleConfig
 
 
 def rate_factor(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
-    """The factor on the peak rate at ``step`` (counted from 0): up to 1 at the end of the warm-up, down to the floor."""
+    """The factor on the peak rate at ``step``, from 0: up to 1 at the end of the warm-up, then down to the floor."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.decay == "constant":

@@ -7,7 +7,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class RunFolder:
         for step in self.checkpoint_steps()[:-keep]:
             shutil.rmtree(self.checkpoint(step))
 
-    def record_skipped(self, rows: list[Mapping[str, Any]]) -> None:
+    def record_skipped(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
             self._append("skipped.jsonl", row)
 

@@ -33,7 +33,7 @@ def read_encoding(source: Path, tokenizer: Path | None = None) -> EncodingConfig
 
 
 def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageModel, scratch: Path) -> None:
-    """Fill ``model`` from ``source``. A collective over all ranks; a conversion passes through the folder ``scratch``."""
+    """Fill ``model`` from ``source``. A collective over all ranks; a conversion passes through ``scratch``."""
     if not _is_hugging_face(source):
         checkpoint.load(source, model_config, model)
         return

@@ -36,7 +36,10 @@ SAMPLES: dict[str, list[EncodedSample]] = {
     "several-images": [random_sample(4, 20, [random_media((1, 4, 6), 0), random_media((1, 10, 6), 1)])],
     "one-row-and-one-column-images": [random_sample(5, 12, [random_media((1, 2, 34), 2), random_media((1, 34, 2), 3)])],
     "windows-cut-at-borders": [random_sample(6, 9, [random_media((1, 18, 10), 4)]), random_sample(7, 20)],
-    "video": [random_sample(8, 15, [random_media((4, 4, 6), 5, 1.5)]), random_sample(9, 6, [random_media((2, 8, 4), 6, 0.4)])],
+    "video": [
+        random_sample(8, 15, [random_media((4, 4, 6), 5, 1.5)]),
+        random_sample(9, 6, [random_media((2, 8, 4), 6, 0.4)]),
+    ],
     "video-and-image": [random_sample(10, 15, [random_media((3, 4, 6), 7, 1.0), random_media((1, 4, 4), 8)])],
 }
 
@@ -196,6 +199,4 @@ def test_a_planted_error_in_one_weight_is_rejected():
     wrong["vision.blocks.2.attn.qkv.bias"] = wrong["vision.blocks.2.attn.qkv.bias"] * 1.001
     got = run_ranks(our_gradients, 1, model, wrong, torch.float32, [samples])[0]
     with pytest.raises(AssertionError):
-        assert_named_parity(
-            got, eager.mean_loss_gradients(samples), oracle.mean_loss_gradients(samples), torch.float32
-        )
+        assert_named_parity(got, eager.mean_loss_gradients(samples), oracle.mean_loss_gradients(samples), torch.float32)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from examples.quickstart.assets import HELD_OUT_PHOTOS, TRAIN_PHOTOS, held_out_digits, load_assets
-from examples.quickstart.scenes import LEVELS, Level, draw_clip, draw_scene
+from examples.quickstart.scenes import LEVELS, Level, Mark, draw_clip, draw_scene
 
 PLAIN = Level((1, 5), (100, 168), (20, 36), (0.0, 0.0), (120, 200))
 
@@ -57,21 +58,34 @@ def test_boxes_lie_inside_apart_and_in_reading_order(seed: int, level: str) -> N
             assert x2 <= a1 or a2 <= x1 or y2 <= b1 or b2 <= y1
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1))
-def test_boxes_are_the_tight_bounds_of_the_ink(seed: int) -> None:
-    """On a plain background every pixel far from it is ink; a box moved by 2 pixels would fail."""
-    scene = draw_scene(np.random.default_rng(seed), load_assets("train"), PLAIN)
-    pixels = scene.image_HW3.astype(int)
+def _boxes_bound_the_ink(pixels_HW3: NDArray[np.uint8], marks: tuple[Mark, ...]) -> bool:
+    """On a plain background whatever differs from it is ink."""
+    pixels = pixels_HW3.astype(int)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     is_ink = np.abs(pixels - background).max(axis=2) > 8
     covered = np.zeros_like(is_ink)
-    for mark in scene.marks:
+    is_tight = True
+    for mark in marks:
         x1, y1, x2, y2 = mark.box
         region = is_ink[y1:y2, x1:x2]
-        assert region[[0, -1]].any(axis=1).all() and region[:, [0, -1]].any(axis=0).all()
+        is_tight &= bool(region[[0, -1]].any(axis=1).all() and region[:, [0, -1]].any(axis=0).all())
         covered[y1:y2, x1:x2] = True
-    assert not (is_ink & ~covered).any()
+    return is_tight and not (is_ink & ~covered).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), side=st.integers(0, 3), step=st.sampled_from([-1, 1]))
+def test_boxes_are_the_tight_bounds_of_the_ink_and_one_pixel_more_or_less_shows(
+    seed: int, side: int, step: int
+) -> None:
+    scene = draw_scene(np.random.default_rng(seed), load_assets("train"), PLAIN)
+    assert _boxes_bound_the_ink(scene.image_HW3, scene.marks)
+    box = list(scene.marks[0].box)
+    box[side] += step
+    height, width = scene.size
+    if min(box) >= 0 and box[2] <= width and box[3] <= height:
+        moved = (Mark(scene.marks[0].label, (box[0], box[1], box[2], box[3])), *scene.marks[1:])
+        assert not _boxes_bound_the_ink(scene.image_HW3, moved)
 
 
 def test_a_scene_is_a_function_of_its_generator() -> None:
