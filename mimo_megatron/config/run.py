@@ -105,7 +105,7 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     name: str = Field(description="What logs and reports call this run.")
     dir: Path = Field(description="Folder of this run: checkpoints, logs, report.")
-    seed: int = Field(1, description="Fixes initial weights, the order of samples and their packs.")
+    seed: int = Field(1, ge=0, description="Fixes initial weights, the order of samples and their packs.")
     model: ModelConfig = Field(description="Sizes of the model; usually a preset.")
     start_from: Path | None = Field(None, description="Weights to begin with: a checkpoint or a Hugging Face folder.")
     parallel: ParallelConfig = Field(

@@ -44,8 +44,8 @@ def generate(
     """
     if mesh.cp.size > 1 or model.config.sequence_parallel:
         raise ConfigError(
-            f"generate: parallel.cp is {mesh.cp.size} and sequence_parallel {model.config.sequence_parallel}; one token "
-            "at a time cannot be shared out, set cp=1 and sequence_parallel=false"
+            f"generate: parallel.cp is {mesh.cp.size} and sequence_parallel {model.config.sequence_parallel}; a step "
+            "has one token per sequence and nothing to share out: set cp=1 and sequence_parallel=false"
         )
     if not prompts:
         return []

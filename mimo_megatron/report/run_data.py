@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from mimo_megatron.errors import DataError
+
 Row = dict[str, Any]
 _LARGEST = 1e30  # nothing we count comes near; what does is broken, and charts and sums of it would overflow
 
@@ -64,7 +66,9 @@ class RunData:
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Everything readable in ``run_dir``."""
+    """Everything readable in ``run_dir``. ``DataError`` where there is no such folder."""
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} is not a folder; name the `dir` of a run that has begun")
     faults: list[str] = []
     config, config_text = _config(run_dir / "config.yaml", faults)
     by_step = {row["step"]: row for row in _rows(run_dir / "metrics.jsonl", faults, _has_step)}

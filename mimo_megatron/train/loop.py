@@ -43,58 +43,63 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             dp_size=mesh.dp.size,
         )
         folder = RunFolder(config.dir)
-        first_step = _start_or_resume(trainer, loader, folder)
+        first_step, skipped = _start_or_resume(trainer, loader, folder)
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
         with _metrics(config, address, trainer.device) or nullcontext() as metrics:
             if metrics is not None:
                 metrics.open_for(first_step)
-            _steps(trainer, loader, folder, first_step, metrics)
+            _steps(trainer, loader, folder, first_step, skipped, metrics)
         loader.close()
         if address.rank == 0:
             log.get_logger().info("report: %s", write_report(folder.root))
 
 
-def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> int:
-    """The number of steps already taken, with model, optimizer and loader set to continue after them."""
+def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> tuple[int, Counter[str]]:
+    """The steps already taken and the samples skipped in them, with model, optimizer and loader set to continue."""
     config = trainer.config
     newest = folder.newest_checkpoint()
     if newest is not None:
         state = checkpoint.load(newest, config.model, trainer.bare_model, trainer.optimizer)
         loader.load_state(state["loader"])
+        loader.take_skip_log()  # what was found when the loader opened is in the saved counts already
         log.get_logger().info("resumed after step %d from %s", state["step"], newest)
-        return int(state["step"])
+        return int(state["step"]), Counter(state["skipped"])
     if config.start_from is not None:
         load_weights(config.start_from, config.model, trainer.bare_model, folder.root / "start")
         trainer.optimizer.reload_model_params()
-    return 0
+    return 0, Counter()
 
 
 def _steps(
-    trainer: Trainer, loader: PackLoader, folder: RunFolder, first_step: int, metrics: MetricsWriter | None
+    trainer: Trainer,
+    loader: PackLoader,
+    folder: RunFolder,
+    first_step: int,
+    skipped: Counter[str],
+    metrics: MetricsWriter | None,
 ) -> None:
     train = trainer.config.train
-    skipped: Counter[str] = Counter()
     for step in range(first_step + 1, train.steps + 1):
         began = time.perf_counter()
         batches = loader.next_step()
         factor = rate_factor(step - 1, train.steps, train.schedule)
         result = train_step(trainer, batches, step, factor)
         totals = _totals(trainer, batches)
-        skipped = _skipped(trainer, loader, folder, skipped)
+        skipped += _newly_skipped(trainer, loader, folder)
         if metrics is not None:
             rates = {name: rate * factor for name, rate in learning_rates(train).items()}
             metrics.write(_record(step, result, totals, rates, skipped, time.perf_counter() - began))
         is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
         if is_due or step == train.steps:
-            _save(trainer, loader, folder, step)
+            _save(trainer, loader, folder, step, skipped)
             if metrics is not None:
                 metrics.event("checkpoint", step, str(folder.checkpoint(step)))
 
 
-def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int) -> None:
-    state = {"step": step, "loader": loader.state()}
+def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int, skipped: Counter[str]) -> None:
+    state = {"step": step, "loader": loader.state(), "skipped": skipped}
     config = trainer.config
     checkpoint.save(
         folder.checkpoint(step), config.model, trainer.bare_model, trainer.optimizer, state, encoding=config.data
@@ -142,16 +147,15 @@ def _record(
     )
 
 
-def _skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder, known: Counter[str]) -> Counter[str]:
-    """Samples left out so far by reason, over all dp ranks; each is listed once in the run's folder."""
-    mesh, device = trainer.mesh, trainer.device
-    is_model_first = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
+def _newly_skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> Counter[str]:
+    """Samples left out since the last call by reason, over all dp ranks; each is listed once in the run's folder."""
+    mesh = trainer.mesh
     news = loader.take_skip_log()
-    if is_model_first:
+    if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
         folder.record_skipped(news)
-    if not sum_over([len(news)], mesh.dp, device)[0]:
-        return known
-    return sum(gather_objects(loader.skipped, mesh.dp), Counter())
+    if not sum_over([len(news)], mesh.dp, trainer.device)[0]:
+        return Counter()
+    return sum(gather_objects(Counter(row["reason"] for row in news), mesh.dp), Counter())
 
 
 def _metrics(config: RunConfig, address: RankAddress, device: torch.device) -> MetricsWriter | None:
