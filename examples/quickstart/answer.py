@@ -1,0 +1,126 @@
+"""Answers to the held-out questions by an ordinary client: plain ``transformers``, and nothing of mimo_megatron.
+
+    python -m examples.quickstart.answer QUESTIONS.jsonl HF_FOLDER ANSWERS.jsonl [HF_FOLDER ANSWERS.jsonl ...]
+
+Images go through the folder's own image processor. Clips would need transformers' video processor, and that needs
+torchvision; so ``video_patches`` makes them from their frames with the image processor's own patches.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.utils import logging
+
+FRAMES_PER_SECOND = 2  # at which the model was shown clips
+MOST_NEW_TOKENS = 32
+QUESTIONS_AT_ONCE = 64
+_PLACEHOLDER = re.compile(r"<\|(image|video)_pad\|>")
+
+
+@dataclass
+class _Media:
+    """Images or videos of a batch, as the model takes them."""
+
+    patches: list[Tensor] = field(default_factory=list)
+    grids: list[Tensor] = field(default_factory=list)
+
+
+class Client:
+    """A model with its tokenizer and image processor, all from one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+
+    def answers(self, questions: Sequence[dict[str, Any]], media_folder: Path) -> list[str]:
+        """Greedy answers, a batch at a time."""
+        found = []
+        for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+            inputs = self._inputs(questions[start : start + QUESTIONS_AT_ONCE], media_folder)
+            said = self.model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+            new_tokens = said[:, inputs["input_ids"].shape[1] :]
+            found += self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+        return found
+
+    def _inputs(self, questions: Sequence[dict[str, Any]], media_folder: Path) -> dict[str, Any]:
+        shown = {"image": _Media(), "video": _Media()}
+        prompts = [self._prompt(question["messages"], media_folder, shown) for question in questions]
+        inputs = dict(self.tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt"))
+        config, token_ids = self.model.config, inputs["input_ids"]
+        inputs["mm_token_type_ids"] = 1 * (token_ids == config.image_token_id) + 2 * (token_ids == config.video_token_id)
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if shown[kind].patches:
+                inputs[name] = torch.cat(shown[kind].patches)
+                inputs[f"{kind}_grid_thw"] = torch.stack(shown[kind].grids)
+        if shown["video"].grids:
+            seconds = self.image_processor.temporal_patch_size / FRAMES_PER_SECOND
+            inputs["second_per_grid_ts"] = torch.full((len(shown["video"].grids),), seconds)
+        return {name: value.to(self.model.device) for name, value in inputs.items() if name != "token_type_ids"}
+
+    def _prompt(self, messages: list[dict[str, Any]], media_folder: Path, shown: dict[str, _Media]) -> str:
+        """The chat template's text with one placeholder for each vision token; the media join ``shown``."""
+        counts = []
+        for part in (part for message in messages for part in message["content"] if part["type"] != "text"):
+            path = media_folder / part[part["type"]]
+            patches, grid = self._image(path) if part["type"] == "image" else self._video(path)
+            shown[part["type"]].patches.append(patches)
+            shown[part["type"]].grids.append(grid)
+            counts.append(int(grid.prod()) // self.image_processor.merge_size**2)
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        count = iter(counts)
+        return _PLACEHOLDER.sub(lambda match: match[0] * next(count), text)
+
+    def _image(self, path: Path) -> tuple[Tensor, Tensor]:
+        with Image.open(path) as image:
+            processed = self.image_processor(images=[image], return_tensors="pt")
+        return processed["pixel_values"], processed["image_grid_thw"][0]
+
+    def _video(self, path: Path) -> tuple[Tensor, Tensor]:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            every = round(float(stream.average_rate) / FRAMES_PER_SECOND)
+            frames = [frame.to_image() for frame in container.decode(stream)][::every]
+        processed = self.image_processor(images=frames, return_tensors="pt")
+        _, height, width = processed["image_grid_thw"][0].tolist()
+        patches = video_patches(processed["pixel_values"].unflatten(0, (len(frames), height * width)))
+        return patches.flatten(0, 1), torch.tensor([len(patches), height, width])
+
+
+def video_patches(stills_FPC: Tensor) -> Tensor:
+    """[F / 2, P, C]: patches that span two frames, from those of F still images.
+
+    A patch of C values is (colour, time, y, x) with two times. A still image fills both with the same pixels; here
+    the second comes from the next frame.
+    """
+    stills = stills_FPC.unflatten(2, (3, 2, -1))
+    return torch.stack((stills[0::2, :, :, 0], stills[1::2, :, :, 0]), dim=3).flatten(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer questions with plain transformers.")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("pairs", type=Path, nargs="+", metavar="HF_FOLDER ANSWERS", help="model, then where to write")
+    given = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    questions = [json.loads(line) for line in given.questions.read_text().splitlines()]
+    for folder, out in zip(given.pairs[::2], given.pairs[1::2], strict=True):
+        answers = Client(folder).answers(questions, given.questions.parent)
+        rows = ({"id": one["id"], "answer": answer} for one, answer in zip(questions, answers, strict=True))
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The step's guards, and what a local pack holds."""
+
+import math
+
+import pytest
+import torch
+
+from mimo_megatron.data.collate import collate
+from mimo_megatron.errors import MimoError
+from mimo_megatron.mcore import weights
+from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.model.local_pack import local_pack
+from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.train.launch import run_local
+from mimo_megatron.train.step import NonFiniteError, build_trainer, train_step
+from tests.harness import run_ranks
+from tests.samples import mixed_packs, run_config, tiny_model
+
+SLOTS = 96
+
+
+def poisoned_step(address: RankAddress) -> tuple[str, bool]:
+    config = run_config(tiny_model())
+    with megatron(config.parallel, address) as mesh:
+        trainer = build_trainer(config, mesh)
+        with torch.no_grad():
+            trainer.bare_model.text.output_layer.weight[3] = math.inf
+        before = {name: param.clone() for name, param in weights.global_parameters(trainer.bare_model)}
+        batches = [collate(pack, config.model, SLOTS) for pack in mixed_packs()]
+        with pytest.raises(NonFiniteError) as caught:
+            train_step(trainer, batches, 7, 1.0)
+        same = all(torch.equal(before[name], param) for name, param in weights.global_parameters(trainer.bare_model))
+    return str(caught.value), same
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and_samples():
+    message, is_untouched = run_ranks(poisoned_step, 1)[0]
+    assert is_untouched
+    assert message.startswith("step 7: the loss is nan") and "sample-0" in message and "sample-7" in message
+
+
+def drawn(address: RankAddress, seed: int) -> dict[str, torch.Tensor]:
+    config = run_config(tiny_model()).model_copy(update={"seed": seed})
+    with megatron(config.parallel, address) as mesh:
+        model = build_trainer(config, mesh).bare_model
+        return {name: param.detach().clone() for name, param in weights.global_parameters(model)}
+
+
+def test_start_weights_are_a_function_of_the_seed():
+    first, again, other = (run_ranks(drawn, 1, seed)[0] for seed in (1, 1, 2))
+    matrix = "text.decoder.layers.3.mlp.linear_fc2.weight"
+    assert torch.equal(first[matrix], again[matrix])
+    assert not torch.equal(first[matrix], other[matrix])
+    assert first[matrix].std() == pytest.approx(weights.INIT_STD, rel=0.05)
+    assert not first["text.decoder.layers.0.self_attention.linear_qkv.bias"].any()
+    assert (first["text.decoder.final_layernorm.weight"] == 1).all()
+
+
+def test_two_context_parallel_ranks_hold_every_trained_row_and_every_vision_token_once():
+    model = tiny_model()
+    batch = collate(mixed_packs()[0], model, SLOTS)
+    packs = [local_pack(batch, Axis(rank, 2)) for rank in range(2)]
+    assert sorted(torch.cat([pack.splice_rows_L for pack in packs]).tolist()) == list(range(len(batch.splice_M)))
+    assert sum(len(pack.rows_R) for pack in packs) == batch.num_trained
+    for pack in packs:
+        assert (pack.token_ids_S[pack.splice_slots_L] == model.tokens.image_pad).all()
+
+
+def refusing(address: RankAddress) -> None:
+    if address.rank == 1:
+        raise MimoError("rank 1 says why")
+
+
+def test_a_refusal_on_any_rank_reaches_the_caller_in_its_own_words():
+    with pytest.raises(MimoError, match="rank 1 says why"):
+        run_local(refusing, 2)
