@@ -1,8 +1,8 @@
 """Answers to the held-out questions by an ordinary client: plain ``transformers``, and nothing of mimo_megatron.
 
-    python -m examples.quickstart.answer QUESTIONS.jsonl HF_FOLDER ANSWERS.jsonl [HF_FOLDER ANSWERS.jsonl ...]
+    python -m examples.quickstart.answer QUESTIONS.jsonl HF_FOLDER [HF_FOLDER ...]
 
-Images go through the folder's own image processor. Clips would need transformers' video processor, and that needs
+Answers go into ``answers.jsonl`` of the model's folder. Images go through the folder's own image processor. Clips would need transformers' video processor, and that needs
 torchvision; so ``video_patches`` makes them from their frames with the image processor's own patches.
 """
 
@@ -22,7 +22,6 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from transformers.utils import logging
 
 FRAMES_PER_SECOND = 2  # at which the model was shown clips
-MOST_NEW_TOKENS = 32
 QUESTIONS_AT_ONCE = 64
 _PLACEHOLDER = re.compile(r"<\|(image|video)_pad\|>")
 
@@ -44,12 +43,12 @@ class Client:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
 
-    def answers(self, questions: Sequence[dict[str, Any]], media_folder: Path) -> list[str]:
+    def answers(self, questions: Sequence[dict[str, Any]], media_folder: Path, max_new_tokens: int) -> list[str]:
         """Greedy answers, a batch at a time."""
         found = []
         for start in range(0, len(questions), QUESTIONS_AT_ONCE):
             inputs = self._inputs(questions[start : start + QUESTIONS_AT_ONCE], media_folder)
-            said = self.model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+            said = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new_tokens = said[:, inputs["input_ids"].shape[1] :]
             found += self.tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
         return found
@@ -59,7 +58,9 @@ class Client:
         prompts = [self._prompt(question["messages"], media_folder, shown) for question in questions]
         inputs = dict(self.tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt"))
         config, token_ids = self.model.config, inputs["input_ids"]
-        inputs["mm_token_type_ids"] = 1 * (token_ids == config.image_token_id) + 2 * (token_ids == config.video_token_id)
+        inputs["mm_token_type_ids"] = 1 * (token_ids == config.image_token_id) + 2 * (
+            token_ids == config.video_token_id
+        )
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if shown[kind].patches:
                 inputs[name] = torch.cat(shown[kind].patches)
@@ -111,15 +112,16 @@ def video_patches(stills_FPC: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer questions with plain transformers.")
     parser.add_argument("questions", type=Path)
-    parser.add_argument("pairs", type=Path, nargs="+", metavar="HF_FOLDER ANSWERS", help="model, then where to write")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="HF_FOLDER")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
     given = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     questions = [json.loads(line) for line in given.questions.read_text().splitlines()]
-    for folder, out in zip(given.pairs[::2], given.pairs[1::2], strict=True):
-        answers = Client(folder).answers(questions, given.questions.parent)
+    for folder in given.folders:
+        answers = Client(folder).answers(questions, given.questions.parent, given.max_new_tokens)
         rows = ({"id": one["id"], "answer": answer} for one, answer in zip(questions, answers, strict=True))
-        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mimo_megatron.parallel.mesh import Axis
 
@@ -15,32 +16,39 @@ from mimo_megatron.parallel.mesh import Axis
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor, tp: Axis) -> Tensor:
-        shifted_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32), copy=True)
-        max_R = shifted_RV.amax(-1) if shifted_RV.shape[0] else shifted_RV.new_empty(0)
-        if tp.size > 1:
-            dist.all_reduce(max_R, op=dist.ReduceOp.MAX, group=tp.group)
-        shifted_RV.sub_(max_R.unsqueeze(-1))
+        wide = torch.promote_types(logits_RV.dtype, torch.float32)
+        log_probs_RV = torch.log_softmax(logits_RV, dim=-1, dtype=wide)
         local_R = labels_R - tp.rank * logits_RV.shape[-1]
         is_here_R = (local_R >= 0) & (local_R < logits_RV.shape[-1])
         local_R = local_R.where(is_here_R, 0)
-        own_R = shifted_RV.gather(-1, local_R.unsqueeze(-1)).squeeze(-1) * is_here_R
-        exp_RV = shifted_RV.exp_()
-        sums_2R = torch.stack((exp_RV.sum(-1), own_R))
         if tp.size > 1:
-            dist.all_reduce(sums_2R, group=tp.group)
-        total_R, own_R = sums_2R.unbind()
-        ctx.save_for_backward(exp_RV.div_(total_R.unsqueeze(-1)), local_R, is_here_R)
+            log_sums_R = logits_RV.amax(-1).to(wide) - log_probs_RV.amax(-1)
+            log_probs_RV += _log_share(log_sums_R, tp).unsqueeze(-1)
+        losses_R = -log_probs_RV.gather(-1, local_R.unsqueeze(-1)).squeeze(-1).where(is_here_R, 0)
+        if tp.size > 1:
+            dist.all_reduce(losses_R, group=tp.group)
+        ctx.save_for_backward(log_probs_RV, local_R, is_here_R)
         ctx.dtype = logits_RV.dtype
-        return total_R.log() - own_R
+        return losses_R
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # d loss / d logit = softmax - onehot(label)
-        (d_losses_R,) = grads
-        softmax_RV, local_R, is_here_R = ctx.saved_tensors
-        d_logits_RV = softmax_RV * d_losses_R.unsqueeze(-1)
+    @once_differentiable
+    def backward(ctx: Any, d_losses_R: Tensor) -> tuple[Tensor, None, None]:
+        # d loss / d logit = softmax - onehot(label), written over the saved tensor: it is as large as the logits, often
+        # the largest of a step. Autograd counts versions, so a second backward raises.
+        log_probs_RV, local_R, is_here_R = ctx.saved_tensors
+        d_logits_RV = log_probs_RV.exp_().mul_(d_losses_R.unsqueeze(-1))
         d_logits_RV.scatter_add_(-1, local_R.unsqueeze(-1), -(d_losses_R * is_here_R).unsqueeze(-1))
         return d_logits_RV.to(ctx.dtype), None, None
+
+
+def _log_share(log_sums_R: Tensor, tp: Axis) -> Tensor:
+    """[R] log of this rank's share of the sum over all ranks of exp(log_sums)."""
+    max_R = log_sums_R.clone()
+    dist.all_reduce(max_R, op=dist.ReduceOp.MAX, group=tp.group)
+    total_R = (log_sums_R - max_R).exp_()
+    dist.all_reduce(total_R, group=tp.group)
+    return log_sums_R - max_R - total_R.log_()
 
 
 def token_losses(logits_RV: Tensor, labels_R: Tensor, tp: Axis) -> Tensor:

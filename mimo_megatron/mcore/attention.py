@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.ops import turn
 from mimo_megatron.parallel.collectives import gather_slots
 from mimo_megatron.parallel.mesh import Axis
 
@@ -29,6 +30,8 @@ class PackParams(PackedSeqParams):
     qkv_format: str = "pack"
     pieces: tuple[Piece, ...] = ()
     cp: Axis = field(default_factory=lambda: Axis(0, 1))
+    cos_sin: tuple[Tensor, Tensor] | None = None
+    """Of the rotary angles of this rank's slots, each [S / cp, 1, H / 2]; set by the decoder, once for all layers."""
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
     cache: KVCache | None = None
@@ -36,7 +39,7 @@ class PackParams(PackedSeqParams):
 
 
 class PackedCoreAttention(MegatronModule):
-    """Replaces megatron's ``DotProductAttention`` in the layer spec; has no parameters.
+    """Replaces megatron's ``DotProductAttention`` in the layer spec, and its rotary turn; has no parameters.
 
     q ``[S / cp, 1, N / tp, H]``, k and v ``[S / cp, 1, K / tp, H]`` -> ``[S / cp, 1, N / tp * H]``.
     """
@@ -56,7 +59,9 @@ class PackedCoreAttention(MegatronModule):
         **__: Any,
     ) -> Tensor:
         assert isinstance(packed_seq_params, PackParams), "packed attention needs the pack's layout"
-        q_TNH, k_TKH, v_TKH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        assert packed_seq_params.cos_sin is not None, "the decoder computes the rotary angles"
+        cos, sin = packed_seq_params.cos_sin
+        q_TNH, k_TKH, v_TKH = turn(query.squeeze(1), cos, sin), turn(key.squeeze(1), cos, sin), value.squeeze(1)
         if packed_seq_params.cp.size > 1:
             assert packed_seq_params.merge_order_S is not None
             kv_T2KH = gather_slots(

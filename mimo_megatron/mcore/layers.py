@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from mimo_megatron import platform
 from mimo_megatron.mcore.attention import PackedCoreAttention
+from mimo_megatron.ops import rms_norm, swiglu
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dim, at least fp32 inside.
+    """``ops.rms_norm`` with megatron's constructor.
 
     Marks its weight for megatron's gradient sum under sequence parallelism, which torch's own norm does not.
     """
@@ -31,9 +33,14 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(MegatronModule):
+    """``ops.swiglu`` where megatron's spec takes an activation: on the CPU (see ``transformer_config``)."""
+
+    def forward(self, x_2F: Tensor) -> Tensor:
+        return swiglu(x_2F)
 
 
 def layer_backend() -> Literal["transformer-engine", "local"]:
@@ -49,6 +56,7 @@ def layer_spec() -> ModuleSpec:
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec.submodules.mlp.submodules.activation_func = SwiGLU
     spec.submodules.self_attention.submodules.core_attention = PackedCoreAttention
     return spec
 

@@ -1,6 +1,6 @@
 """The decoder: megatron's GPTModel with packed attention and a head that sees only the slots it is asked about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec, mtp_spec
+from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
 
 
@@ -44,7 +45,6 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         num_query_groups=text.num_kv_heads,
         kv_channels=text.head_width,
         ffn_hidden_size=text.ffn_width,
-        mrope_section=list(text.mrope_section),
         mtp_num_layers=text.num_mtp_layers or None,
         normalization="RMSNorm",
         layernorm_epsilon=text.norm_eps,
@@ -67,6 +67,7 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         use_cpu_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=not on_cpu,
+        use_te_activation_func=on_cpu,  # the layer spec's activation, which is ours there
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -74,6 +75,20 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         deallocate_pipeline_outputs=True,
         **recompute,
     )
+
+
+def rotary_cos_sin(text: TextConfig, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two [T, 1, H / 2]: the first ``mrope_section[0]`` pairs of a head turn with time, the next with height and width.
+
+    Angles are float32 by definition, as those the released weights were trained with.
+    """
+    pairs = text.head_width // 2
+    exponents = torch.arange(pairs, dtype=torch.float32, device=positions_3T.device) / pairs
+    parts = (1.0 / text.rope_theta**exponents).split(list(text.mrope_section))
+    axes = positions_3T.to(torch.float32).unsqueeze(-1)
+    angles = torch.cat([axis_T1 * part for axis_T1, part in zip(axes, parts, strict=True)], dim=-1).unsqueeze(1)
+    wide = torch.promote_types(dtype, torch.float32)
+    return angles.cos().to(wide), angles.sin().to(wide)
 
 
 class TextDecoder(GPTModel):
@@ -88,11 +103,11 @@ class TextDecoder(GPTModel):
             pre_process=mesh.is_first_stage,
             post_process=mesh.is_last_stage,
             share_embeddings_and_output_weights=text.tie_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=text.rope_theta,
+            position_embedding_type="none",  # core attention turns queries and keys (``rotary_cos_sin``)
             scatter_embedding_sequence_parallel=False,  # image features are spliced into the whole slice first
             mtp_block_spec=mtp_spec(config),
         )
+        self.text_config = text
         if mesh.is_last_stage:
             # The head sees gathered rows, so it must not gather again under sequence parallelism, and must sum its
             # input gradient over tp itself.
@@ -106,14 +121,17 @@ class TextDecoder(GPTModel):
     def decode(self, decoder_input: Tensor | None, positions_3S: Tensor, params: PackParams, rows_R: Tensor) -> Tensor:
         """Hidden states [S, 1, D] on inner stages; on the last the logits [R, V / tp] of the local slots ``rows_R``.
 
-        ``positions_3S`` are those of the whole pack: megatron takes this rank's slice of the rotary table itself.
+        ``positions_3S`` are those of the whole pack.
         """
+        ranges = zigzag.local_ranges(positions_3S.shape[1], params.cp.rank, params.cp.size)
+        local_positions_3S = torch.cat([positions_3S[:, start:end] for start, end in ranges], dim=1)
+        cos_sin = rotary_cos_sin(self.text_config, local_positions_3S, self.config.params_dtype)
         return self(
             input_ids=None,
-            position_ids=positions_3S.unsqueeze(1),
+            position_ids=None,
             attention_mask=None,
             decoder_input=decoder_input,
-            packed_seq_params=params,
+            packed_seq_params=replace(params, cos_sin=cos_sin),
             labels=rows_R,
         )
 
