@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mimo_megatron import __version__
@@ -203,8 +204,10 @@ def _score(values: Values) -> int:
 
     layout = load_layout(values.overrides)
     encoding = read_encoding(values.checkpoint, values.tokenizer)
-    request = ScoreRequest(values.checkpoint, values.samples, values.out, layout, encoding, values.pack_tokens)
-    run_local(score, values.ranks or layout.model_ranks, request)
+    with TemporaryDirectory() as scratch:
+        where = values.checkpoint, values.samples, values.out
+        request = ScoreRequest(*where, layout, encoding, Path(scratch), values.pack_tokens)
+        run_local(score, values.ranks or layout.model_ranks, request)
     print(values.out)
     return 0
 
@@ -229,15 +232,12 @@ def _generate(values: Values) -> int:
     from mimo_megatron.train.start import read_encoding
 
     layout = load_layout(values.overrides)
-    request = AnswerRequest(
-        values.checkpoint,
-        read_prompts(values.prompt, values.image, values.prompts),
-        values.out,
-        layout,
-        read_encoding(values.checkpoint, values.tokenizer),
-        Sampling(values.max_new_tokens, values.temperature, values.top_p, values.seed),
-    )
-    run_local(answer, values.ranks or layout.model_ranks, request)
+    prompts = read_prompts(values.prompt, values.image, values.prompts)
+    sampling = Sampling(values.max_new_tokens, values.temperature, values.top_p, values.seed)
+    encoding = read_encoding(values.checkpoint, values.tokenizer)
+    with TemporaryDirectory() as scratch:
+        request = AnswerRequest(values.checkpoint, prompts, values.out, layout, encoding, sampling, Path(scratch))
+        run_local(answer, values.ranks or layout.model_ranks, request)
     return 0
 
 

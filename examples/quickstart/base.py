@@ -88,7 +88,7 @@ def split_base(checkpoint: Path, out: Path) -> None:
 
 
 def write_manifest(out: Path, run_dirs: Sequence[Path]) -> Path:
-    """``out/MANIFEST.json``: the command, the phases with seed, size, versions and losses, the hashes of the weights."""
+    """``out/MANIFEST.json``: the command, each phase with its seed, sizes, versions and losses, and the weights' hashes."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
     weights = sorted(out.glob(f"*/{SINGLE_FILE}"))
     manifest = {

@@ -5,18 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_megatron import log, platform
-from mimo_megatron.config.check import check_layout
 from mimo_megatron.config.run import EncodingConfig, ParallelConfig
-from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.jsonl import read_jsonl
-from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.evaluation.generate import Sampling, generate
-from mimo_megatron.mcore.boot import RankAddress, megatron
-from mimo_megatron.mcore.text import Numerics
-from mimo_megatron.model.vlm import VisionLanguageModel
-from mimo_megatron.train.start import load_weights, model_in
+from mimo_megatron.evaluation.opened import opened
+from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.types import MediaRef, RawSample
 
 
@@ -30,6 +24,8 @@ class AnswerRequest:
     parallel: ParallelConfig
     encoding: EncodingConfig
     sampling: Sampling
+    scratch: Path
+    """A folder that all ranks see, for the conversion of a Hugging Face folder; nothing is left in it."""
     prompts_at_once: int = 64
 
 
@@ -49,25 +45,16 @@ def read_prompts(prompt: str | None, images: Sequence[Path], prompts: Path | Non
 
 def answer(address: RankAddress, request: AnswerRequest) -> None:
     """Answer every prompt in order; rank 0 prints or writes ``{"id", "answer"}``."""
-    log.set_up(address.rank)
-    model_config = model_in(request.source)
-    check_layout(model_config, request.parallel, address.world_size)
-    with megatron(request.parallel, address) as mesh:
-        device = platform.current().device(address.local_rank)
-        model = VisionLanguageModel(model_config, request.parallel, Numerics(), mesh).to(device).eval()
-        load_weights(request.source, model_config, model, Path(f"{request.source}.converted"))
-        tokenizer = load_tokenizer(request.encoding.tokenizer, model_config.tokens, model_config.text.vocab_size)
-        rows = []
+    rows = []
+    with opened(request.source, request.parallel, request.encoding, address, request.scratch) as open_model:
         for start in range(0, len(request.prompts), request.prompts_at_once):
             some = request.prompts[start : start + request.prompts_at_once]
-            encoded = [
-                encode_sample(raw, tokenizer, model_config, request.encoding, add_generation_prompt=True)
-                for raw in some
-            ]
-            for raw, token_ids in zip(some, generate(model, encoded, request.sampling, mesh), strict=True):
-                rows.append({"id": raw.id, "answer": tokenizer.decode(token_ids)})
-        if address.rank == 0:
-            _tell(rows, request.out)
+            encoded = [open_model.encode(raw, add_generation_prompt=True) for raw in some]
+            answers = generate(open_model.model, encoded, request.sampling, open_model.mesh)
+            for raw, token_ids in zip(some, answers, strict=True):
+                rows.append({"id": raw.id, "answer": open_model.tokenizer.decode(token_ids)})
+    if address.rank == 0:
+        _tell(rows, request.out)
 
 
 def _tell(rows: Sequence[dict[str, str]], out: Path | None) -> None:

@@ -11,27 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mimo_megatron import log, platform
-from mimo_megatron.config.check import check_layout
 from mimo_megatron.config.run import EncodingConfig, ParallelConfig
 from mimo_megatron.data.collate import collate
-from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.data.packing import pack
-from mimo_megatron.data.tokenizer import load_tokenizer
+from mimo_megatron.evaluation.opened import OpenModel, opened
 from mimo_megatron.loss.cross_entropy import token_losses
-from mimo_megatron.mcore.boot import RankAddress, megatron, world
+from mimo_megatron.mcore.boot import RankAddress, world
 from mimo_megatron.mcore.schedule import run_forward
-from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import LocalPack, local_pack
-from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.collectives import gather_objects
-from mimo_megatron.parallel.mesh import Mesh
-from mimo_megatron.train.start import load_weights, model_in
 from mimo_megatron.types import EncodedSample
 
 DEFAULT_PACK_TOKENS = 8192
@@ -48,6 +40,8 @@ class ScoreRequest:
     out: Path
     parallel: ParallelConfig
     encoding: EncodingConfig
+    scratch: Path
+    """A folder that all ranks see, for the conversion of a Hugging Face folder; nothing is left in it."""
     pack_tokens: int = DEFAULT_PACK_TOKENS
     """Slots of a pack; raised to the longest sample."""
 
@@ -67,19 +61,11 @@ def score(address: RankAddress, request: ScoreRequest) -> None:
     ``logprobs[i]`` is log p(token i + 1 | tokens up to i): one value for every token after the first. The file appears
     under its name when it is complete.
     """
-    log.set_up(address.rank)
-    model_config = model_in(request.source)
-    check_layout(model_config, request.parallel, address.world_size)
-    with megatron(request.parallel, address) as mesh:
-        device = platform.current().device(address.local_rank)
-        model = VisionLanguageModel(model_config, request.parallel, Numerics(), mesh).to(device).eval()
-        load_weights(request.source, model_config, model, request.out.with_suffix(".weights"))
-        tokenizer = load_tokenizer(request.encoding.tokenizer, model_config.tokens, model_config.text.vocab_size)
-        encoded = (encode_sample(raw, tokenizer, model_config, request.encoding) for raw in read_jsonl(request.samples))
-        samples = [_every_token(sample) for sample in encoded]
+    with opened(request.source, request.parallel, request.encoding, address, request.scratch) as open_model:
+        samples = [_every_token(open_model.encode(raw)) for raw in read_jsonl(request.samples)]
         num_slots = _slots(samples, request)
         packs = [list(one) for one in pack([sample.num_tokens for sample in samples], num_slots)]
-        found = _score_packs(model, mesh, samples, packs, num_slots, device)
+        found = _score_packs(open_model, samples, packs, num_slots)
         everything = [one for rank in gather_objects(found, world()) for one in rank]
         if address.rank == 0:
             _write(request.out, _rows(samples, packs, everything))
@@ -97,14 +83,10 @@ def _slots(samples: Sequence[EncodedSample], request: ScoreRequest) -> int:
 
 
 def _score_packs(
-    model: VisionLanguageModel,
-    mesh: Mesh,
-    samples: Sequence[EncodedSample],
-    packs: Sequence[Sequence[int]],
-    num_slots: int,
-    device: torch.device,
+    open_model: OpenModel, samples: Sequence[EncodedSample], packs: Sequence[Sequence[int]], num_slots: int
 ) -> list[_SlotLogprobs]:
     """This rank's part of the packs; empty on all but the last stage's first tp rank."""
+    model, mesh = open_model.model, open_model.mesh
     numbers = range(mesh.dp.rank, len(packs), mesh.dp.size)
     found = []
     for number in numbers:
@@ -115,7 +97,7 @@ def _score_packs(
             losses_R = token_losses(logits_RV, local.labels_R, mesh.tp)
             return _SlotLogprobs(number, slots[local.rows_R.cpu()].tolist(), (-losses_R).tolist())
 
-        found += run_forward(model, [local_pack(batch, mesh.cp).to(device)], num_slots, use)
+        found += run_forward(model, [local_pack(batch, mesh.cp).to(open_model.device)], num_slots, use)
     return found if mesh.tp.rank == 0 else []
 
 

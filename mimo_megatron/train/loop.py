@@ -67,7 +67,7 @@ def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) ->
         log.get_logger().info("resumed after step %d from %s", state["step"], newest)
         return int(state["step"]), Counter(state["skipped"])
     if config.start_from is not None:
-        load_weights(config.start_from, config.model, trainer.bare_model, folder.root / "start")
+        load_weights(config.start_from, config.model, trainer.bare_model, folder.root)
         trainer.optimizer.reload_model_params()
     return 0, Counter()
 

@@ -37,14 +37,16 @@ def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageM
     if not _is_hugging_face(source):
         checkpoint.load(source, model_config, model)
         return
+    converted = scratch / "converted"
     if dist.get_rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        from_hf(source, scratch)
+        shutil.rmtree(converted, ignore_errors=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        from_hf(source, converted)
     dist.barrier()
-    checkpoint.load(scratch, model_config, model)
+    checkpoint.load(converted, model_config, model)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(scratch)
+        shutil.rmtree(converted)
 
 
 def _is_hugging_face(source: Path) -> bool:

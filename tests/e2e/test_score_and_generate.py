@@ -119,7 +119,7 @@ def test_score_gives_transformers_log_probability_of_every_token(name, hf_dir, s
     from_hf(hf_dir, checkpoint)
     out = tmp_path / "scores.jsonl"
     request = ScoreRequest(
-        checkpoint, samples, out, ParallelConfig(**layout), read_encoding(checkpoint), pack_tokens=64
+        checkpoint, samples, out, ParallelConfig(**layout), read_encoding(checkpoint), tmp_path, pack_tokens=64
     )
     run_ranks(score, world_size, request)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -133,7 +133,7 @@ def test_score_gives_transformers_log_probability_of_every_token(name, hf_dir, s
 
 def test_score_reads_a_hugging_face_folder_directly(hf_dir, samples, tmp_path):
     out = tmp_path / "scores.jsonl"
-    run_ranks(score, 1, ScoreRequest(hf_dir, samples, out, ParallelConfig(), read_encoding(hf_dir)))
+    run_ranks(score, 1, ScoreRequest(hf_dir, samples, out, ParallelConfig(), read_encoding(hf_dir), tmp_path))
     first = json.loads(out.read_text().splitlines()[0])
     np.testing.assert_allclose(
         first["logprobs"], hf_logprobs(hf_dir, encoded(hf_dir, samples)[0]), rtol=2e-4, atol=2e-5
@@ -150,7 +150,7 @@ def test_greedy_answers_are_those_of_transformers(name, hf_dir, samples, tmp_pat
     world_size, layout = LAYOUTS[name]
     out = tmp_path / "answers.jsonl"
     encoding = read_encoding(hf_dir)
-    request = AnswerRequest(hf_dir, prompts(samples), out, ParallelConfig(**layout), encoding, Sampling(12))
+    request = AnswerRequest(hf_dir, prompts(samples), out, ParallelConfig(**layout), encoding, Sampling(12), tmp_path)
     run_ranks(answer, world_size, request)
     tokenizer = load_tokenizer(encoding.tokenizer, MODEL.tokens, MODEL.text.vocab_size)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32).eval()
@@ -169,7 +169,7 @@ def refusal(address: Any, request: AnswerRequest) -> str:
 
 def test_generation_refuses_to_share_out_one_token(hf_dir, samples, tmp_path):
     layout = ParallelConfig(cp=2)
-    request = AnswerRequest(hf_dir, prompts(samples), None, layout, read_encoding(hf_dir), Sampling(2))
+    request = AnswerRequest(hf_dir, prompts(samples), None, layout, read_encoding(hf_dir), Sampling(2), tmp_path)
     assert "parallel.cp is 2" in run_ranks(refusal, 2, request)[0]
 
 
@@ -178,7 +178,9 @@ def test_sampled_answers_repeat_with_their_seed_and_differ_with_another(hf_dir, 
         out = tmp_path / f"answers-{seed}.jsonl"
         sampling = Sampling(12, temperature=1.0, top_p=0.9, seed=seed)
         run_ranks(
-            answer, 1, AnswerRequest(hf_dir, prompts(samples), out, ParallelConfig(), read_encoding(hf_dir), sampling)
+            answer,
+            1,
+            AnswerRequest(hf_dir, prompts(samples), out, ParallelConfig(), read_encoding(hf_dir), sampling, tmp_path),
         )
         return out.read_text()
 
