@@ -2,9 +2,9 @@
 
     python -m examples.quickstart.answer QUESTIONS.jsonl HF_FOLDER [HF_FOLDER ...]
 
-Answers go into ``answers.jsonl`` of the model's folder. Images go through that folder's own image processor. Clips would
-need transformers' video processor, and that needs torchvision; ``video_patches`` makes them from the image processor's
-patches of their frames.
+Answers go into ``answers.jsonl`` of the model's folder. Images go through that folder's own image processor. Clips
+would need transformers' video processor, and that needs torchvision; ``video_patches`` makes them from the image
+processor's patches of their frames.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def split_base(checkpoint: Path, out: Path) -> None:
 
 
 def write_manifest(out: Path, run_dirs: Sequence[Path]) -> Path:
-    """``out/MANIFEST.json``: the command, each phase with its seed, sizes, versions and losses, and the weights' hashes."""
+    """``out/MANIFEST.json``: the command, every phase with its sizes, versions and losses, and hashes of the weights."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
     weights = sorted(out.glob(f"*/{SINGLE_FILE}"))
     manifest = {
