@@ -94,7 +94,7 @@ def encoded_samples(tokens: SpecialTokens, answer_share: float) -> list[EncodedS
 
 
 class Peer:
-    """transformers' model and its ways to take a step. Losses are divided by the step's trained tokens, as its trainer does."""
+    """transformers' model and its ways to take a step; the loss is the step's mean, as its own trainer has it."""
 
     def __init__(self, config: ModelConfig):
         torch.manual_seed(1)
@@ -227,10 +227,11 @@ def rows(labels: str, answer_share: float, peer: Peer, mesh: Any, rounds: int) -
     packs = [[samples[item] for item in items] for items in pack(lengths, PACK_TOKENS)]
     num_tokens, num_trained = sum(lengths), _num_trained(samples)
     print(
-        f"{labels}: {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens, {num_tokens:,} in all, {num_trained:,} "
-        f"trained, {sum(sample.num_patches for sample in samples):,} patches; padded batch "
-        f"{1 - num_tokens / (len(samples) * max(lengths)):.1%} waste, our {len(packs)} packs "
-        f"{1 - num_tokens / (len(packs) * PACK_TOKENS):.1%}"
+        f"{labels}: {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens, {num_tokens:,} in all, "
+        f"{num_trained:,} trained, {sum(sample.num_patches for sample in samples):,} patches; waste: padded batch "
+        f"{1 - num_tokens / (len(samples) * max(lengths)):.1%}, our {len(packs)} packs "
+        f"{1 - num_tokens / (len(packs) * PACK_TOKENS):.1%}",
+        flush=True,
     )
     steps = {
         OURS: our_step(our_trainer(peer, mesh, len(packs)), packs),

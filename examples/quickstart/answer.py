@@ -76,7 +76,8 @@ class Client:
         counts = []
         for part in (part for message in messages for part in message["content"] if part["type"] != "text"):
             path = media_folder / part[part["type"]]
-            patches, grid = self._image(path) if part["type"] == "image" else self._video(path)
+            inputs = image_inputs if part["type"] == "image" else video_inputs
+            patches, grid = inputs(self.image_processor, path)
             shown[part["type"]].patches.append(patches)
             shown[part["type"]].grids.append(grid)
             counts.append(int(grid.prod()) // self.image_processor.merge_size**2)
@@ -84,20 +85,24 @@ class Client:
         count = iter(counts)
         return _PLACEHOLDER.sub(lambda match: match[0] * next(count), text)
 
-    def _image(self, path: Path) -> tuple[Tensor, Tensor]:
-        with Image.open(path) as image:
-            processed = self.image_processor(images=[image], return_tensors="pt")
-        return processed["pixel_values"], processed["image_grid_thw"][0]
 
-    def _video(self, path: Path) -> tuple[Tensor, Tensor]:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            every = round(float(stream.average_rate) / FRAMES_PER_SECOND)
-            frames = [frame.to_image() for frame in container.decode(stream)][::every]
-        processed = self.image_processor(images=frames, return_tensors="pt")
-        _, height, width = processed["image_grid_thw"][0].tolist()
-        patches = video_patches(processed["pixel_values"].unflatten(0, (len(frames), height * width)))
-        return patches.flatten(0, 1), torch.tensor([len(patches), height, width])
+def image_inputs(processor: Any, path: Path) -> tuple[Tensor, Tensor]:
+    """[P, C] patches and the grid (1, rows, columns) of an image file."""
+    with Image.open(path) as image:
+        processed = processor(images=[image], return_tensors="pt")
+    return processed["pixel_values"], processed["image_grid_thw"][0]
+
+
+def video_inputs(processor: Any, path: Path) -> tuple[Tensor, Tensor]:
+    """[P, C] patches and the grid (frame pairs, rows, columns) of a clip with a constant frame rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        every = round(float(stream.average_rate) / FRAMES_PER_SECOND)
+        frames = [frame.to_image() for frame in container.decode(stream)][::every]
+    processed = processor(images=frames, return_tensors="pt")
+    _, rows, columns = processed["image_grid_thw"][0].tolist()
+    patches = video_patches(processed["pixel_values"].unflatten(0, (len(frames), rows * columns)))
+    return patches.flatten(0, 1), torch.tensor([len(patches), rows, columns])
 
 
 def video_patches(stills_FPC: Tensor) -> Tensor:

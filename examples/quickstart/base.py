@@ -11,7 +11,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,17 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from examples.quickstart.sources import build_sources, num_cores
-from mimo_megatron import cli
+from examples.quickstart.protocol import Protocol, data_parallel_ranks
+from examples.quickstart.sources import build_sources
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.processor import read_processor
-from mimo_megatron.config.run import RunConfig
 from mimo_megatron.convert.checkpoint_io import CheckpointReader
 from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.convert.hf_io import SINGLE_FILE
 from mimo_megatron.convert.storage import new_folder
-from mimo_megatron.errors import MimoError
 from mimo_megatron.report.run_data import RunData, load_run
 from mimo_megatron.train.run_folder import RunFolder
 
@@ -46,24 +44,21 @@ def base_recipes() -> list[Path]:
     return [RECIPES / "base.yaml", *sorted(RECIPES.glob("base[0-9]*.yaml"))]
 
 
-def train_base(out: Path) -> None:
-    """Build the data, run every phase, write the two folders and the manifest into ``out``. Resumes what was begun."""
-    recipes = base_recipes()
+def train_base(
+    protocol: Protocol, out: Path, recipes: Sequence[Path] | None = None, num_samples: Mapping[str, int] | None = None
+) -> None:
+    """Build the data, run every phase, write the two folders and the manifest into ``out``. What was begun goes on."""
+    recipes = recipes or base_recipes()
     configs = [load_recipe(recipe) for recipe in recipes]
-    build_sources(configs)
-    num_ranks = most_ranks(configs)
-    for recipe in recipes:
-        if cli.main(["train", str(recipe), "--ranks", str(num_ranks)]):
-            raise MimoError(f"{recipe}: training stopped, see above; the same command goes on from its last checkpoint")
+    with protocol.part("Base: data"):
+        build_sources(configs, num_samples)
+    for recipe, config in zip(recipes, configs, strict=True):
+        with protocol.part(f"Base: {config.name}"):
+            protocol.command("train", recipe, "--ranks", data_parallel_ranks(config.train.packs_per_step))
     checkpoint = RunFolder(configs[-1].dir).newest_checkpoint()
     assert checkpoint is not None, "a complete run leaves a checkpoint"
     split_base(checkpoint, out)
     write_manifest(out, [config.dir for config in configs])
-
-
-def most_ranks(configs: Sequence[RunConfig]) -> int:
-    """The most data-parallel ranks, up to the cores of this machine, among which the packs of every recipe divide."""
-    return next(n for n in range(num_cores(), 0, -1) if all(one.train.packs_per_step % n == 0 for one in configs))
 
 
 def split_base(checkpoint: Path, out: Path) -> None:
@@ -88,7 +83,7 @@ def split_base(checkpoint: Path, out: Path) -> None:
 
 
 def write_manifest(out: Path, run_dirs: Sequence[Path]) -> Path:
-    """``out/MANIFEST.json``: the command, every phase with its sizes, versions and losses, and hashes of the weights."""
+    """``out/MANIFEST.json``: the command, every phase with its sizes and losses, and hashes of the weights."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
     weights = sorted(out.glob(f"*/{SINGLE_FILE}"))
     manifest = {
@@ -123,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's tiny base: a vision encoder and a language model.")
     parser.add_argument("--out", type=Path, default=TRAINED, help=f"default {TRAINED}; the shipped one is {SHIPPED}")
     out = parser.parse_args().out
-    train_base(out)
+    train_base(Protocol(), out)
     print(f"{out}: text/, vision/ and {MANIFEST}")
 
 

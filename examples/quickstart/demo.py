@@ -21,7 +21,7 @@ from examples.quickstart.base import RECIPES, SHIPPED, TRAINED, train_base
 from examples.quickstart.build_data import QUESTIONS, QuestionSet, build_questions
 from examples.quickstart.checks import CheckFailed, check_answers, check_frozen, check_loss
 from examples.quickstart.protocol import Protocol, layout
-from examples.quickstart.result import Floors, Result, result_table, results, training_floors, write_evaluations
+from examples.quickstart.result import Result, result_table, results, training_floors, write_evaluations
 from examples.quickstart.sources import build_sources
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.run import RunConfig
@@ -48,26 +48,27 @@ NUM_SAMPLES = {
 }
 HEADLINES = (("few", "read"), ("few", "count"), ("few", "locate"))
 _SEED = 7  # scenes that the base was not trained on
-_NUM_FLOOR_SAMPLES = 600
 _NUM_COMPARED = 24
 _MOST_NEW_TOKENS = 32
 
 
 def run(
+    protocol: Protocol,
     base: Path,
     *,
     recipes: Sequence[Path] = STAGES,
     num_samples: Mapping[str, int] = NUM_SAMPLES,
     question_sets: Sequence[QuestionSet] = QUESTIONS,
+    num_floor_samples: int = 600,
 ) -> list[Result]:
     """What the stages answer, from the base's two folders on. ``demo/data`` and the stages' runs are made afresh."""
-    protocol = Protocol()
     configs = [load_recipe(recipe) for recipe in recipes]
     for stale in (DATA, START, EXPORTS, *(config.dir for config in configs)):
         shutil.rmtree(stale, ignore_errors=True)
 
     with protocol.part("Data: handwritten digits over photographs"):
-        floors = make_data(protocol, configs, num_samples, question_sets)
+        make_data(protocol, configs, num_samples, question_sets)
+        floors = training_floors(question_sets, num_floor_samples, seed=_SEED)
     with protocol.part("Start: a trained encoder, a trained language model, a random projector between them"):
         sources = base / "text", base / "vision", START
         protocol.command("convert", "assemble", *sources, "--dtype", "fp32", "--name", configs[0].model.name)
@@ -95,15 +96,14 @@ def make_data(
     configs: Sequence[RunConfig],
     num_samples: Mapping[str, int],
     question_sets: Sequence[QuestionSet],
-) -> Floors:
-    """Writes tars with their index, and held-out questions; gives the training answers behind the floors."""
+) -> None:
+    """Write tars with their index, and the held-out questions."""
     reports = build_sources(configs, num_samples, seed=_SEED)
     for name, report in sorted(reports.items()):
         count = sum(report.num_samples.values())
         protocol.say(f"  {name}: {count:,} samples, {report.num_tokens:,} tokens, {report.num_patches:,} patches")
     build_questions(QUESTION_FILE.parent, seed=_SEED, question_sets=question_sets)
     protocol.say(f"  {QUESTION_FILE}: {len(read_rows(QUESTION_FILE))} questions about digits that no model has seen")
-    return training_floors(question_sets, _NUM_FLOOR_SAMPLES, seed=_SEED)
 
 
 def run_stage(protocol: Protocol, recipe: Path, config: RunConfig) -> Path:
@@ -163,12 +163,11 @@ def check_headlines(found: Sequence[Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="From pictures to a Hugging Face model in four stages.")
     parser.add_argument("--base", choices=("shipped", "train"), default="shipped", help="train: make the base again")
+    base, protocol = parser.parse_args().base, Protocol()
     try:
-        if parser.parse_args().base == "train":
-            train_base(TRAINED)
-            found = run(TRAINED)
-        else:
-            found = run(SHIPPED)
+        if base == "train":
+            train_base(protocol, TRAINED)
+        found = run(protocol, TRAINED if base == "train" else SHIPPED)
         check_headlines(found)
     except MimoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

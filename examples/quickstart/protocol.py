@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,16 +76,26 @@ def _arguments(program: str, words: tuple[object, ...], protocol: Protocol) -> l
 
 
 def _run_verb(arguments: list[str]) -> None:
+    # megatron's checkpoint writer spawns a helper process, which would import the main module: the whole demo again.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     sys.exit(cli.main(arguments))
 
 
 def layout(packs_per_step: int) -> tuple[int, list[str]]:
-    """How many ranks this machine runs well, and the overrides that lay them out: TP 2 x PP 2 from four cores or GPUs.
+    """How many ranks this machine runs well, and the overrides that lay them out.
 
-    Fewer are data-parallel.
+    TP 2 x PP 2 from four cores (or GPUs) on; fewer are data-parallel.
     """
-    places = torch.cuda.device_count() if torch.cuda.is_available() else num_cores()
-    if places >= 4:
+    if _places() >= 4:
         return 4, ["parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true"]
-    num_ranks = max(n for n in range(1, places + 1) if packs_per_step % n == 0)
-    return num_ranks, ["parallel.tp=1", "parallel.pp=1", "parallel.sequence_parallel=false"]
+    flat = ["parallel.tp=1", "parallel.pp=1", "parallel.sequence_parallel=false"]
+    return data_parallel_ranks(packs_per_step), flat
+
+
+def data_parallel_ranks(packs_per_step: int) -> int:
+    """The most ranks, up to the cores or GPUs of this machine, among which a step's packs divide."""
+    return max(ranks for ranks in range(1, _places() + 1) if packs_per_step % ranks == 0)
+
+
+def _places() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else num_cores()

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -18,20 +19,21 @@ from examples.quickstart.build_data import QuestionSet, training_answers
 from examples.quickstart.scoring import best_constant_answer, random_answer_score, score
 from examples.quickstart.sources import num_cores
 
-MEANING = {
-    "read": "digits read right",
-    "count": "counted right",
-    "locate": "boxes, mean IoU",
-    "point": "points inside the digit",
-    "add": "added right",
-    "subtract": "subtracted right",
-    "read_pair": "two images: digits read right",
-    "count_pair": "two images: counted right",
-    "when": "clips: seconds, mean IoU",
-    "text": "no image: answered right",
+CAPTION = "Held-out questions answered by plain transformers"
+_ONE_SCENE = {
+    "read": "digits read",
+    "count": "count",
+    "locate": "boxes, IoU",
+    "point": "points inside",
+    "add": "sum",
+    "subtract": "difference",
 }
-_OF_ONE_SCENE = ("read", "count", "locate", "point", "add", "subtract")
-CAPTION = "Held-out questions, answered by plain transformers (scores from 0 to 1)"
+_OTHERS = {
+    "read_pair": "two images: digits read",
+    "count_pair": "two images: count",
+    "when": "clips: seconds, IoU",
+    "text": "no image: answer",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        return f"{MEANING[self.task]}, level {self.level}" if self.task in _OF_ONE_SCENE else MEANING[self.task]
+        return f"{self.level}: {_ONE_SCENE[self.task]}" if self.task in _ONE_SCENE else _OTHERS[self.task]
 
     @property
     def start(self) -> float:
@@ -89,14 +91,11 @@ def _training_answers(one: QuestionSet, num_samples: int, seed: int) -> dict[str
 def results(
     questions: Sequence[Mapping[str, Any]], answers: Mapping[str, Mapping[str, str]], floors: Floors
 ) -> list[Result]:
-    """One for each (level, task), in the questions' order. ``answers`` are those of each model, by question id."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for question in questions:
-        groups.setdefault((question["level"], question["task"]), []).append(question)
+    """One for each (level, task) of the floors. ``answers`` are those of each model, by question id."""
     found = []
-    for (level, task), asked in groups.items():
+    for (level, task), (said, true) in floors.items():
+        asked = [one for one in questions if (one["level"], one["task"]) == (level, task)]
         golds = [question["gold"] for question in asked]
-        said, true = floors[level, task]
         constant = best_constant_answer(task, said, true)
         scores = {
             model: fmean(score(task, by_id[question["id"]], question["gold"]) for question in asked)
@@ -108,18 +107,17 @@ def results(
 
 
 def result_table(found: Sequence[Result]) -> Table:
-    """The scores in per cent: floors, start, and after each stage."""
-    drawn = Table(title=CAPTION, title_justify="left", header_style="bold")
+    """The scores in per cent: floors, start, and after each stage; 80 columns wide."""
+    drawn = Table(title=f"{CAPTION}, per cent", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("")
-    for name in ("asked", "chance", "best constant", *found[0].scores):
-        drawn.add_column(name, justify="right")
+    for name in ("chance", "best constant", *found[0].scores):
+        drawn.add_column(name.replace(" ", "\n"), justify="right")
     for before, one in zip((None, *found), found, strict=False):
-        if before is not None and before.level != one.level:
+        if before is not None and before.label.split(":")[0] != one.label.split(":")[0]:
             drawn.add_section()
         *earlier, last = (f"{100 * value:.0f}" for value in one.scores.values())
         style = "bold green" if one.is_learnt else "bold red"
-        cells = (str(one.num_questions), f"{100 * one.chance:.0f}", f"{100 * one.constant:.0f}", *earlier)
-        drawn.add_row(Text(one.label), *cells, Text(last, style))
+        drawn.add_row(one.label, f"{100 * one.chance:.0f}", f"{100 * one.constant:.0f}", *earlier, Text(last, style))
     return drawn
 
 

@@ -23,7 +23,7 @@ from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore.module import MegatronModule
 from mimo_megatron.mcore.optimizer import CONTENT, load_state, sharded_state
 
-_UNREADABLE = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
+_FAULTS = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
 
 
 def save(
@@ -46,7 +46,13 @@ def save(
         partial.mkdir(parents=True)
     dist.barrier()
     tensors = _sharded(model, optimizer, is_loading=False)
-    dist_checkpointing.save(tensors, str(partial), content_metadata=CONTENT)
+    try:
+        dist_checkpointing.save(tensors, str(partial), content_metadata=CONTENT)
+    except _FAULTS as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint could not be written ({_last_line(error)}); earlier ones are untouched. "
+            "Look at the disk's free space and rights, then start the run again"
+        ) from error
     if dist.get_rank() == 0:
         write_description(partial, model_config)
         (partial / STATE_FILE).write_text(json.dumps(state or {}, indent=1))
@@ -71,7 +77,7 @@ def load(
     check_description(folder, model_config)
     try:
         loaded = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(folder))
-    except _UNREADABLE as error:
+    except _FAULTS as error:
         raise CheckpointError(
             f"{folder}: cannot be read as a checkpoint of {model_config.name}: {_last_line(error)}. "
             "Take an earlier checkpoint, or convert the weights again"
