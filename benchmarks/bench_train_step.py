@@ -31,7 +31,7 @@ from provenance import write_rows
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from mimo_megatron.config.model import ModelConfig, SpecialTokens, TextConfig, VisionConfig
+from mimo_megatron.config.model import ModelConfig, SpecialTokens
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import DataConfig, ModuleTraining, ParallelConfig, RunConfig, SourceConfig, TrainConfig
 from mimo_megatron.convert.families import rules_for
@@ -63,13 +63,10 @@ Step = Callable[[], float]
 
 
 def model_config() -> ModelConfig:
-    tokens: SpecialTokens = preset("tiny-vl").tokens
-    text = TextConfig(
-        num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_width=64, ffn_width=704, vocab_size=8192,
-        rope_theta=10_000.0, mrope_section=(8, 12, 12), norm_eps=1e-6, max_positions=4096,
-    )  # fmt: skip
-    vision = VisionConfig(depth=4, width=128, num_heads=4, ffn_width=344, full_attention_layers=(1, 3))
-    return ModelConfig(name="bench", text=text, vision=vision, tokens=tokens)
+    """The preset ``tiny-vl`` with a decoder twice as wide and a vocabulary of 8,192."""
+    model = preset("tiny-vl")
+    wider = dict(width=256, num_heads=8, num_kv_heads=4, ffn_width=768, vocab_size=8192)
+    return model.model_copy(update={"text": model.text.model_copy(update=wider)})
 
 
 def encoded_samples(tokens: SpecialTokens, answer_share: float) -> list[EncodedSample]:
