@@ -24,6 +24,7 @@ from examples.quickstart.protocol import Protocol, layout
 from examples.quickstart.result import Result, result_table, results, training_floors, write_evaluations
 from examples.quickstart.sources import build_sources
 from mimo_megatron.config.load import load_recipe
+from mimo_megatron.config.processor import copy_tokenizer
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.errors import MimoError
 from mimo_megatron.report.run_report import write_journey, write_report
@@ -67,7 +68,7 @@ def run(
         shutil.rmtree(stale, ignore_errors=True)
 
     with protocol.part("Data: handwritten digits over photographs"):
-        make_data(protocol, configs, num_samples, question_sets)
+        make_data(protocol, base, configs, num_samples, question_sets)
         floors = training_floors(question_sets, num_floor_samples, seed=_SEED)
     with protocol.part("Start: a trained encoder, a trained language model, a random projector between them"):
         sources = base / "text", base / "vision", START
@@ -93,11 +94,15 @@ def run(
 
 def make_data(
     protocol: Protocol,
+    base: Path,
     configs: Sequence[RunConfig],
     num_samples: Mapping[str, int],
     question_sets: Sequence[QuestionSet],
 ) -> None:
-    """Write tars with their index, and the held-out questions."""
+    """Write tars with their index, and the held-out questions. The tokenizer is the base's."""
+    tokenizer = configs[0].data.tokenizer
+    tokenizer.mkdir(parents=True)
+    copy_tokenizer(base / "text", tokenizer)
     reports = build_sources(configs, num_samples, seed=_SEED)
     for name, report in sorted(reports.items()):
         count = sum(report.num_samples.values())

@@ -1,0 +1,32 @@
+"""The door under torchrun does what the local ranks do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mimo_megatron.config.load import dump_resolved
+from mimo_megatron.config.run import ParallelConfig
+from tests.data_fixtures import TINY, mixed_samples, recipe, write_source, write_tokenizer
+from tests.repository import ROOT
+from tests.samples import run_config
+
+
+@pytest.mark.slow
+def test_the_door_trains_under_torchrun(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    limits = {"max_pixels": 100_000, "video": {"max_total_tokens": 128}}
+    data = recipe(tmp_path / "source", tokenizer, pack_patches=1024, window_samples=8, **limits)
+    write_source(tmp_path / "source", mixed_samples(12), data)
+    config = run_config(TINY, steps=2, packs_per_step=2, parallel=ParallelConfig(tp=2))
+    config = config.model_copy(update={"dir": tmp_path / "run", "data": data})
+    dump_resolved(config, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "pretrain_vlm.py"), str(tmp_path / "recipe.yaml"), "train.steps=3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
