@@ -11,19 +11,11 @@ and to Python lists. Peers that are not installed are listed as such: ``pip inst
 
 import argparse
 import bisect
-import csv
 import gc
-import os
-import platform
-import re
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from provenance import installed, write_rows
 
 from mimo_megatron.data.packing import pack, pack_two_costs
 from mimo_megatron.data.packing_reference import check_packs
@@ -212,46 +205,10 @@ def row(
     )  # fmt: skip
 
 
-# ---- where and with what ---------------------------------------------------------------------------------------------
-
-
-def installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def versions() -> str:
-    packages = ("numpy", "pyarrow", "lightbinpack", "trl")
-    found = [f"{name} {metadata.version(name) if installed(name) else 'not installed'}" for name in packages]
-    return f"python {platform.python_version()}; " + "; ".join(found)
-
-
-def machine() -> str:
-    """The processor's name and number of cores; never the host's."""
-    cpuinfo = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    name = re.sub(r"\((R|TM|r|tm)\)", "", match.group(1) if match else platform.machine())
-    return "-".join(re.findall(r"[a-z0-9.]+", name.lower())) + f"-{os.cpu_count()}cpu"
-
-
-def commit() -> str:
-    """The checked-out commit, marked where the packing code differs from it."""
-
-    def git(*words: str) -> str:
-        root = Path(__file__).resolve().parents[1]
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "csrc", "mimo_megatron/data/packing.py")
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{machine()}-packing.csv")
+    parser.add_argument("--out", type=Path)
     values = parser.parse_args()
 
     tokens, patches = bimodal(values.samples)
@@ -260,14 +217,14 @@ def main() -> None:
         *one_cost_rows("bimodal", tokens),
         *two_cost_rows("bimodal", tokens, patches),
     ]
-    command = shlex.join(["python", "benchmarks/bench_packing.py", *sys.argv[1:]])
-    common = dict(commit=commit(), machine=machine(), versions=versions(), command=command)
-    values.out.parent.mkdir(parents=True, exist_ok=True)
-    with values.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
-        writer.writerows({**one, **common} for one in rows)
-    print(f"wrote {values.out} ({common['versions']})")
+    path = write_rows(
+        "packing",
+        rows,
+        measured=("csrc", "mimo_megatron/data/packing.py"),
+        packages=("numpy", "pyarrow", "lightbinpack", "trl"),
+        out=values.out,
+    )
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

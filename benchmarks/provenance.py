@@ -34,10 +34,17 @@ def commit(*measured: str) -> str:
     )
 
 
+def installed(package: str) -> str | None:
+    """Its version, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def versions(*packages: str) -> str:
-    return "; ".join(
-        [f"python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in packages)]
-    )
+    found = (f"{name} {installed(name) or 'not installed'}" for name in packages)
+    return "; ".join([f"python {platform.python_version()}", *found])
 
 
 def write_rows(
