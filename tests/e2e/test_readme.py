@@ -21,9 +21,15 @@ def first_commands() -> list[str]:
 
 
 def as_here(command: str) -> list[str]:
-    """The command with this interpreter in the place of the one in ``.venv``."""
-    words = command.replace(".venv/bin/mimo-megatron", f"{sys.executable} -W ignore -m mimo_megatron.cli")
-    return words.replace(".venv/bin/python", sys.executable).split()
+    """The command with this interpreter in the place of the one in ``.venv``.
+
+    Word by word: the interpreter's own path may hold ``.venv/bin/python``.
+    """
+    here = {
+        ".venv/bin/mimo-megatron": [sys.executable, "-W", "ignore", "-m", "mimo_megatron.cli"],
+        ".venv/bin/python": [sys.executable],
+    }
+    return [word for name in command.split() for word in here.get(name, [name])]
 
 
 @pytest.mark.slow
