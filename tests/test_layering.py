@@ -49,7 +49,7 @@ NEVER_IN: dict[str, set[str]] = {
 # Files whose functions may import, and what: the CLI's verbs load what they run; the CPU stand-ins patch megatron's
 # tracker only in the processes that install them; peers that a benchmark compares with need not be installed.
 SEAMS: dict[str, tuple[str, ...]] = {
-    "mimo_megatron/cli.py": ("",),
+    **{f"mimo_megatron/cli/{name}.py": ("",) for name in ("__init__", "inspect", "data", "run", "convert")},
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mimo_megatron import __version__
-from mimo_megatron.cli import VERBS, Verb, build_parser, main, parse
+from mimo_megatron.cli import VERBS, build_parser, main, parse
+from mimo_megatron.cli.verb import Verb
 
 RECIPE = Path(__file__).parents[2] / "examples/recipes/tiny/stage1.yaml"
 

@@ -1,0 +1,41 @@
+"""What a verb of the command is, and the arguments that several share."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+Arguments = argparse.ArgumentParser
+Values = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Verb:
+    """``name`` may be two words: verbs that share the first are shown under it."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[Arguments], object]
+    run: Callable[[Values], int]
+
+
+def count(text: str) -> int:
+    """A whole number from 1; argparse names this function in its complaint."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def add_recipe(parser: Arguments) -> None:
+    parser.add_argument("recipe", type=Path, help="a YAML file, see docs/recipes.md")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe: train.steps=20"
+    )
+
+
+def add_layout(parser: Arguments) -> None:
+    """A checkpoint and the layout in which it is used."""
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a Hugging Face folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the layout: parallel.tp=2 parallel.pp=2")
+    parser.add_argument("--ranks", type=count, help="processes on this machine (default: tp * pp * cp)")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer (default: the checkpoint's own)")
