@@ -190,7 +190,7 @@ def our_trainer(peer: Peer, mesh: Any, packs_per_step: int) -> Trainer:
     trainer = build_trainer(recipe(peer.config, packs_per_step), mesh)
     weights = peer.weights()
     with torch.no_grad():
-        for name, param in global_parameters(trainer.bare_model):
+        for name, param in global_parameters(trainer.bare_chunks):
             param.copy_(weights[name])
     return trainer
 
@@ -198,8 +198,8 @@ def our_trainer(peer: Peer, mesh: Any, packs_per_step: int) -> Trainer:
 def our_step(trainer: Trainer, packs: Sequence[Sequence[EncodedSample]]) -> Step:
     def step() -> float:
         batches = [collate(samples, trainer.config.model, PACK_TOKENS) for samples in packs]
-        loss_sum, num_trained = backward(trainer, batches)
-        return loss_sum / num_trained
+        sums = backward(trainer, batches)
+        return sums.loss / sums.count
 
     return step
 

@@ -66,9 +66,37 @@ def tensor_parallel_divides_the_text_model(
 
 
 def pipeline_divides_the_layers(model: ModelConfig, layout: ParallelConfig, world_size: int) -> Iterator[str]:
-    pp, layers = layout.pp, model.text.num_layers
-    if layers % pp:
-        yield f"model.text.num_layers ({layers}) % parallel.pp ({pp}) = {layers % pp}, must be 0: choose another pp"
+    layers, stages, given = model.text.num_layers, layout.num_stages, layout.stage_layers
+    product = f"parallel.pp {layout.pp} * vpp {layout.vpp} = {stages}"
+    if given is None and layers % stages:
+        some, more = divmod(layers, stages)
+        share = ", ".join(str(some + (stage >= stages - more)) for stage in range(stages))
+        yield (
+            f"model.text.num_layers ({layers}) % ({product}) = {layers % stages}, must be 0: "
+            f"choose another pp or vpp, or uneven stages such as 'parallel.stage_layers=[{share}]'"
+        )
+    if given is not None and (len(given), sum(given)) != (stages, layers):
+        yield (
+            f"parallel.stage_layers {list(given)} has {len(given)} stages and {sum(given)} layers, but {product} and "
+            f"model.text.num_layers is {layers}: list {stages} numbers whose sum is {layers}"
+        )
+
+
+def interleaving_needs_a_pipeline(model: ModelConfig, layout: ParallelConfig, world_size: int) -> Iterator[str]:
+    if layout.vpp > 1 and layout.pp == 1:
+        yield f"parallel.vpp is {layout.vpp} but parallel.pp is 1: raise pp, or set vpp=1"
+
+
+def interleaving_fills_the_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
+    layout, packs = config.parallel, config.train.packs_per_step
+    dp, rest = divmod(world_size, layout.model_ranks)
+    if layout.vpp > 1 and not rest and packs % dp == 0 and packs // dp % layout.pp:
+        unit = dp * layout.pp
+        yield (
+            f"train.packs_per_step ({packs}) / data-parallel ranks ({dp}) % parallel.pp ({layout.pp}) = "
+            f"{packs // dp % layout.pp}, must be 0 with parallel.vpp {layout.vpp}: "
+            f"set train.packs_per_step={-(-packs // unit) * unit}"
+        )
 
 
 def packs_cut_evenly(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -164,23 +192,16 @@ def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
         names[token] = name
 
 
-def prediction_layers_are_not_trained(config: RunConfig, world_size: int) -> Iterator[str]:
-    layers = config.model.text.num_mtp_layers
-    if layers:
-        yield (
-            f"model.text.num_mtp_layers is {layers}, and multi-token prediction cannot be trained yet: set "
-            "model.text.num_mtp_layers=0 (`convert assemble` leaves the layers behind)"
-        )
-
-
 LAYOUT_RULES: tuple[LayoutRule, ...] = (
     ranks_fill_the_layout,
     tensor_parallel_divides_the_text_model,
     pipeline_divides_the_layers,
+    interleaving_needs_a_pipeline,
     sequence_parallel_needs_tensor_parallel,
 )
 RULES: tuple[Rule, ...] = (
     packs_divide_over_data_parallel_ranks,
+    interleaving_fills_the_pipeline,
     packs_cut_evenly,
     something_is_trained,
     trained_modules_exist,
@@ -189,5 +210,4 @@ RULES: tuple[Rule, ...] = (
     pixel_limits_are_ordered,
     largest_media_fit_a_pack,
     special_tokens_differ,
-    prediction_layers_are_not_trained,
 )

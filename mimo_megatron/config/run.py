@@ -3,17 +3,22 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from mimo_megatron.config.base import Strict
 from mimo_megatron.config.model import ModelConfig
 
 ModuleName = Literal["vision", "projector", "text"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class ParallelConfig(Strict):
     tp: int = Field(1, ge=1, description="Tensor parallel ranks.")
-    pp: int = Field(1, ge=1, description="Pipeline stages.")
+    pp: int = Field(1, ge=1, description="Pipeline ranks.")
+    vpp: int = Field(1, ge=1, description="Chunks of layers on each pipeline rank (interleaved schedule).")
+    stage_layers: tuple[NonNegativeInt, ...] | None = Field(
+        None, description="Decoder layers of each of the pp * vpp stages, in order; null for equal shares."
+    )
     cp: int = Field(1, ge=1, description="Context parallel ranks.")
     sequence_parallel: bool = Field(
         False, description="Divide activations between the tensor parallel ranks outside attention and MLP too."
@@ -22,6 +27,15 @@ class ParallelConfig(Strict):
     @property
     def model_ranks(self) -> int:
         return self.tp * self.pp * self.cp
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline; stage i lies on pipeline rank i % pp."""
+        return self.pp * self.vpp
+
+    def layers_of_stages(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of every stage, in order."""
+        return self.stage_layers or (num_layers // self.num_stages,) * self.num_stages
 
 
 class SourceConfig(Strict):
@@ -92,8 +106,10 @@ class TrainConfig(Strict):
     vision: ModuleTraining = Field(ModuleTraining(), description="The vision encoder.")
     projector: ModuleTraining = Field(ModuleTraining(), description="The MLP between encoder and decoder.")
     text: ModuleTraining = Field(ModuleTraining(), description="The decoder, with its embedding and head.")
-    recompute: Literal["none", "full"] = Field(
-        "none", description="full: decoder layers are computed again in the backward pass, to save memory."
+    recompute: Recompute = Field(
+        "none",
+        description="What is computed again in the backward pass, to save memory. selective: the attention products "
+        "and MLPs of the decoder; full: all layers of decoder and encoder.",
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")

@@ -76,33 +76,27 @@ def _prompt_pack(
     """All prompts as one pack that asks for the logits after each one's last token; and the positions that follow."""
     batch = collate(prompts, model, sum(prompt.num_tokens for prompt in prompts))
     last_Q = torch.tensor(batch.segment_bounds[1:]) - 1
-    pack = replace(local_pack(batch, Axis(0, 1)), rows_R=last_Q)
+    pack = local_pack(batch, Axis(0, 1))
+    pack = replace(pack, lanes=(replace(pack.lanes[0], rows_R=last_Q),))
     cache = KVCache(batch.segment_bounds, sampling.max_new_tokens, device)
     return replace(pack.to(device), cache=cache), (batch.positions_3S[0, last_Q] + 1).to(device)
 
 
 def _step_pack(before: LocalPack, token_ids_Q: Tensor, positions_Q: Tensor) -> LocalPack:
     """One new token for each sequence, without images, on the same cache."""
-    empty = token_ids_Q.new_empty(0)
-    return replace(
-        before,
-        token_ids_S=token_ids_Q,
-        positions_3S=positions_Q.expand(3, -1),
-        pieces=(),
-        vision=None,
-        splice_slots_L=empty,
-        splice_rows_L=empty,
-        rows_R=torch.arange(len(token_ids_Q), device=token_ids_Q.device),
-    )
+    rows_Q = torch.arange(len(token_ids_Q), device=token_ids_Q.device)
+    lane = replace(before.lanes[0], token_ids_S=token_ids_Q, rows_R=rows_Q)
+    return replace(before, lanes=(lane,), positions_3S=positions_Q.expand(3, -1), pieces=(), vision=None)
 
 
 def _next_tokens(
     model: VisionLanguageModel, pack: LocalPack, sampling: Sampling, draw: torch.Generator, mesh: Mesh
 ) -> Tensor:
     """int64 [Q], the same on every rank: chosen on the last stage, told to the others."""
-    num_slots = len(pack.token_ids_S)
+    lane = pack.lanes[0]
+    num_slots = len(lane.token_ids_S)
     found = run_forward(model, [pack], num_slots, lambda logits_QV, _: _choose(logits_QV, sampling, draw, mesh.tp))
-    token_ids_Q = found[0] if found else pack.token_ids_S.new_empty(len(pack.rows_R))
+    token_ids_Q = found[0] if found else lane.token_ids_S.new_empty(len(lane.rows_R))
     if mesh.pp.size > 1:
         dist.broadcast(token_ids_Q, group=mesh.pp.group, group_src=mesh.pp.size - 1)
     return token_ids_Q

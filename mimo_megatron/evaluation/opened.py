@@ -12,6 +12,7 @@ from mimo_megatron.config.check import check_layout
 from mimo_megatron.config.run import EncodingConfig, ParallelConfig
 from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.tokenizer import TextTokenizer, load_tokenizer
+from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.vlm import VisionLanguageModel
@@ -47,9 +48,14 @@ def opened(
     log.set_up(address.rank)
     model_config = model_in(source)
     check_layout(model_config, parallel, address.world_size)
+    if parallel.vpp > 1:
+        raise ConfigError(
+            f"parallel.vpp is {parallel.vpp}: scoring and generation send one pack at a time through the pipeline, so "
+            "an interleaved schedule has nothing to interleave; set vpp=1"
+        )
     tokenizer = load_tokenizer(encoding.tokenizer, model_config.tokens, model_config.text.vocab_size)
     with megatron(parallel, address) as mesh:
         device = platform.current().device(address.local_rank)
         model = VisionLanguageModel(model_config, parallel, Numerics(), mesh).to(device).eval()
-        load_weights(source, model_config, model, scratch)
+        load_weights(source, model_config, [model], scratch)
         yield OpenModel(model, mesh, device, tokenizer, encoding)

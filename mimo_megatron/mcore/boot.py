@@ -49,6 +49,7 @@ def megatron(parallel: ParallelConfig, address: RankAddress, seed: int = 1) -> I
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
     )
     if not here.is_cpu:

@@ -6,6 +6,7 @@ megatron's files it holds ``model.json`` (what model this is) and ``state.json``
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ _FAULTS = (CheckpointingException, CheckpointException, KeyError, OSError, Runti
 def save(
     folder: Path,
     model_config: ModelConfig,
-    model: MegatronModule,
+    chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer | None = None,
     state: dict[str, Any] | None = None,
     *,
@@ -45,7 +46,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    tensors = _sharded(model, optimizer, is_loading=False)
+    tensors = _sharded(chunks, optimizer, is_loading=False)
     try:
         dist_checkpointing.save(tensors, str(partial), content_metadata=CONTENT)
     except _FAULTS as error:
@@ -67,22 +68,23 @@ def save(
 def load(
     folder: Path,
     model_config: ModelConfig,
-    model: MegatronModule,
+    chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer | None = None,
 ) -> dict[str, Any]:
-    """Fill ``model`` (and ``optimizer``) from ``folder`` and give its state. A collective over all ranks.
+    """Fill this rank's ``chunks`` (and ``optimizer``) from ``folder`` and give its state. A collective over all ranks.
 
     ``CheckpointError`` names what is missing or differs; nothing is loaded then.
     """
     check_description(folder, model_config)
     try:
-        loaded = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(folder))
+        loaded = dist_checkpointing.load(_sharded(chunks, optimizer, is_loading=True), str(folder))
     except _FAULTS as error:
         raise CheckpointError(
             f"{folder}: cannot be read as a checkpoint of {model_config.name}: {_last_line(error)}. "
             "Take an earlier checkpoint, or convert the weights again"
         ) from error
-    model.load_state_dict(loaded["model"], strict=True)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model"][f"chunk{number}"], strict=True)
     if optimizer is not None:
         load_state(optimizer, loaded)
     return json.loads((folder / STATE_FILE).read_text())
@@ -93,6 +95,8 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _sharded(model: MegatronModule, optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    weights = model.sharded_state_dict(metadata=CONTENT)
+def _sharded(
+    chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    weights = {f"chunk{number}": chunk.sharded_state_dict(metadata=CONTENT) for number, chunk in enumerate(chunks)}
     return {"model": weights, **(sharded_state(optimizer, weights, is_loading=is_loading) if optimizer else {})}

@@ -7,9 +7,9 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
-    get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import get_mtp_layer_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,22 +61,19 @@ def layer_spec() -> ModuleSpec:
     return spec
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules | ModuleSpec:
-    """The spec of this stage's decoder layers and of the final norm."""
+def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+    """The spec of one stage's decoder layers and of the final norm."""
     spec = layer_spec()
     if layer_backend() == "transformer-engine":
         return spec
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
-def mtp_spec(config: TransformerConfig) -> ModuleSpec | None:
-    """The spec of the multi-token-prediction block on the stage that holds it, else None."""
-    if not config.mtp_num_layers:
-        return None
+def prediction_layer_spec() -> ModuleSpec:
+    """The spec of one multi-token-prediction layer."""
     uses_engine = layer_backend() == "transformer-engine"
-    spec = get_gpt_mtp_block_spec(config, layer_spec(), use_transformer_engine=uses_engine)
-    if spec is not None and not uses_engine:
-        for layer in spec.layer_specs:
-            submodules = layer.submodules
-            submodules.enorm = submodules.hnorm = submodules.layer_norm = RMSNorm
+    spec = get_mtp_layer_spec(layer_spec(), use_transformer_engine=uses_engine)
+    if not uses_engine:
+        spec.submodules.enorm = spec.submodules.hnorm = spec.submodules.layer_norm = RMSNorm
     return spec

@@ -1,7 +1,7 @@
 """Megatron's data-parallel wrapper and distributed optimizer, with one learning rate for each part of the model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ CONTENT: dict[str, Any] = {
 MODULES: tuple[ModuleName, ...] = ("vision", "projector", "text")
 
 
-def wrap(model: MegatronModule, dtype_is_bf16: bool) -> DistributedDataParallel:
-    """``model`` with gradient buffers that are summed over dp x cp and sharded for the distributed optimizer.
+def wrap(chunks: Sequence[MegatronModule], dtype_is_bf16: bool) -> list[DistributedDataParallel]:
+    """``chunks`` with gradient buffers that are summed over dp x cp and sharded for the distributed optimizer.
 
     The wrapper sums and never averages: the schedule divides once by the global count of trained tokens.
     Gradients of bf16 parameters are accumulated in fp32.
@@ -34,12 +34,12 @@ def wrap(model: MegatronModule, dtype_is_bf16: bool) -> DistributedDataParallel:
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype_is_bf16, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=ddp, module=model)
-    model.config.finalize_model_grads_func = finalize_model_grads
-    return wrapped
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return [DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk) for chunk in chunks]
 
 
-def build(wrapped: DistributedDataParallel, train: TrainConfig) -> MegatronOptimizer:
+def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> MegatronOptimizer:
     """Megatron's optimizer over the trainable parameters. One-dimensional parameters get no weight decay.
 
     Every rank must call this, those whose stage is wholly frozen too.
@@ -59,7 +59,7 @@ def build(wrapped: DistributedDataParallel, train: TrainConfig) -> MegatronOptim
     )
     overrides = {_part_key(name): ParamGroupOverride(max_lr=rate) for name, rate in learning_rates(train).items()}
     overrides[_flat_key()] = ParamGroupOverride(wd_mult=0.0)
-    optimizer = get_megatron_optimizer(config, [wrapped], overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, wrapped, overrides, use_gloo_process_groups=False)
     _allocate_adam_state(optimizer)
     return optimizer
 
@@ -79,7 +79,7 @@ def set_rate(optimizer: MegatronOptimizer, train: TrainConfig, factor: float) ->
 def sharded_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Megatron's sharded form of this rank's optimizer state: whole tensors by name, and the step count.
 
-    Empty where the whole stage is frozen. ``weights`` is the model's sharded state. Parameter groups are not part of
+    Empty where the stages are frozen. ``weights`` is their sharded state. Parameter groups are not part of
     it: megatron tells them apart by (wd_mult, lr_mult) alone and would give all parts the last one's learning rate; the
     recipe sets them anew. Nor is torch's per-parameter ``step``, which megatron loads as one tensor shared by all.
     """

@@ -5,6 +5,7 @@ once by the global count.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,33 +20,55 @@ from mimo_megatron.mcore.module import MegatronModule
 Pack = TypeVar("Pack")
 
 
+@dataclass(frozen=True)
+class LossSums:
+    """Of one microbatch, on this rank. The step minimises sum(objective) / sum(count) over all of them."""
+
+    objective: Tensor
+    """Scalar with a gradient: what is minimised."""
+    loss: Tensor
+    """Scalar: the same without terms of other kinds, for the loss curve."""
+    count: Tensor
+    """Scalar: trained tokens."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Over all microbatches and ranks."""
+
+    objective: float
+    loss: float
+    count: int
+
+
 def run_microbatches(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     packs: Sequence[Pack],
     num_slots: int,
-    loss: Callable[[Tensor, Pack], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Pack], LossSums],
     *,
     whole_gradients: bool = False,
-) -> tuple[float, int]:
-    """(loss sum, trained tokens) over all microbatches and ranks; gradients are left in the wrapper's buffers.
+) -> StepSums:
+    """The sums over all microbatches and ranks; gradients are left in the wrappers' buffers.
 
-    ``loss(logits, pack)`` gives this microbatch's loss sum and trained token count. The distributed optimizer needs
-    only its own shard of the summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
+    ``num_slots`` are those of the stream between stages. The distributed optimizer needs only its own shard of the
+    summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
     """
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         pack = next(pending)
 
         def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            loss_sum, count = loss(logits, pack)
-            return loss_sum, count.to(torch.int), torch.stack((loss_sum.detach().double(), count.double()))
+            sums = loss(logits, pack)
+            row_3 = torch.stack((sums.objective.detach().double(), sums.loss.detach().double(), sums.count.double()))
+            return sums.objective, sums.count.to(torch.int), row_3
 
         return stage(pack), reduce_loss
 
     rows = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(packs),
-        model=[model],
+        data_iterator=[iter(packs) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(packs),
         seq_length=num_slots,
         micro_batch_size=1,
@@ -77,12 +100,12 @@ def run_forward(
         )
 
 
-def _total(rows: Sequence[Tensor]) -> tuple[float, int]:
-    """Sum the last stage's (loss, count) rows over dp x cp, and tell every stage. One host sync."""
+def _total(rows: Sequence[Tensor]) -> StepSums:
+    """Sum the last stage's rows over dp x cp, and tell every stage. One host sync."""
     device = torch.cuda.current_device()
-    total_2 = torch.stack(list(rows)).sum(0) if rows else torch.zeros(2, dtype=torch.float64, device=device)
-    dist.all_reduce(total_2, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    total_3 = torch.stack(list(rows)).sum(0) if rows else torch.zeros(3, dtype=torch.float64, device=device)
+    dist.all_reduce(total_3, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(total_2, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    loss_sum, count = total_2.tolist()
-    return loss_sum, int(count)
+    dist.broadcast(total_3, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    objective, loss, count = total_3.tolist()
+    return StepSums(objective, loss, int(count))

@@ -1,5 +1,6 @@
 """The decoder: megatron's GPTModel with packed attention and a head that sees only the slots it is asked about."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,19 +12,20 @@ from torch import Tensor
 
 from mimo_megatron import platform
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.config.run import ParallelConfig, Recompute
 from mimo_megatron.mcore.attention import PackParams
-from mimo_megatron.mcore.layers import block_spec, mtp_spec
+from mimo_megatron.mcore.layers import block_spec
+from mimo_megatron.mcore.mtp import PredictionLayers
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """The dtype of parameters and activations, and whether layers are recomputed in the backward pass."""
+    """The dtype of parameters and activations, and what is computed again in the backward pass to save memory."""
 
     dtype: torch.dtype = torch.float32
-    recompute: bool = False
+    recompute: Recompute = "none"
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -33,11 +35,6 @@ def _leave_uninitialised(weight: Tensor) -> None:
 def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Numerics) -> TransformerConfig:
     """Megatron's configuration of the decoder. Fusions that need CUDA are on exactly where there is CUDA."""
     on_cpu = platform.current().is_cpu
-    recompute: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if numerics.recompute
-        else {}
-    )
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.width,
@@ -45,7 +42,6 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         num_query_groups=text.num_kv_heads,
         kv_channels=text.head_width,
         ffn_hidden_size=text.ffn_width,
-        mtp_num_layers=text.num_mtp_layers or None,
         normalization="RMSNorm",
         layernorm_epsilon=text.norm_eps,
         gated_linear_unit=True,
@@ -56,6 +52,7 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        pipeline_model_parallel_layout=_stages(parallel.layers_of_stages(text.num_layers)) if parallel.pp > 1 else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=numerics.dtype,
@@ -73,8 +70,23 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         persist_layer_norm=False,
         batch_p2p_comm=not on_cpu,
         deallocate_pipeline_outputs=True,
-        **recompute,
+        **_RECOMPUTE[numerics.recompute],
     )
+
+
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _stages(num_layers: Sequence[int]) -> list[list[str]]:
+    """Megatron's description of a pipeline: what each stage holds, in order."""
+    stages = [["decoder"] * layers for layers in num_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def rotary_cos_sin(text: TextConfig, positions_3T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,58 +104,79 @@ def rotary_cos_sin(text: TextConfig, positions_3T: Tensor, dtype: torch.dtype) -
 
 
 class TextDecoder(GPTModel):
-    """One pipeline stage of the decoder; see ``embed`` and ``decode``."""
+    """One stage of the decoder; see ``embed`` and ``decode``. ``chunk`` counts the stages of this pipeline rank.
 
-    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh):
+    What travels between stages is a *stream*: the hidden states, and behind them, along dim 0, the embeddings that the
+    multi-token-prediction layers of the last stage will need.
+    """
+
+    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0):
+        stages_of_rank = config.virtual_pipeline_model_parallel_size
+        vp_stage = chunk if stages_of_rank else None
         super().__init__(
             config,
-            block_spec(config),
+            block_spec(config, vp_stage),
             vocab_size=text.vocab_size,
             max_sequence_length=text.max_positions,
-            pre_process=mesh.is_first_stage,
-            post_process=mesh.is_last_stage,
+            pre_process=mesh.is_first_stage and chunk == 0,
+            post_process=mesh.is_last_stage and chunk == (stages_of_rank or 1) - 1,
             share_embeddings_and_output_weights=text.tie_embeddings,
             position_embedding_type="none",  # core attention turns queries and keys (``rotary_cos_sin``)
             scatter_embedding_sequence_parallel=False,  # image features are spliced into the whole slice first
-            mtp_block_spec=mtp_spec(config),
+            vp_stage=vp_stage,
         )
         self.text_config = text
-        if mesh.is_last_stage:
+        self.mtp: PredictionLayers | None = None
+        self._received: Tensor | None = None
+        if self.post_process:
             # The head sees gathered rows, so it must not gather again under sequence parallelism, and must sum its
             # input gradient over tp itself.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = mesh.tp.size > 1
+            if text.num_mtp_layers:
+                self.mtp = PredictionLayers(config, text.num_mtp_layers, vp_stage)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""
         return self.embedding(input_ids=token_ids_S.unsqueeze(0), position_ids=None)
 
-    def decode(self, decoder_input: Tensor | None, positions_3S: Tensor, params: PackParams, rows_R: Tensor) -> Tensor:
-        """Hidden states [S, 1, D] on inner stages; on the last the logits [R, V / tp] of the local slots ``rows_R``.
+    def decode(self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]) -> Tensor:
+        """The stream, each part [S, 1, D], on inner stages; logits [R + R1 + ..., V / tp] on the last.
 
-        ``positions_3S`` are those of the whole pack.
+        ``rows`` are the local slots whose logits are wanted: of the decoder, then of each prediction layer that the
+        stream has a part for. ``positions_3S`` are those of the whole pack. ``stream`` is None where the schedule has
+        set this stage's input.
         """
         ranges = zigzag.local_ranges(positions_3S.shape[1], params.cp.rank, params.cp.size)
         local_positions_3S = torch.cat([positions_3S[:, start:end] for start, end in ranges], dim=1)
         cos_sin = rotary_cos_sin(self.text_config, local_positions_3S, self.config.params_dtype)
-        return self(
-            input_ids=None,
-            position_ids=None,
-            attention_mask=None,
-            decoder_input=decoder_input,
-            packed_seq_params=replace(params, cos_sin=cos_sin),
-            labels=rows_R,
-        )
-
-    def _postprocess(self, hidden_states: Tensor, *_: Any, labels: Tensor, **__: Any) -> Tensor:
-        """Megatron's hook after the layers; ``labels`` carries ``rows_R``, all that the head sees."""
+        stream = self._received if stream is None else stream
+        assert stream is not None, "megatron's schedule sets the input of inner stages"
+        hidden_S1D, *ahead = stream.chunk(len(rows))
+        params = replace(params, cos_sin=cos_sin)
+        self.decoder.set_input_tensor(hidden_S1D)
+        hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
         if not self.post_process:
-            return hidden_states
+            return torch.cat([hidden_S1D, *ahead]) if ahead else hidden_S1D
+        layers = [hidden_S1D]
+        if ahead:
+            assert self.mtp is not None
+            layers += self.mtp(hidden_S1D, ahead, params)
+        return self._logits(layers, rows)
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Megatron's schedule hands over what the stage before has sent; see ``decode``."""
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+    def _logits(self, layers: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """All rows of all layers through the head at once."""
         if self.config.sequence_parallel:
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False
-            )
-        hidden_RD = hidden_states.squeeze(1).index_select(0, labels)
+            layers = [
+                tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+                for hidden in layers
+            ]
+        found = [hidden.squeeze(1).index_select(0, rows_R) for hidden, rows_R in zip(layers, rows, strict=True)]
+        hidden_RD = torch.cat(found) if len(found) > 1 else found[0]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
         return logits_RV

@@ -7,7 +7,7 @@ Fused tensors are cut where megatron cuts them: ``linear_qkv`` by key-value grou
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,13 @@ _NORMS = {
 INIT_STD = 0.02
 
 
-def global_parameters(model: Module) -> Iterator[tuple[str, Parameter]]:
-    """(global name, parameter) of this rank's stage."""
+def global_parameters(chunks: Iterable[Module]) -> Iterator[tuple[str, Parameter]]:
+    """(global name, parameter) of this rank's stages."""
+    for model in chunks:
+        yield from _of_stage(model)
+
+
+def _of_stage(model: Module) -> Iterator[tuple[str, Parameter]]:
     first_layer = 0
     for module in model.modules():
         layers = getattr(module, "layers", None)
@@ -72,12 +77,12 @@ def whole_shape(param: Tensor, tp: Axis) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def draw_weights(model: Module, seed: int, tp: Axis) -> None:
+def draw_weights(chunks: Iterable[Module], seed: int, tp: Axis) -> None:
     """Fill every parameter from (seed, global name) alone, so that the start is the same in every layout.
 
     Norm weights are 1, biases 0, matrices normal with standard deviation 0.02 (as MiMo-7B and Qwen2 configure).
     """
-    for name, param in global_parameters(model):
+    for name, param in global_parameters(chunks):
         if name.endswith(("bias", "norm_bias")):
             param.zero_()
         elif param.dim() == 1:

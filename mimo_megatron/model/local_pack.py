@@ -19,16 +19,12 @@ from mimo_megatron.types import PackedBatch, VisionLayout
 
 
 @dataclass(frozen=True)
-class LocalPack:
+class Lane:
+    """The tokens that enter the decoder and what is predicted from them; or the same some slots ahead, for a
+    multi-token-prediction layer: there slot i holds what slot i + k of its segment holds, and nothing past the end."""
+
     token_ids_S: Tensor
     """int64 [S / cp] of this rank's slots."""
-    positions_3S: Tensor
-    """int64 [3, S] of the whole pack."""
-    pieces: tuple[Piece, ...]
-    merge_order_S: Tensor | None
-    """int64 [S], None where cp is 1."""
-    patches_PC: Tensor
-    vision: VisionLayout | None
     splice_slots_L: Tensor
     """int64 [L] local slots that take a vision feature."""
     splice_rows_L: Tensor
@@ -39,8 +35,29 @@ class LocalPack:
     """int64 [R]"""
     weights_R: Tensor
     """float32 [R]"""
+
+    def to(self, device: torch.device) -> "Lane":
+        return Lane(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class LocalPack:
+    lanes: tuple[Lane, ...]
+    """The decoder's, and behind it one for each multi-token-prediction layer that is trained."""
+    positions_3S: Tensor
+    """int64 [3, S] of the whole pack."""
+    pieces: tuple[Piece, ...]
+    merge_order_S: Tensor | None
+    """int64 [S], None where cp is 1."""
+    patches_PC: Tensor
+    vision: VisionLayout | None
     cache: KVCache | None = None
     """In generation only (see ``attention/cache.py``)."""
+
+    @property
+    def num_stream_slots(self) -> int:
+        """Slots of the whole pack in what travels between pipeline stages."""
+        return len(self.lanes) * self.positions_3S.shape[1]
 
     def to(self, device: torch.device) -> "LocalPack":
         """The same pack with its tensors on ``device``."""
@@ -55,27 +72,48 @@ class LocalPack:
                 rope_hw_P2=vision.rope_hw_P2.to(device, non_blocking=True),
                 window_order_M=vision.window_order_M.to(device, non_blocking=True),
             )
-        return replace(self, vision=vision, **moved)
+        return replace(self, vision=vision, lanes=tuple(lane.to(device) for lane in self.lanes), **moved)
 
 
-def local_pack(batch: PackedBatch, cp: Axis) -> LocalPack:
-    """The part of ``batch`` that rank ``cp.rank`` computes. Rows are the slots with a loss weight above 0."""
+def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0) -> LocalPack:
+    """The part of ``batch`` that rank ``cp.rank`` computes. Rows are the slots with a loss weight above 0.
+
+    ``num_ahead``: how many multi-token-prediction layers are trained beside the decoder.
+    """
     num_slots = batch.num_slots
-    slots = zigzag.local_slots(num_slots, cp.rank, cp.size)
-    weights_S = batch.loss_weights_S[slots]
-    rows_R = weights_S.nonzero().squeeze(-1)
-    splice_slots_M = zigzag.global_to_local(num_slots, cp.rank, cp.size)[batch.splice_M]
-    splice_rows_L = (splice_slots_M >= 0).nonzero().squeeze(-1)
     return LocalPack(
-        token_ids_S=batch.token_ids_S[slots],
+        lanes=tuple(_lane(batch, cp, ahead) for ahead in range(num_ahead + 1)),
         positions_3S=batch.positions_3S,
         pieces=causal_pieces(batch.segment_bounds, zigzag.local_ranges(num_slots, cp.rank, cp.size)),
         merge_order_S=zigzag.merge_order(num_slots, cp.size) if cp.size > 1 else None,
         patches_PC=batch.patches_PC,
         vision=batch.vision,
+    )
+
+
+def _lane(batch: PackedBatch, cp: Axis, ahead: int) -> Lane:
+    num_slots = batch.num_slots
+    slots = zigzag.local_slots(num_slots, cp.rank, cp.size)
+    ends_S = _segment_ends(batch)
+    is_inside = slots + ahead < ends_S[slots]
+    source = torch.where(is_inside, slots + ahead, slots)
+    weights_S = batch.loss_weights_S[source] * is_inside
+    rows_R = weights_S.nonzero().squeeze(-1)
+    target_M = batch.splice_M - ahead  # an image never opens a segment by more slots than its own marks
+    starts_here = ends_S[target_M.clamp(min=0)] == ends_S[batch.splice_M]
+    splice_slots_M = zigzag.global_to_local(num_slots, cp.rank, cp.size)[target_M]
+    splice_rows_L = ((splice_slots_M >= 0) & (target_M >= 0) & starts_here).nonzero().squeeze(-1)
+    return Lane(
+        token_ids_S=batch.token_ids_S[source],
         splice_slots_L=splice_slots_M[splice_rows_L],
         splice_rows_L=splice_rows_L,
         rows_R=rows_R,
-        labels_R=batch.labels_S[slots][rows_R],
+        labels_R=batch.labels_S[source][rows_R],
         weights_R=weights_S[rows_R],
     )
+
+
+def _segment_ends(batch: PackedBatch) -> Tensor:
+    """int64 [S]: where the segment of every slot ends."""
+    bounds = torch.tensor(batch.segment_bounds)
+    return bounds[1:].repeat_interleave(bounds.diff())

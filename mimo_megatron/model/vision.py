@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from mimo_megatron.attention.packed import Backend, varlen_attention
 from mimo_megatron.config.model import VisionConfig
@@ -101,9 +102,11 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    def __init__(self, config: VisionConfig, *, backend: Backend = "sdpa") -> None:
+    """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept."""
+
+    def __init__(self, config: VisionConfig, *, backend: Backend = "sdpa", recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.patch_embed = nn.Linear(config.patch_bytes, config.width, bias=False)
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.depth))
         self.reset_parameters()
@@ -120,7 +123,11 @@ class VisionEncoder(nn.Module):
         cos_sin = self._cos_sin(self._in_window_order(rope_hw_P2, order_M))
         for number, block in enumerate(self.blocks):
             is_full = number in self.config.full_attention_layers
-            x_PD = block(x_PD, layout.frame_bounds if is_full else layout.window_bounds, cos_sin)
+            bounds = layout.frame_bounds if is_full else layout.window_bounds
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x_PD = checkpoint(block, x_PD, bounds, cos_sin, use_reentrant=False)
+            else:
+                x_PD = block(x_PD, bounds, cos_sin)
         return x_PD
 
     def _in_window_order(self, rows_P: Tensor, order_M: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The vision-language model on one pipeline stage: encode images, project, splice into the token embeddings, decode.
+"""The vision-language model, one stage of its pipeline: encode images, project, splice into the embeddings, decode.
 
 Vision encoder and projector live on the first stage, whole on every tp and cp rank. All of those compute the same
 features; the gradient that comes back is complete on every tp rank (the decoder sums it) and the share of its own slots
@@ -15,53 +15,60 @@ from mimo_megatron.config.run import ModuleName, ParallelConfig
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.module import MegatronModule, scatter_slots_over_tp
 from mimo_megatron.mcore.text import Numerics, TextDecoder, transformer_config
-from mimo_megatron.model.local_pack import LocalPack
+from mimo_megatron.model.local_pack import Lane, LocalPack
 from mimo_megatron.model.projector import Projector
 from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.parallel.mesh import Mesh
 
 
+def build_chunks(
+    model: ModelConfig, parallel: ParallelConfig, numerics: Numerics, mesh: Mesh
+) -> list["VisionLanguageModel"]:
+    """This rank's stages of the pipeline, in order: one, or several where the schedule is interleaved."""
+    return [VisionLanguageModel(model, parallel, numerics, mesh, chunk) for chunk in range(parallel.vpp)]
+
+
 class VisionLanguageModel(MegatronModule):
-    """``forward(pack)``: hidden states [S, 1, D] on inner stages, logits [R, V / tp] of the pack's rows on the last.
+    """``forward(pack)``: the decoder's stream on inner stages, on the last the logits of the lanes' rows, [R, V / tp].
 
     A model without a vision configuration is the text decoder alone.
     """
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, numerics: Numerics, mesh: Mesh):
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig, numerics: Numerics, mesh: Mesh, chunk: int = 0):
         config = transformer_config(model.text, parallel, numerics)
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        self.text = TextDecoder(model.text, config, mesh)
+        self.text = TextDecoder(model.text, config, mesh, chunk)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
-        if model.vision is not None and mesh.is_first_stage:
-            self.vision = VisionEncoder(model.vision).to(numerics.dtype)
+        if model.vision is not None and self.text.pre_process:
+            self.vision = VisionEncoder(model.vision, recompute=numerics.recompute == "full").to(numerics.dtype)
             self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
-        self.pre_process = mesh.is_first_stage
-        self.post_process = mesh.is_last_stage
+        self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
         self.share_embeddings_and_output_weights = model.text.tie_embeddings
         self.model_type = self.text.model_type
-        self.vp_stage = None
+        self.vp_stage = self.text.vp_stage
 
     def forward(self, pack: LocalPack) -> Tensor:
         params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
-        decoder_input = self._embed(pack) if self.mesh.is_first_stage else None
-        return self.text.decode(decoder_input, pack.positions_3S, params, pack.rows_R)
+        stream = self._embed(pack) if self.pre_process else None
+        return self.text.decode(stream, pack.positions_3S, params, [lane.rows_R for lane in pack.lanes])
 
     def _embed(self, pack: LocalPack) -> Tensor:
-        hidden_S1D = self.text.embed(pack.token_ids_S)
-        if pack.vision is not None:
-            features_MD = self.encode(pack)
-            hidden_S1D = splice(hidden_S1D, features_MD, pack.splice_slots_L, pack.splice_rows_L)
-        if torch.is_grad_enabled() and not hidden_S1D.requires_grad:
-            hidden_S1D = (
-                hidden_S1D.detach().requires_grad_()
-            )  # a pack that trains nothing on this stage still runs back
-        if self.config.sequence_parallel:
-            hidden_S1D = scatter_slots_over_tp(hidden_S1D)
-        return hidden_S1D
+        features_MD = self.encode(pack) if pack.vision is not None else None
+        parts = [self._embed_lane(lane, features_MD) for lane in pack.lanes]
+        stream = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if torch.is_grad_enabled() and not stream.requires_grad:
+            stream = stream.detach().requires_grad_()  # a pack that trains nothing on this stage still runs back
+        return stream
+
+    def _embed_lane(self, lane: Lane, features_MD: Tensor | None) -> Tensor:
+        hidden_S1D = self.text.embed(lane.token_ids_S)
+        if features_MD is not None:
+            hidden_S1D = splice(hidden_S1D, features_MD, lane.splice_slots_L, lane.splice_rows_L)
+        return scatter_slots_over_tp(hidden_S1D) if self.config.sequence_parallel else hidden_S1D
 
     def encode(self, pack: LocalPack) -> Tensor:
         """[M, D] features of the pack's images and videos, in pack order."""

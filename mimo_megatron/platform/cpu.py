@@ -38,8 +38,6 @@ def _answer_device_queries() -> None:
     cuda.current_device = torch.get_default_device  # the CPU; meta where a model is only described
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()  # tensor_parallel/random.py:51, recomputation
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 def _map_cuda_factories() -> None:
@@ -86,7 +84,8 @@ def _name_cpu_types_as_cuda() -> None:
 
 
 def _use_plain_rng_tracker() -> None:
-    """tensor_parallel/random.py keeps one CUDA generator per parallel region; on the CPU there is one generator.
+    """tensor_parallel/random.py keeps one CUDA generator per parallel region; on the CPU there is one generator, whose
+    state recomputation (``CheckpointFunction``) saves and restores by itself.
 
     No layer of ours draws random numbers in its forward (dropout is 0), and weights are drawn by name
     (``mcore/init.py``), so forking the generator has nothing to protect.
@@ -98,5 +97,7 @@ def _use_plain_rng_tracker() -> None:
         def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
             yield
 
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda *_, **__: None
     megatron_random._CUDA_RNG_STATE_TRACKER = PlainTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

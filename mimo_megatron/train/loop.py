@@ -61,13 +61,13 @@ def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) ->
     config = trainer.config
     newest = folder.newest_checkpoint()
     if newest is not None:
-        state = checkpoint.load(newest, config.model, trainer.bare_model, trainer.optimizer)
+        state = checkpoint.load(newest, config.model, trainer.bare_chunks, trainer.optimizer)
         loader.load_state(state["loader"])
         loader.take_skip_log()  # what was found when the loader opened is in the saved counts already
         log.get_logger().info("resumed after step %d from %s", state["step"], newest)
         return int(state["step"]), Counter(state["skipped"])
     if config.start_from is not None:
-        load_weights(config.start_from, config.model, trainer.bare_model, folder.root)
+        load_weights(config.start_from, config.model, trainer.bare_chunks, folder.root)
         trainer.optimizer.reload_model_params()
     return 0, Counter()
 
@@ -102,7 +102,7 @@ def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int, sk
     state = {"step": step, "loader": loader.state(), "skipped": skipped}
     config = trainer.config
     checkpoint.save(
-        folder.checkpoint(step), config.model, trainer.bare_model, trainer.optimizer, state, encoding=config.data
+        folder.checkpoint(step), config.model, trainer.bare_chunks, trainer.optimizer, state, encoding=config.data
     )
     if dist.get_rank() == 0:
         folder.drop_old_checkpoints(trainer.config.train.checkpoint.keep)

@@ -1,6 +1,7 @@
 """Weights from a checkpoint of ours or from a Hugging Face folder, which is converted on the way."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,10 +33,10 @@ def read_encoding(source: Path, tokenizer: Path | None = None) -> EncodingConfig
     return encoding if tokenizer is None else encoding.model_copy(update={"tokenizer": tokenizer})
 
 
-def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageModel, scratch: Path) -> None:
-    """Fill ``model`` from ``source``. A collective over all ranks; a conversion passes through ``scratch``."""
+def load_weights(source: Path, model_config: ModelConfig, chunks: Sequence[VisionLanguageModel], scratch: Path) -> None:
+    """Fill ``chunks`` from ``source``. A collective over all ranks; a conversion passes through ``scratch``."""
     if not _is_hugging_face(source):
-        checkpoint.load(source, model_config, model)
+        checkpoint.load(source, model_config, chunks)
         return
     converted = scratch / "converted"
     if dist.get_rank() == 0:
@@ -43,7 +44,7 @@ def load_weights(source: Path, model_config: ModelConfig, model: VisionLanguageM
         scratch.mkdir(parents=True, exist_ok=True)
         from_hf(source, converted)
     dist.barrier()
-    checkpoint.load(converted, model_config, model)
+    checkpoint.load(converted, model_config, chunks)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(converted)

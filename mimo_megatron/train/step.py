@@ -17,10 +17,10 @@ from mimo_megatron.loss.cross_entropy import token_losses
 from mimo_megatron.mcore import optimizer as mcore_optimizer
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.optimizer import DistributedDataParallel, MegatronOptimizer
-from mimo_megatron.mcore.schedule import run_microbatches
+from mimo_megatron.mcore.schedule import LossSums, StepSums, run_microbatches
 from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import LocalPack, local_pack
-from mimo_megatron.model.vlm import VisionLanguageModel
+from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.types import PackedBatch
 
@@ -38,55 +38,68 @@ class Trainer:
     config: RunConfig
     mesh: Mesh
     device: torch.device
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
+    """This rank's stages of the pipeline, in order."""
     optimizer: MegatronOptimizer
 
     @property
-    def bare_model(self) -> VisionLanguageModel:
-        return self.model.module
+    def bare_chunks(self) -> list[VisionLanguageModel]:
+        return [chunk.module for chunk in self.chunks]
 
 
 @dataclass(frozen=True)
 class StepResult:
     loss: float
     """Mean over the step's trained tokens, all ranks."""
+    objective: float
+    """What was minimised: the loss, and the weighted loss of multi-token prediction."""
     num_trained_tokens: int
     grad_norm: float
 
 
-def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> VisionLanguageModel:
-    """This rank's stage with weights drawn from the seed, frozen parts taken out of training."""
+def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
+    """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
-    numerics = Numerics(DTYPES[train.precision], recompute=train.recompute == "full")
-    model = VisionLanguageModel(config.model, config.parallel, numerics, mesh).to(device)
-    weights.draw_weights(model, config.seed, mesh.tp)
-    model.freeze({name for name in mcore_optimizer.MODULES if train.module(name).is_frozen})
-    return model
+    numerics = Numerics(DTYPES[train.precision], train.recompute)
+    chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
+    weights.draw_weights(chunks, config.seed, mesh.tp)
+    for chunk in chunks:
+        chunk.freeze({name for name in mcore_optimizer.MODULES if train.module(name).is_frozen})
+    return chunks
 
 
 def build_trainer(config: RunConfig, mesh: Mesh, local_rank: int = 0) -> Trainer:
     device = platform.current().device(local_rank)
-    model = build_model(config, mesh, device)
-    wrapped = mcore_optimizer.wrap(model, config.train.precision == "bf16")
+    chunks = build_model(config, mesh, device)
+    wrapped = mcore_optimizer.wrap(chunks, config.train.precision == "bf16")
     return Trainer(config, mesh, device, wrapped, mcore_optimizer.build(wrapped, config.train))
 
 
-def cross_entropy(mesh: Mesh) -> Callable[[Tensor, LocalPack], tuple[Tensor, Tensor]]:
-    """The pre-training loss: (weighted sum of token losses, sum of weights)."""
+def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor, LocalPack], LossSums]:
+    """The pre-training loss: the weighted sum of token losses; and ``mtp_loss_weight`` times the mean over the
+    multi-token-prediction layers of theirs (DeepSeek-V3, equation 25)."""
 
-    def loss(logits_RV: Tensor, pack: LocalPack) -> tuple[Tensor, Tensor]:
-        losses_R = token_losses(logits_RV, pack.labels_R, mesh.tp)
-        return (losses_R * pack.weights_R).sum(), pack.weights_R.sum()
+    def loss(logits_RV: Tensor, pack: LocalPack) -> LossSums:
+        labels_R = torch.cat([lane.labels_R for lane in pack.lanes])
+        weights_R = torch.cat([lane.weights_R for lane in pack.lanes])
+        losses_R = token_losses(logits_RV, labels_R, mesh.tp) * weights_R
+        num_main = len(pack.lanes[0].rows_R)
+        main, ahead = losses_R[:num_main].sum(), losses_R[num_main:].sum()
+        num_ahead = max(len(pack.lanes) - 1, 1)
+        return LossSums(main + mtp_loss_weight / num_ahead * ahead, main, pack.lanes[0].weights_R.sum())
 
     return loss
 
 
-def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> tuple[float, int]:
-    """(loss sum, trained tokens) of all ranks; the gradient buffers then hold d(loss sum / trained tokens)."""
-    packs = [local_pack(batch, trainer.mesh.cp).to(trainer.device) for batch in batches]
-    trainer.model.zero_grad_buffer()
+def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
+    """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens)."""
+    text = trainer.config.model.text
+    packs = [local_pack(batch, trainer.mesh.cp, text.num_mtp_layers).to(trainer.device) for batch in batches]
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    return run_microbatches(trainer.model, packs, batches[0].num_slots, cross_entropy(trainer.mesh))
+    loss = cross_entropy(trainer.mesh, text.mtp_loss_weight)
+    return run_microbatches(trainer.chunks, packs, packs[0].num_stream_slots, loss)
 
 
 def train_step(trainer: Trainer, batches: Sequence[PackedBatch], step: int, rate_factor: float) -> StepResult:
@@ -94,14 +107,14 @@ def train_step(trainer: Trainer, batches: Sequence[PackedBatch], step: int, rate
 
     ``NonFiniteError`` before the update where the loss or gradient norm is not finite.
     """
-    loss_sum, count = backward(trainer, batches)
-    loss = loss_sum / max(count, 1)
-    _require_finite("loss", loss, step, trainer.mesh, batches)
+    sums = backward(trainer, batches)
+    loss, objective = sums.loss / max(sums.count, 1), sums.objective / max(sums.count, 1)
+    _require_finite("loss", objective, step, trainer.mesh, batches)
     mcore_optimizer.set_rate(trainer.optimizer, trainer.config.train, rate_factor)
     trainer.optimizer.prepare_grads()
     _require_finite("gradient norm", trainer.optimizer.get_grad_norm(), step, trainer.mesh, batches)
     _updated, grad_norm, _zeros = trainer.optimizer.step()
-    return StepResult(loss, count, float(grad_norm or 0.0))
+    return StepResult(loss, objective, sums.count, float(grad_norm or 0.0))
 
 
 def _require_finite(what: str, value: float, step: int, mesh: Mesh, batches: Sequence[PackedBatch]) -> None:

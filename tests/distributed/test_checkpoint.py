@@ -37,7 +37,7 @@ def steps(trainer: Trainer, mesh: Mesh, first: int, last: int) -> list[float]:
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    named = weights.global_parameters(trainer.bare_model)
+    named = weights.global_parameters(trainer.bare_chunks)
     return {name: weights.unshard(name, param.detach(), param, trainer.mesh.tp).clone() for name, param in named}
 
 
@@ -46,14 +46,14 @@ def uninterrupted(address: RankAddress, config: RunConfig, folder: Path) -> tupl
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
         losses = steps(trainer, mesh, 0, 2)
-        checkpoint.save(folder, config.model, trainer.bare_model, trainer.optimizer, {"step": 2})
+        checkpoint.save(folder, config.model, trainer.bare_chunks, trainer.optimizer, {"step": 2})
         return losses + steps(trainer, mesh, 2, 4), parameters(trainer)
 
 
 def resumed(address: RankAddress, config: RunConfig, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
-        state = checkpoint.load(folder, config.model, trainer.bare_model, trainer.optimizer)
+        state = checkpoint.load(folder, config.model, trainer.bare_chunks, trainer.optimizer)
         assert state == {"step": 2}
         return steps(trainer, mesh, 2, 4), parameters(trainer)
 
@@ -85,7 +85,7 @@ def load_into(address: RankAddress, config: RunConfig, folder: Path) -> str:
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
         with pytest.raises(CheckpointError) as caught:
-            checkpoint.load(folder, config.model, trainer.bare_model, trainer.optimizer)
+            checkpoint.load(folder, config.model, trainer.bare_chunks, trainer.optimizer)
     return str(caught.value)
 
 

@@ -4,6 +4,8 @@ A large error on one tensor names the broken part: on ``vision.*`` alone, how it
 alone, how tensor parallelism cuts it; on everything, the token count.
 """
 
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_microbatches
 from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import local_pack
-from mimo_megatron.model.vlm import VisionLanguageModel
+from mimo_megatron.model.vlm import build_chunks
 from mimo_megatron.train.step import build_trainer, cross_entropy, train_step
 from tests.harness import run_ranks
 from tests.samples import mixed_packs, run_config, tiny_model
@@ -35,39 +37,46 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-pp2-sequence-parallel": (4, dict(tp=2, pp=2, sequence_parallel=True)),
     "tp2-cp2": (4, dict(tp=2, cp=2)),
     "cp2-dp2": (4, dict(cp=2)),
+    "pp2-vpp2": (2, dict(pp=2, vpp=2)),
+    "pp2-uneven": (2, dict(pp=2, stage_layers=(1, 3))),
+    "pp2-vision-alone": (2, dict(pp=2, stage_layers=(0, 4))),
+    "pp2-vpp2-uneven-tp2": (4, dict(pp=2, vpp=2, tp=2, sequence_parallel=True, stage_layers=(0, 1, 2, 1))),
 }
 
 Gradients = dict[str, Tensor]
 
 
 def loss_and_gradients(
-    address: RankAddress, layout: dict[str, Any], tied: bool = False, fault: str = ""
+    address: RankAddress,
+    layout: dict[str, Any],
+    text: dict[str, Any] = MappingProxyType({}),
+    fault: str = "",
+    **numerics: Any,
 ) -> tuple[float, int, Gradients]:
     """Of the four mixed packs, on this rank's stage, whole tensors by global name."""
-    model_config = tiny_model(tie_embeddings=tied)
+    model_config = tiny_model(**text)
     parallel = ParallelConfig(**layout)
     with megatron(parallel, address) as mesh:
-        model = VisionLanguageModel(model_config, parallel, Numerics(torch.float64), mesh)
-        weights.draw_weights(model, 1, mesh.tp)
-        wrapped = optimizer.wrap(model, dtype_is_bf16=False)
+        chunks = build_chunks(model_config, parallel, Numerics(torch.float64, **numerics), mesh)
+        weights.draw_weights(chunks, 1, mesh.tp)
+        wrapped = optimizer.wrap(chunks, dtype_is_bf16=False)
         batches = [collate(pack, model_config, SLOTS) for pack in mixed_packs()][mesh.dp.rank :: mesh.dp.size]
-        packs = [local_pack(batch, mesh.cp) for batch in batches]
-        loss = cross_entropy(mesh)
+        packs = [local_pack(batch, mesh.cp, model_config.text.num_mtp_layers) for batch in batches]
+        loss = cross_entropy(mesh, model_config.text.mtp_loss_weight)
         if fault == "mean of microbatch means":
             loss = _mean_of(loss)
-        wrapped.zero_grad_buffer()
-        loss_sum, count = run_microbatches(wrapped, packs, SLOTS, loss, whole_gradients=True)
+        sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
         named = {
             name: weights.unshard(name, param.main_grad, param, mesh.tp).clone()
-            for name, param in weights.global_parameters(model)
+            for name, param in weights.global_parameters(chunks)
         }
-    return loss_sum, count, named
+    return sums.objective, sums.count, named
 
 
 def _mean_of(loss):
     def mean(logits, pack):
-        loss_sum, count = loss(logits, pack)
-        return loss_sum / count.clamp(min=1), torch.ones_like(count)
+        sums = loss(logits, pack)
+        return replace(sums, objective=sums.objective / sums.count.clamp(min=1), count=torch.ones_like(sums.count))
 
     return mean
 
@@ -105,15 +114,15 @@ def test_layout_gives_the_loss_and_every_gradient_of_one_process(name, one_proce
 
 
 def test_tied_embeddings_over_two_stages_equal_one_process():
-    want = gather(run_ranks(loss_and_gradients, 1, {}, True))
-    got = gather(run_ranks(loss_and_gradients, 2, {"pp": 2}, True))
+    want = gather(run_ranks(loss_and_gradients, 1, {}, {"tie_embeddings": True}))
+    got = gather(run_ranks(loss_and_gradients, 2, {"pp": 2}, {"tie_embeddings": True}))
     assert got[0] == pytest.approx(want[0], rel=FP64_TOLERANCE)
     assert got[2].keys() == want[2].keys()
     assert max(relative_error(got[2][key], want[2][key]) for key in want[2]) < FP64_TOLERANCE
 
 
 def test_a_mean_of_microbatch_means_is_caught(one_process):
-    _, _, got = gather(run_ranks(loss_and_gradients, 1, {}, False, "mean of microbatch means"))
+    _, _, got = gather(run_ranks(loss_and_gradients, 1, {}, {}, "mean of microbatch means"))
     _, _, want = one_process
     assert min(relative_error(got[key], want[key]) for key in want) > 1e-3
 

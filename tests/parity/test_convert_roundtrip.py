@@ -104,7 +104,7 @@ def load_strictly(address: RankAddress, layout: dict[str, Any], model: ModelConf
         built.load_state_dict(dist_checkpointing.load(wanted, ckpt, strict="raise_all"), strict=True)
         return {
             name: weights.unshard(name, param.data, param, mesh.tp).clone()
-            for name, param in weights.global_parameters(built)
+            for name, param in weights.global_parameters([built])
         }
 
 
@@ -136,8 +136,8 @@ def random_weights(address: RankAddress, layout: dict[str, Any], model: ModelCon
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
         if ckpt:
-            checkpoint.save(Path(ckpt), model, trainer.bare_model, trainer.optimizer)
-        return {name: param.data.clone() for name, param in weights.global_parameters(trainer.bare_model)}
+            checkpoint.save(Path(ckpt), model, trainer.bare_chunks, trainer.optimizer)
+        return {name: param.data.clone() for name, param in weights.global_parameters(trainer.bare_chunks)}
 
 
 @pytest.mark.slow
@@ -178,4 +178,4 @@ def test_training_loads_an_imported_model(tmp_path: Path) -> None:
 def load_as_training_does(address: RankAddress, model: ModelConfig, ckpt: str) -> dict[str, Any]:
     config = run_config(model)
     with megatron(config.parallel, address) as mesh:
-        return checkpoint.load(Path(ckpt), model, build_trainer(config, mesh).bare_model)
+        return checkpoint.load(Path(ckpt), model, build_trainer(config, mesh).bare_chunks)

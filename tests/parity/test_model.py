@@ -119,7 +119,7 @@ def _grids(media: Sequence[EncodedMedia]) -> Tensor:
 def build(model: ModelConfig, named: Named, dtype: torch.dtype, mesh: Any) -> VisionLanguageModel:
     ours = VisionLanguageModel(model, ParallelConfig(), Numerics(dtype), mesh)
     with torch.no_grad():
-        for name, param in weights.global_parameters(ours):
+        for name, param in weights.global_parameters([ours]):
             param.copy_(named[name])
     return ours
 
@@ -127,11 +127,11 @@ def build(model: ModelConfig, named: Named, dtype: torch.dtype, mesh: Any) -> Vi
 def our_gradients(address: RankAddress, model: ModelConfig, named: Named, dtype: torch.dtype, packs: list) -> Named:
     with megatron(ParallelConfig(), address) as mesh:
         ours = build(model, named, dtype, mesh)
-        wrapped = optimizer.wrap(ours, dtype_is_bf16=False)
+        wrapped = optimizer.wrap([ours], dtype_is_bf16=False)
         local = [local_pack(collate(samples, model, SLOTS), mesh.cp) for samples in packs]
-        loss_sum, count = run_microbatches(wrapped, local, SLOTS, cross_entropy(mesh), whole_gradients=True)
-        loss = torch.tensor([loss_sum / count]).to(dtype)
-        grads = {name: param.main_grad.clone() for name, param in weights.global_parameters(ours)}
+        sums = run_microbatches(wrapped, local, SLOTS, cross_entropy(mesh), whole_gradients=True)
+        loss = torch.tensor([sums.loss / sums.count]).to(dtype)
+        grads = {name: param.main_grad.clone() for name, param in weights.global_parameters([ours])}
         return {"loss": loss} | {name: grad for name, grad in grads.items() if grad.any()}
 
 

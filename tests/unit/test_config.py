@@ -259,7 +259,10 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("largest_media_fit_a_pack", 1, ["data.video.max_total_tokens=512"]),
         ("largest_media_fit_a_pack", 1, ["data.pack_patches=1020"]),
         ("special_tokens_differ", 1, ["model.tokens.pad=1"]),
-        ("prediction_layers_are_not_trained", 1, ["model.text.num_mtp_layers=1"]),
+        ("interleaving_needs_a_pipeline", 1, ["parallel.vpp=2"]),
+        ("interleaving_fills_the_pipeline", 2, ["parallel.pp=2", "parallel.vpp=2", "train.packs_per_step=3"]),
+        ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[1, 2]"]),
+        ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[4]"]),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:

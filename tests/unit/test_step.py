@@ -24,12 +24,12 @@ def poisoned_step(address: RankAddress) -> tuple[str, bool]:
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
         with torch.no_grad():
-            trainer.bare_model.text.output_layer.weight[3] = math.inf
-        before = {name: param.clone() for name, param in weights.global_parameters(trainer.bare_model)}
+            trainer.bare_chunks[0].text.output_layer.weight[3] = math.inf
+        before = {name: param.clone() for name, param in weights.global_parameters(trainer.bare_chunks)}
         batches = [collate(pack, config.model, SLOTS) for pack in mixed_packs()]
         with pytest.raises(NonFiniteError) as caught:
             train_step(trainer, batches, 7, 1.0)
-        same = all(torch.equal(before[name], param) for name, param in weights.global_parameters(trainer.bare_model))
+        same = all(torch.equal(before[name], param) for name, param in weights.global_parameters(trainer.bare_chunks))
     return str(caught.value), same
 
 
@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer_and_names_step_and
 def drawn(address: RankAddress, seed: int) -> dict[str, torch.Tensor]:
     config = run_config(tiny_model()).model_copy(update={"seed": seed})
     with megatron(config.parallel, address) as mesh:
-        model = build_trainer(config, mesh).bare_model
+        model = build_trainer(config, mesh).bare_chunks
         return {name: param.detach().clone() for name, param in weights.global_parameters(model)}
 
 
@@ -59,11 +59,11 @@ def test_start_weights_are_a_function_of_the_seed():
 def test_two_context_parallel_ranks_hold_every_trained_row_and_every_vision_token_once():
     model = tiny_model()
     batch = collate(mixed_packs()[0], model, SLOTS)
-    packs = [local_pack(batch, Axis(rank, 2)) for rank in range(2)]
-    assert sorted(torch.cat([pack.splice_rows_L for pack in packs]).tolist()) == list(range(len(batch.splice_M)))
-    assert sum(len(pack.rows_R) for pack in packs) == batch.num_trained
-    for pack in packs:
-        assert (pack.token_ids_S[pack.splice_slots_L] == model.tokens.image_pad).all()
+    lanes = [local_pack(batch, Axis(rank, 2)).lanes[0] for rank in range(2)]
+    assert sorted(torch.cat([lane.splice_rows_L for lane in lanes]).tolist()) == list(range(len(batch.splice_M)))
+    assert sum(len(lane.rows_R) for lane in lanes) == batch.num_trained
+    for lane in lanes:
+        assert (lane.token_ids_S[lane.splice_slots_L] == model.tokens.image_pad).all()
 
 
 def refusing(address: RankAddress) -> None:
