@@ -1,7 +1,10 @@
 """Useful training tokens per CPU-second: our packed step against transformers' ways to train on the same samples.
 
-    python benchmarks/bench_train_step.py               # five rounds of ten steps; ten minutes on an idle machine
+    python benchmarks/bench_train_step.py               # five rounds; twenty minutes on an idle machine
     python benchmarks/bench_train_step.py --rounds 1
+
+Two head shapes, since the ratios depend on them; both are the preset ``tiny-vl`` with a decoder twice as wide and a
+vocabulary of 8,192.
 
 One process, one thread, fp32, the same weights, 16 mixed samples of 103 to 1,339 tokens: 7,622 in all, which a padded
 batch makes 21,424. A step is forward and backward of the mean token loss; no optimizer, on neither side. Time is
@@ -63,10 +66,15 @@ SAMPLES: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = (
 Step = Callable[[], float]
 
 
-def model_config() -> ModelConfig:
-    """The preset ``tiny-vl`` with a decoder twice as wide and a vocabulary of 8,192."""
+HEADS: dict[str, dict[str, Any]] = {
+    "8 heads of 32": dict(num_heads=8, num_kv_heads=4, ffn_width=768),
+    "4 heads of 64": dict(num_heads=4, num_kv_heads=2, ffn_width=704, head_width=64, mrope_section=(8, 12, 12)),
+}
+
+
+def model_config(heads: str) -> ModelConfig:
     model = preset("tiny-vl")
-    wider = dict(width=256, num_heads=8, num_kv_heads=4, ffn_width=768, vocab_size=8192)
+    wider = dict(width=256, vocab_size=8192) | HEADS[heads]
     return model.model_copy(update={"text": model.text.model_copy(update=wider)})
 
 
@@ -219,13 +227,13 @@ def measure(steps: dict[str, Step], rounds: int) -> Iterator[tuple[str, float, f
     return ((name, statistics.median(times[name]), losses[name]) for name in steps)
 
 
-def rows(labels: str, answer_share: float, peer: Peer, mesh: Any, rounds: int) -> list[dict[str, Any]]:
+def rows(heads: str, labels: str, answer_share: float, peer: Peer, mesh: Any, rounds: int) -> list[dict[str, Any]]:
     samples = encoded_samples(peer.config.tokens, answer_share)
     lengths = [sample.num_tokens for sample in samples]
     packs = [[samples[item] for item in items] for items in pack(lengths, PACK_TOKENS)]
     num_tokens, num_trained = sum(lengths), _num_trained(samples)
     print(
-        f"{labels}: {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens, {num_tokens:,} in all, "
+        f"{heads}, {labels}: {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens, {num_tokens:,} in all, "
         f"{num_trained:,} trained, {sum(sample.num_patches for sample in samples):,} patches; waste: padded batch "
         f"{1 - num_tokens / (len(samples) * max(lengths)):.1%}, our {len(packs)} packs "
         f"{1 - num_tokens / (len(packs) * PACK_TOKENS):.1%}",
@@ -249,7 +257,7 @@ def rows(labels: str, answer_share: float, peer: Peer, mesh: Any, rounds: int) -
         )
         assert agrees == (name != PACKED_WRONG), f"{name}: loss {loss}, one sample at a time {right_loss}"
         table.append(dict(
-            labels=labels, way=name, cpu_seconds=f"{seconds:.3f}", tokens_per_cpu_second=f"{num_tokens / seconds:.0f}",
+            heads=heads, labels=labels, way=name, cpu_seconds=f"{seconds:.3f}", tokens_per_cpu_second=f"{num_tokens / seconds:.0f}",
             loss=f"{loss:.6f}", ours_is_times=f"{seconds / ours:.2f}", tokens=num_tokens, trained_tokens=num_trained,
         ))  # fmt: skip
     return table
@@ -262,10 +270,12 @@ def main() -> None:
     values = parser.parse_args()
 
     torch.set_num_threads(1)
-    peer = Peer(model_config())
+    table = []
     with megatron(ParallelConfig(), RankAddress(0, 1, 0, "")) as mesh:
-        table = rows("all text tokens", 1.0, peer, mesh, values.rounds)
-        table += rows("answers", ANSWER_SHARE, peer, mesh, values.rounds)
+        for heads in HEADS:
+            peer = Peer(model_config(heads))
+            table += rows(heads, "all text tokens", 1.0, peer, mesh, values.rounds)
+            table += rows(heads, "answers", ANSWER_SHARE, peer, mesh, values.rounds)
     path = write_rows(
         "train-step",
         table,

@@ -82,7 +82,7 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor,
     def loss(logits_RV: Tensor, pack: LocalPack) -> LossSums:
         labels_R = torch.cat([lane.labels_R for lane in pack.lanes])
         weights_R = torch.cat([lane.weights_R for lane in pack.lanes])
-        losses_R = token_losses(logits_RV, labels_R, mesh.tp) * weights_R
+        losses_R = token_losses(logits_RV, labels_R, mesh.tp, overwrite=True) * weights_R
         num_main = len(pack.lanes[0].rows_R)
         main, ahead = losses_R[:num_main].sum(), losses_R[num_main:].sum()
         num_ahead = max(len(pack.lanes) - 1, 1)

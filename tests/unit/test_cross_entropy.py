@@ -34,25 +34,31 @@ def reference(logits, labels, upstream):
     )
 
 
+def overwriting(leaf, labels, tp):
+    return token_losses(leaf * 1, labels, tp, overwrite=True)  # a leaf may not be written to
+
+
+@pytest.mark.parametrize("losses_of", [token_losses, overwriting])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_losses_and_gradient_equal_torchs(dtype, tolerance):
+def test_losses_and_gradient_equal_torchs(dtype, tolerance, losses_of):
     logits, labels, upstream = case(dtype)
-    got = losses_and_gradient(logits, labels, upstream, lambda leaf, labels: token_losses(leaf, labels, Axis(0, 1)))
+    got = losses_and_gradient(logits, labels, upstream, lambda leaf, labels: losses_of(leaf, labels, Axis(0, 1)))
     for ours, theirs in zip(got, reference(logits, labels, upstream), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def split(address: RankAddress):
+def split(address: RankAddress, losses_of):
     with megatron(ParallelConfig(tp=2), address) as mesh:
         logits, labels, upstream = case(torch.float64)
         part = logits.chunk(2, -1)[mesh.tp.rank]
-        return losses_and_gradient(part, labels, upstream, lambda leaf, labels: token_losses(leaf, labels, mesh.tp))
+        return losses_and_gradient(part, labels, upstream, lambda leaf, labels: losses_of(leaf, labels, mesh.tp))
 
 
-def test_a_split_vocabulary_gives_the_whole_ones_losses_and_slices_of_its_gradient():
+@pytest.mark.parametrize("losses_of", [token_losses, overwriting])
+def test_a_split_vocabulary_gives_the_whole_ones_losses_and_slices_of_its_gradient(losses_of):
     want_losses, want_gradient = reference(*case(torch.float64))
-    for rank, (losses, gradient) in enumerate(run_ranks(split, 2)):
+    for rank, (losses, gradient) in enumerate(run_ranks(split, 2, losses_of)):
         torch.testing.assert_close(losses, want_losses, rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(gradient, want_gradient.chunk(2, -1)[rank], rtol=1e-14, atol=1e-14)
 
@@ -62,6 +68,15 @@ def test_logits_are_left_as_they_were():
     before = logits.clone()
     token_losses(logits, labels, Axis(0, 1))
     assert torch.equal(logits, before)
+
+
+def test_overwritten_logits_that_another_gradient_needs_are_noticed():
+    logits, labels, _ = case(torch.float32)
+    leaf = logits.requires_grad_() * 1
+    squares = (leaf * leaf).sum()
+    total = squares + token_losses(leaf, labels, Axis(0, 1), overwrite=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_no_rows_give_no_losses_and_an_empty_gradient():
