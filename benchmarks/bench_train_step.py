@@ -257,7 +257,8 @@ def rows(heads: str, labels: str, answer_share: float, peer: Peer, mesh: Any, ro
         )
         assert agrees == (name != PACKED_WRONG), f"{name}: loss {loss}, one sample at a time {right_loss}"
         table.append(dict(
-            heads=heads, labels=labels, way=name, cpu_seconds=f"{seconds:.3f}", tokens_per_cpu_second=f"{num_tokens / seconds:.0f}",
+            heads=heads, labels=labels, way=name,
+            cpu_seconds=f"{seconds:.3f}", tokens_per_cpu_second=f"{num_tokens / seconds:.0f}",
             loss=f"{loss:.6f}", ours_is_times=f"{seconds / ours:.2f}", tokens=num_tokens, trained_tokens=num_trained,
         ))  # fmt: skip
     return table
