@@ -17,7 +17,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quick lint format demo bench clean
+.PHONY: help install test quick lint format demo prove bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -55,6 +55,9 @@ format: $(STAMP)  ## let ruff rewrite what it can
 
 demo: $(STAMP)  ## data, four stages, Hugging Face export and a table of answers (BASE=train trains the tiny base again)
 	$(BIN)/python -m examples.quickstart.demo --base $(BASE)
+
+prove: $(STAMP)  ## every layout equals one process: about 400 cases; writes docs/support-matrix.md
+	$(BIN)/mimo-megatron prove --matrix docs/support-matrix.md --json benchmarks/results/prove.json
 
 bench: $(STAMP)  ## every CPU benchmark; rows go to benchmarks/results/
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -69,7 +69,7 @@ class DataConfig(EncodingConfig):
 
 
 class OptimizerConfig(Strict):
-    name: Literal["adamw", "sgd"] = Field("adamw", description="SGD is for tests: plain, without momentum.")
+    name: Literal["adamw"] = Field("adamw", description="AdamW, its state sharded over the data-parallel ranks.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of AdamW's two moving means.")
     eps: float = Field(1e-8, gt=0, description="Added to AdamW's divisor.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled; not applied to biases and norm weights.")

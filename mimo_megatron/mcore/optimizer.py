@@ -46,13 +46,12 @@ def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> Megatro
     """
     settings = train.optimizer
     config = OptimizerConfig(
-        optimizer="adam" if settings.name == "adamw" else "sgd",
+        optimizer="adam",
         lr=_highest_rate(train),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
         adam_beta2=settings.betas[1],
         adam_eps=settings.eps,
-        sgd_momentum=0.0,
         clip_grad=settings.clip_grad,
         bf16=train.precision == "bf16",
         use_distributed_optimizer=True,

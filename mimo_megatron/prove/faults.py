@@ -1,0 +1,170 @@
+"""Faults to plant into the ranks of a case: each is a mistake that a training system has shipped, or nearly.
+
+A proof that cannot fail proves nothing: ``mimo-megatron prove --fault NAME`` must end with failed cases. A fault
+replaces one function, named by its address, in the rank processes alone; the reference is computed without it.
+"""
+
+import contextlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore.schedule import LossSums
+
+Make = Callable[[Any], Any]
+"""From what is replaced to what replaces it."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    where: tuple[str, ...]
+    """``module:attribute`` of everything that is replaced."""
+    make: Make
+    case: str
+    """Name of a case that must catch it."""
+    verdict: str
+    """How its verdict must begin."""
+
+
+def _identity(_original: Any) -> Any:
+    return lambda x, *_, **__: x
+
+
+def _nothing(_original: Any) -> Any:
+    return lambda *_, **__: None
+
+
+def _mean_of_microbatch_means(make_loss: Any) -> Any:
+    def make(*args: Any) -> Any:
+        loss = make_loss(*args)
+
+        def mean(logits_RV: Tensor, pack: Any) -> LossSums:
+            sums = loss(logits_RV, pack)
+            return replace(sums, objective=sums.objective / sums.count.clamp(min=1), count=torch.ones_like(sums.count))
+
+        return mean
+
+    return make
+
+
+def _divided_by_dp(encode: Any) -> Any:
+    def divided(model: Any, pack: Any) -> Tensor:
+        features_MD = encode(model, pack)
+        if features_MD.requires_grad:
+            features_MD.register_hook(lambda grad: grad / model.mesh.dp.size)
+        return features_MD
+
+    return divided
+
+
+def _contiguous_ranges(_zigzag: Any) -> Any:
+    def ranges(num_slots: int, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+        return ((num_slots // size * rank, num_slots // size * (rank + 1)),)
+
+    return SimpleNamespace(local_ranges=ranges)
+
+
+def _one_row_off(splice: Any) -> Any:
+    return lambda hidden_S1D, features_MD, slots_L, rows_L: splice(hidden_S1D, features_MD, slots_L, rows_L.roll(1))
+
+
+def _shifted_inside_the_slice(lane: Any) -> Any:
+    """The next token is looked up in this rank's slice, which is wrong where the slice has a cut."""
+
+    def shifted(batch: Any, cp: Any, ahead: int) -> Any:
+        right = lane(batch, cp, ahead)
+        return replace(right, token_ids_S=lane(batch, cp, 0).token_ids_S.roll(-ahead)) if ahead else right
+
+    return shifted
+
+
+def _always(_original: Any) -> Any:
+    return lambda *_, **__: True
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault(
+        "tp sum dropped",
+        ("megatron.core.tensor_parallel.layers:reduce_from_tensor_model_parallel_region",),
+        _identity,
+        "tp2 · mixed",
+        "the forward pass",
+    ),
+    Fault(
+        "sum of the norms' gradients under sequence parallelism dropped",
+        ("megatron.core.distributed.finalize_model_grads:_allreduce_non_tensor_model_parallel_grads",),
+        _nothing,
+        "tp2 sp · mixed",
+        "the sum of the norms' gradients over tp",
+    ),
+    Fault(
+        "mean of microbatch means",
+        ("mimo_megatron.prove.measure:cross_entropy", "mimo_megatron.train.step:cross_entropy"),
+        _mean_of_microbatch_means,
+        "dp2 · mixed",
+        "what is divided by",
+    ),
+    Fault(
+        "encoder gradient divided by dp",
+        ("mimo_megatron.model.vlm:VisionLanguageModel.encode",),
+        _divided_by_dp,
+        "dp2 · mixed",
+        "how the encoder's gradient is summed over ranks",
+    ),
+    Fault(
+        "positions sliced wrongly under cp",
+        ("mimo_megatron.mcore.text:zigzag",),
+        _contiguous_ranges,
+        "cp2 · mixed",
+        "the forward pass",
+    ),
+    Fault("wrong splice index", ("mimo_megatron.model.vlm:splice",), _one_row_off, "pp2 · mixed", "the forward pass"),
+    Fault(
+        "next token of a prediction layer looked up in the slice",
+        ("mimo_megatron.model.local_pack:_lane",),
+        _shifted_inside_the_slice,
+        "cp2 · mtp",
+        "the forward pass",
+    ),
+    Fault(
+        "replicated weights counted on every tp rank in the gradient norm",
+        ("megatron.core.tensor_parallel:param_is_not_tensor_parallel_duplicate",),
+        _always,
+        "tp2 · mixed",
+        "what the gradient norm counts",
+    ),
+)
+
+
+@contextlib.contextmanager
+def planted(name: str) -> Iterator[None]:
+    """``name`` is in effect in this process while the block lasts; the empty name is no fault.
+
+    ``ConfigError`` lists the known names.
+    """
+    if not name:
+        yield
+        return
+    fault = fault_named(name)
+    with contextlib.ExitStack() as undo:
+        for address in fault.where:
+            path, attribute = address.rsplit("." if "." in address.split(":")[1] else ":", 1)
+            owner = pkgutil.resolve_name(path)
+            original = getattr(owner, attribute)
+            undo.callback(setattr, owner, attribute, original)
+            setattr(owner, attribute, fault.make(original))
+        yield
+
+
+def fault_named(name: str) -> Fault:
+    for fault in FAULTS:
+        if fault.name == name:
+            return fault
+    raise ConfigError(f"no fault {name!r} to plant; there are: {'; '.join(fault.name for fault in FAULTS)}")
