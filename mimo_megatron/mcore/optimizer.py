@@ -54,8 +54,9 @@ def sum_marked_over_tp(chunks: Sequence[torch.nn.Module]) -> None:
     """Sum the gradients of the marked parameters over tp, in a few large pieces. Which parameters are marked and
     trained is the same on all tp ranks, so they run the same collectives. Every step once."""
     group = parallel_state.get_tensor_model_parallel_group()
-    marked = [param for chunk in chunks for param in chunk.parameters() if is_summed_over_tp(param)]
-    for grads in _buckets([param.main_grad for param in marked if param.requires_grad]):
+    params: Iterator[Any] = (param for chunk in chunks for param in chunk.parameters())
+    marked = [param.main_grad for param in params if param.requires_grad and is_summed_over_tp(param)]
+    for grads in _buckets(marked):
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=group)
         for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
