@@ -4,7 +4,7 @@ A piece is one image or one temporal grid step of a video: nothing in the encode
 over the tp x cp ranks by their predicted FLOPs, all on the CPU and from the grids alone, so every rank finds the same.
 Invariant: which rank encodes a piece changes neither the features nor, after the sums, any gradient.
 
-Dims: F pieces, P patches, C bytes of a patch, M merge units (features), X own features.
+Dims: U pieces, P patches, C bytes of a patch, M merge units (features), X own features.
 """
 
 import itertools
@@ -32,7 +32,7 @@ class VisionSharing:
     tp_cp: Axis
 
     def costs(self, grids_I3: Sequence[Grid]) -> list[int]:
-        """[F] predicted forward FLOPs of each piece, in pack order."""
+        """[U] predicted forward FLOPs of each piece, in pack order."""
         return [
             cost
             for frames, height, width in grids_I3
@@ -67,12 +67,12 @@ def share_out(
     patches_PC: Tensor, layout: VisionLayout, sharing: VisionSharing
 ) -> tuple[Tensor, VisionLayout, VisionShare]:
     """The patches this rank encodes with their own layout (perhaps none at all), and where all features stand."""
-    ranks_F = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
-    own = [piece for piece, rank in enumerate(ranks_F) if rank == sharing.tp_cp.rank]
+    ranks_U = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
+    own = [piece for piece, rank in enumerate(ranks_U) if rank == sharing.tp_cp.rank]
     bounds = layout.frame_bounds
     patches = [patches_PC[:0], *(patches_PC[bounds[piece] : bounds[piece + 1]] for piece in own)]
     merge_factor = sharing.vision.merge_factor
-    return torch.cat(patches), layout_of(layout, own, merge_factor), _share(layout, ranks_F, sharing, merge_factor)
+    return torch.cat(patches), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
 
 
 def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) -> VisionLayout:
@@ -97,12 +97,12 @@ def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) ->
     )
 
 
-def _share(layout: VisionLayout, ranks_F: Sequence[int], sharing: VisionSharing, merge_factor: int) -> VisionShare:
-    rows_F = [(end - start) // merge_factor for start, end in itertools.pairwise(layout.frame_bounds)]
-    num_rows = tuple(loads(rows_F, ranks_F, sharing.tp_cp.size))
+def _share(layout: VisionLayout, ranks_U: Sequence[int], sharing: VisionSharing, merge_factor: int) -> VisionShare:
+    rows_U = [(end - start) // merge_factor for start, end in itertools.pairwise(layout.frame_bounds)]
+    num_rows = tuple(loads(rows_U, ranks_U, sharing.tp_cp.size))
     place = [rank * max(num_rows) for rank in range(sharing.tp_cp.size)]
     order = []
-    for rows, rank in zip(rows_F, ranks_F, strict=True):
+    for rows, rank in zip(rows_U, ranks_U, strict=True):
         order.append(torch.arange(place[rank], place[rank] + rows))
         place[rank] += rows
     return VisionShare(num_rows, torch.cat(order))
