@@ -58,6 +58,7 @@ bool find_swap(const std::vector<Held>& held, const std::vector<std::int64_t>& l
         if (!is_found || swap < best) best = swap;
         is_found = true;
     };
+    const auto by_twice_cost = [](const Piece& piece, std::int64_t twice) { return 2 * piece.cost < twice; };
     const auto by_cost = [](const Piece& piece, std::int64_t cost) { return piece.cost < cost; };
     for (std::int64_t rank = 0; rank < static_cast<std::int64_t>(held.size()); ++rank) {
         const std::int64_t gap = loads[heavy] - loads[rank];
@@ -66,9 +67,7 @@ bool find_swap(const std::vector<Held>& held, const std::vector<std::int64_t>& l
         for (const Piece& taken : held[heavy]) {
             if (taken.number == kEmptyPlace) continue;
             const std::int64_t wanted = 2 * taken.cost - gap;  // twice the cost of the ideal partner
-            const auto above = std::lower_bound(other.begin(), other.end(), wanted, [](const Piece& piece, std::int64_t twice) {
-                return 2 * piece.cost < twice;
-            });
+            const auto above = std::lower_bound(other.begin(), other.end(), wanted, by_twice_cost);
             if (above != other.end()) offer(rank, gap, taken, *above);
             if (above != other.begin())
                 offer(rank, gap, taken, *std::lower_bound(other.begin(), above, (above - 1)->cost, by_cost));
