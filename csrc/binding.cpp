@@ -1,10 +1,11 @@
-// mimo_megatron._packing: the packing functions on numpy arrays. The GIL is released while they run.
+// mimo_megatron._packing: packing, and spreading over ranks, on numpy arrays. The GIL is released while they run.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 
 #include "packing.hpp"
+#include "spread.hpp"
 
 namespace py = pybind11;
 
@@ -52,12 +53,26 @@ py::tuple pack_two(const Costs& tokens, const Costs& patches, std::int64_t token
     });
 }
 
+py::array_t<std::int64_t> spread(const Costs& costs, std::int64_t num_ranks) {
+    check_flat(costs, "costs");
+    const std::int64_t n = costs.size();
+    py::array_t<std::int64_t> rank_of(n);
+    const std::int64_t* data = costs.data();
+    std::int64_t* rank_data = rank_of.mutable_data();
+    {
+        py::gil_scoped_release release;
+        packing::spread(data, n, num_ranks, rank_data);
+    }
+    return rank_of;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_packing, m) {
-    m.doc() = "Best-fit-decreasing packing; see mimo_megatron.data.packing.";
+    m.doc() = "Packing (see mimo_megatron.data.packing) and spreading (see mimo_megatron.parallel.spread).";
     m.attr("MAX_CAPACITY") = packing::kMaxCapacity;
     m.def("pack_one", &pack_one, py::arg("lengths"), py::arg("capacity"));
     m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
           py::arg("patch_capacity"));
+    m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));
 }

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "ops": set(),
     "platform": {"errors", "log"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "_packing"},
     "data": {*BASIS, "config", "_packing"},
     "reward": {*BASIS, "config"},
     "curation": {*BASIS, "config"},

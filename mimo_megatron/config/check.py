@@ -118,6 +118,23 @@ def sequence_parallel_needs_tensor_parallel(
         yield "parallel.sequence_parallel is true but parallel.tp is 1: raise tp, or set sequence_parallel=false"
 
 
+def balanced_vision_needs_ranks_that_share(
+    model: ModelConfig, layout: ParallelConfig, world_size: int
+) -> Iterator[str]:
+    if layout.vision_placement != "balanced":
+        return
+    if layout.tp * layout.cp == 1:
+        yield (
+            "parallel.vision_placement is balanced but parallel.tp * cp is 1, so no ranks share a pack's images: "
+            "raise tp or cp, or set vision_placement=replicated"
+        )
+    if model.vision is None:
+        yield (
+            "parallel.vision_placement is balanced but model.vision is null: set vision_placement=replicated, "
+            "or model.vision"
+        )
+
+
 def something_is_trained(config: RunConfig, world_size: int) -> Iterator[str]:
     if all(config.train.module(name).is_frozen for name in ("vision", "projector", "text")):
         yield (
@@ -198,6 +215,7 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     pipeline_divides_the_layers,
     interleaving_needs_a_pipeline,
     sequence_parallel_needs_tensor_parallel,
+    balanced_vision_needs_ranks_that_share,
 )
 RULES: tuple[Rule, ...] = (
     packs_divide_over_data_parallel_ranks,

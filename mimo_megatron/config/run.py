@@ -24,6 +24,12 @@ class ParallelConfig(Strict):
         False, description="Divide activations between the tensor parallel ranks outside attention and MLP too."
     )
 
+    vision_placement: Literal["replicated", "balanced"] = Field(
+        "replicated",
+        description="replicated: every tp * cp rank of the first stage encodes all images of a pack; balanced: they "
+        "share the images (a video by frames) by predicted cost, and gather the features.",
+    )
+
     @property
     def model_ranks(self) -> int:
         return self.tp * self.pp * self.cp

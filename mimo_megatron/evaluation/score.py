@@ -91,13 +91,14 @@ def _score_packs(
     found = []
     for number in numbers:
         batch = collate([samples[one] for one in packs[number]], model.model_config, num_slots)
+        local = local_pack(batch, mesh.cp, sharing=model.sharing)
         slots = zigzag.local_slots(num_slots, mesh.cp.rank, mesh.cp.size)
 
         def use(logits_RV: Tensor, local: LocalPack, slots: Tensor = slots, number: int = number) -> _SlotLogprobs:
             losses_R = token_losses(logits_RV, local.lanes[0].labels_R, mesh.tp)
             return _SlotLogprobs(number, slots[local.lanes[0].rows_R.cpu()].tolist(), (-losses_R).tolist())
 
-        found += run_forward(model, [local_pack(batch, mesh.cp).to(open_model.device)], num_slots, use)
+        found += run_forward(model, [local.to(open_model.device)], num_slots, use)
     return found if mesh.tp.rank == 0 else []
 
 

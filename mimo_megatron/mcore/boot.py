@@ -95,6 +95,11 @@ def current_mesh() -> Mesh:
             state.get_pipeline_model_parallel_world_size(),
             state.get_pipeline_model_parallel_group(),
         ),
+        tp_cp=Axis(
+            state.get_tensor_and_context_parallel_rank(),
+            state.get_tensor_and_context_parallel_world_size(),
+            state.get_tensor_and_context_parallel_group(),
+        ),
     )
 
 

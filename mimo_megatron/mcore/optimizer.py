@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -14,13 +16,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mimo_megatron.config.run import ModuleName, TrainConfig
-from mimo_megatron.mcore.module import MegatronModule
+from mimo_megatron.mcore.module import MegatronModule, is_summed_over_tp
 
 CONTENT: dict[str, Any] = {
     "non_homogeneous_layers": True,  # one tensor for each layer, named by its global number
     "distrib_optim_sharding_type": "fully_reshardable",
 }
 """How megatron lays out a checkpoint of ours."""
+
+BUCKET_ELEMENTS = 2**25
+"""Of one sum over tp: 128 MB in fp32, copied once."""
 
 MODULES: tuple[ModuleName, ...] = ("vision", "projector", "text")
 
@@ -35,8 +40,39 @@ def wrap(chunks: Sequence[MegatronModule], dtype_is_bf16: bool) -> list[Distribu
         grad_reduce_in_fp32=dtype_is_bf16, use_distributed_optimizer=True, overlap_grad_reduce=False
     )
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = _finalize
     return [DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk) for chunk in chunks]
+
+
+def _finalize(wrapped: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Megatron's sums and its division by the global count; then, for marked parameters, the sum over tp."""
+    finalize_model_grads(wrapped, num_tokens, **options)
+    sum_marked_over_tp(wrapped)
+
+
+def sum_marked_over_tp(chunks: Sequence[torch.nn.Module]) -> None:
+    """Sum the gradients of the marked parameters over tp, in a few large pieces. Which parameters are marked and
+    trained is the same on all tp ranks, so they run the same collectives. Every step once."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    params: Iterator[Any] = (param for chunk in chunks for param in chunk.parameters())
+    marked = [param.main_grad for param in params if param.requires_grad and is_summed_over_tp(param)]
+    for grads in _buckets(marked):
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=group)
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in order, in runs of about ``BUCKET_ELEMENTS``."""
+    bucket: list[Tensor] = []
+    for grad in grads:
+        bucket.append(grad)
+        if sum(one.numel() for one in bucket) >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
 
 
 def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> MegatronOptimizer:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece
 from mimo_megatron.attention.pieces import causal_pieces
+from mimo_megatron.model.vision_share import VisionShare, VisionSharing, share_out
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Axis
 from mimo_megatron.types import PackedBatch, VisionLayout
@@ -50,7 +51,11 @@ class LocalPack:
     merge_order_S: Tensor | None
     """int64 [S], None where cp is 1."""
     patches_PC: Tensor
+    """Those this rank encodes: where images are shared out over ranks, its own, perhaps none."""
     vision: VisionLayout | None
+    """Of these patches; None where the whole pack has no images."""
+    share: VisionShare | None = None
+    """Where images are shared out: the way from every rank's features to the pack's."""
     cache: KVCache | None = None
     """In generation only (see ``attention/cache.py``)."""
 
@@ -72,22 +77,28 @@ class LocalPack:
                 rope_hw_P2=vision.rope_hw_P2.to(device, non_blocking=True),
                 window_order_M=vision.window_order_M.to(device, non_blocking=True),
             )
-        return replace(self, vision=vision, lanes=tuple(lane.to(device) for lane in self.lanes), **moved)
+        share = self.share.to(device) if self.share is not None else None
+        return replace(self, vision=vision, share=share, lanes=tuple(lane.to(device) for lane in self.lanes), **moved)
 
 
-def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0) -> LocalPack:
+def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0, sharing: VisionSharing | None = None) -> LocalPack:
     """The part of ``batch`` that rank ``cp.rank`` computes. Rows are the slots with a loss weight above 0.
 
-    ``num_ahead``: how many multi-token-prediction layers are trained beside the decoder.
+    ``num_ahead``: how many multi-token-prediction layers are trained beside the decoder. ``sharing``: the model's, by
+    which the images are shared out over ranks; without it this rank encodes them all.
     """
     num_slots = batch.num_slots
+    patches_PC, vision, share = batch.patches_PC, batch.vision, None
+    if sharing is not None and vision is not None:
+        patches_PC, vision, share = share_out(patches_PC, vision, sharing)
     return LocalPack(
         lanes=tuple(_lane(batch, cp, ahead) for ahead in range(num_ahead + 1)),
         positions_3S=batch.positions_3S,
         pieces=causal_pieces(batch.segment_bounds, zigzag.local_ranges(num_slots, cp.rank, cp.size)),
         merge_order_S=zigzag.merge_order(num_slots, cp.size) if cp.size > 1 else None,
-        patches_PC=batch.patches_PC,
-        vision=batch.vision,
+        patches_PC=patches_PC,
+        vision=vision,
+        share=share,
     )
 
 

@@ -1,8 +1,11 @@
 """The vision-language model, one stage of its pipeline: encode images, project, splice into the embeddings, decode.
 
-Vision encoder and projector live on the first stage, whole on every tp and cp rank. All of those compute the same
-features; the gradient that comes back is complete on every tp rank (the decoder sums it) and the share of its own slots
-on every cp rank, where megatron's data-parallel sum, which runs over cp too, completes it. Nothing is counted twice.
+Vision encoder and projector live on the first stage, whole on every tp and cp rank. The features' gradient that comes
+back is complete on every tp rank (the decoder sums it) and the share of its own slots on every cp rank.
+Replicated placement: all these ranks compute the same features, and megatron's data-parallel sum, which runs over cp
+too, completes the gradient. Balanced placement: each rank encodes its own images and features are gathered; their
+gradient is summed over cp on the way back, the parameters' over tp too, for each tp rank saw other images
+(``docs/vision-placement.md``). Nothing is counted twice.
 """
 
 from typing import Any
@@ -13,12 +16,15 @@ from torch import Tensor
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, ParallelConfig
 from mimo_megatron.mcore.attention import PackParams
-from mimo_megatron.mcore.module import MegatronModule, scatter_slots_over_tp
+from mimo_megatron.mcore.module import MegatronModule, scatter_slots_over_tp, sum_gradients_over_tp
 from mimo_megatron.mcore.text import Numerics, TextDecoder, transformer_config
 from mimo_megatron.model.local_pack import Lane, LocalPack
 from mimo_megatron.model.projector import Projector
 from mimo_megatron.model.vision import VisionEncoder
+from mimo_megatron.model.vision_share import VisionSharing
+from mimo_megatron.parallel.collectives import gather_shared
 from mimo_megatron.parallel.mesh import Mesh
+from mimo_megatron.types import VisionLayout
 
 
 def build_chunks(
@@ -42,9 +48,14 @@ class VisionLanguageModel(MegatronModule):
         self.text = TextDecoder(model.text, config, mesh, chunk)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
+        self.sharing: VisionSharing | None = None
+        """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
         if model.vision is not None and self.text.pre_process:
             self.vision = VisionEncoder(model.vision, recompute=numerics.recompute == "full").to(numerics.dtype)
             self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)
+            if parallel.vision_placement == "balanced" and mesh.tp_cp.size > 1:
+                self.sharing = VisionSharing(model.vision, model.text.width, mesh.tp_cp)
+                sum_gradients_over_tp([*self.vision.parameters(), *self.projector.parameters()])
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
         self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
         self.share_embeddings_and_output_weights = model.text.tie_embeddings
@@ -71,9 +82,27 @@ class VisionLanguageModel(MegatronModule):
         return scatter_slots_over_tp(hidden_S1D) if self.config.sequence_parallel else hidden_S1D
 
     def encode(self, pack: LocalPack) -> Tensor:
-        """[M, D] features of the pack's images and videos, in pack order."""
-        assert self.vision is not None and self.projector is not None and pack.vision is not None
-        return self.projector(self.vision(pack.patches_PC, pack.vision), pack.vision)
+        """[M, D] features of the pack's images and videos, in pack order. A collective where images are shared out."""
+        assert pack.vision is not None
+        is_trained = torch.is_grad_enabled() and self._trains_vision()
+        assert not is_trained or (pack.share is None) == (self.sharing is None), "local_pack wants the model's sharing"
+        if pack.share is None:
+            return self.encode_own(pack.patches_PC, pack.vision)
+        if pack.vision.num_patches:
+            own_XD = self.encode_own(pack.patches_PC, pack.vision)
+        else:  # nothing to encode, but the gather's gradient is a collective: it must run here too
+            weight = next(self.projector.parameters())  # type: ignore[union-attr]
+            own_XD = weight.new_empty(0, self.model_config.text.width).requires_grad_(is_trained)
+        return gather_shared(own_XD, pack.share.order_M, pack.share.block, self.mesh)
+
+    def encode_own(self, patches_PC: Tensor, layout: VisionLayout) -> Tensor:
+        """Features of these patches, computed on this rank."""
+        assert self.vision is not None and self.projector is not None
+        return self.projector(self.vision(patches_PC, layout), layout)
+
+    def _trains_vision(self) -> bool:
+        parts = [part for part in (self.vision, self.projector) if part is not None]
+        return any(param.requires_grad for part in parts for param in part.parameters())
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron's schedule hands the previous stage's hidden states over here."""

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.parallel.mesh import Axis, Mesh
 
 Thing = TypeVar("Thing")
 
@@ -36,6 +36,40 @@ def gather_slots(local_x: Tensor, order_S: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return local_x
     return _GatherSlots.apply(local_x, order_S, axis)
+
+
+class _GatherShared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_XD: Tensor, order_M: Tensor, block: int, mesh: Mesh) -> Tensor:
+        ctx.save_for_backward(order_M)
+        ctx.num_rows, ctx.block, ctx.mesh = len(local_XD), block, mesh
+        own_BD = local_XD.new_zeros(block, local_XD.shape[1])
+        own_BD[: len(local_XD)] = local_XD
+        gathered = local_XD.new_empty(mesh.tp_cp.size * block, local_XD.shape[1])
+        dist.all_gather_into_tensor(gathered, own_BD, group=mesh.tp_cp.group)
+        return gathered.index_select(0, order_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (d_x_MD,), (order_M,), mesh = grads, ctx.saved_tensors, ctx.mesh
+        d_blocks = d_x_MD.new_zeros(mesh.tp_cp.size * ctx.block, d_x_MD.shape[1]).index_copy_(0, order_M, d_x_MD)
+        # By tp_cp rank, tp fastest; only this tp rank's blocks, one of each cp rank, are summed here.
+        d_cp_BD = d_blocks.unflatten(0, (mesh.cp.size, mesh.tp.size, ctx.block))[:, mesh.tp.rank]
+        if mesh.cp.size == 1:
+            return d_cp_BD[0, : ctx.num_rows].contiguous(), None, None, None
+        d_own_BD = d_x_MD.new_empty(ctx.block, d_x_MD.shape[1])
+        dist.reduce_scatter_tensor(d_own_BD, d_cp_BD.flatten(0, 1).contiguous(), group=mesh.cp.group)
+        return d_own_BD[: ctx.num_rows], None, None, None
+
+
+def gather_shared(local_XD: Tensor, order_M: Tensor, block: int, mesh: Mesh) -> Tensor:
+    """[M, D] from the rows of all tp x cp ranks, of which each has any number up to ``block``. Every rank must call it.
+
+    ``order_M[m]`` is where row m stands when the ranks' blocks of ``block`` rows lie one after another.
+    Gradient: each rank's rows of the sum over cp of the output's gradients. They are not summed over tp: all tp ranks
+    must bring the same.
+    """
+    return _GatherShared.apply(local_XD, order_M, block, mesh)
 
 
 def sum_over(values: Sequence[int], axis: Axis, device: torch.device | None = None) -> list[int]:

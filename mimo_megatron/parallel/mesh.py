@@ -25,6 +25,8 @@ class Mesh:
     cp: Axis
     dp: Axis
     pp: Axis
+    tp_cp: Axis
+    """Those of one stage that work on the same packs; its rank is cp.rank * tp.size + tp.rank."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -41,7 +43,7 @@ class Mesh:
 
 def single_process_mesh() -> Mesh:
     one = Axis(0, 1)
-    return Mesh(tp=one, cp=one, dp=one, pp=one)
+    return Mesh(tp=one, cp=one, dp=one, pp=one, tp_cp=one)
 
 
 def data_parallel_size(world_size: int, tp: int, pp: int, cp: int) -> int:

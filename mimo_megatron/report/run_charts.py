@@ -36,6 +36,7 @@ def run_charts(run: RunData) -> list[Chart]:
         _plain_chart(run, "Vision patches per second", "patches_per_second", (0.0, None)),
         _plain_chart(run, "Fill of the packs", "fill", (0.0, 1.0), is_fraction=True),
         _plain_chart(run, "Model FLOPs utilisation", "mfu", (0.0, None), is_fraction=True),
+        _plain_chart(run, "Vision encoder: heaviest rank over the mean", "vision_imbalance", (1.0, None)),
     ]
     return [chart for chart in charts if chart]
 

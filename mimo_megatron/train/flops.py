@@ -18,11 +18,12 @@ weight skips its own third; the input's gradient is skipped where nothing upstre
 weights: its backward is twice its forward, or nothing.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
-from mimo_megatron.config.model import ModelConfig, TextConfig, VisionConfig
+from mimo_megatron.config.model import ModelConfig, TextConfig
 from mimo_megatron.config.run import ModuleName
+from mimo_megatron.config.vision_flops import frame_pairs, layer_weights, projector_weights
 
 Grid = tuple[int, int, int]
 
@@ -79,13 +80,14 @@ def step_flops(
         num_patches = sum(frames * height * width for frames, height, width in grids)
         # The pixels need no gradient, so the patch embedding has at most its weight's.
         embed = (1 + vision_trained) * vision.patch_bytes * vision.width
-        blocks = (1 + 2 * vision_trained) * vision.depth * _vision_layer_weights(vision)
+        blocks = (1 + 2 * vision_trained) * vision.depth * layer_weights(vision)
         vision_linear = 2 * num_patches * (embed + blocks)
-        vision_attention = (1 + 2 * vision_trained) * 4 * vision.width * _vision_pairs(vision, grids)
-        merged = vision.merge_factor * vision.width
+        pairs = sum(frames * frame_pairs(vision, height, width) for frames, height, width in grids)
+        vision_attention = (1 + 2 * vision_trained) * 4 * vision.width * pairs
         # Its first layer's input needs a gradient even above a frozen encoder: for the projector's own norm.
         products = 1 + features_need_grad + projector_trained
-        projector = products * 2 * (num_patches // vision.merge_factor) * merged * (merged + model.text.width)
+        num_units = num_patches // vision.merge_factor
+        projector = products * 2 * num_units * projector_weights(vision, model.text.width)
 
     text = model.text
     squares = (text.num_layers + text.num_mtp_layers) * sum(length * length for length in segments)
@@ -109,26 +111,3 @@ def _text_weights(text: TextConfig) -> int:
     queries, keys = text.num_heads * text.head_width, text.num_kv_heads * text.head_width
     layer = text.width * (2 * queries + 2 * keys + 3 * text.ffn_width)
     return text.num_layers * layer + text.num_mtp_layers * (layer + 2 * text.width * text.width)
-
-
-def _vision_layer_weights(vision: VisionConfig) -> int:
-    return vision.width * (4 * vision.width + 3 * vision.ffn_width)
-
-
-def _vision_pairs(vision: VisionConfig, grids: Iterable[Grid]) -> int:
-    """Pairs of patches that attend to each other, summed over the layers."""
-    num_full = len(set(vision.full_attention_layers))
-    merge, window = vision.spatial_merge_size, vision.window_size // vision.pixel_multiple
-    pairs = 0
-    for frames, height, width in grids:
-        full = (height * width) ** 2
-        # A window is rows x columns of merge blocks, cut at the border: the sum of its squares factors over the axes.
-        windowed = merge**4 * _sum_of_squares(height // merge, window) * _sum_of_squares(width // merge, window)
-        pairs += frames * (num_full * full + (vision.depth - num_full) * windowed)
-    return pairs
-
-
-def _sum_of_squares(length: int, piece: int) -> int:
-    """Sum of squares of the parts when ``length`` is cut every ``piece``."""
-    whole, rest = divmod(length, piece)
-    return whole * piece * piece + rest * rest

@@ -18,6 +18,7 @@ from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.optimizer import learning_rates
 from mimo_megatron.parallel.collectives import gather_objects, sum_over
+from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.report.run_report import write_report
 from mimo_megatron.train.flops import peak_flops, step_flops
 from mimo_megatron.train.metrics import MetricsWriter, StepRecord
@@ -90,7 +91,7 @@ def _steps(
         skipped += _newly_skipped(trainer, loader, folder)
         if metrics is not None:
             rates = {name: rate * factor for name, rate in learning_rates(train).items()}
-            metrics.write(_record(step, result, totals, rates, skipped, time.perf_counter() - began))
+            metrics.write(_record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began))
         is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
         if is_due or step == train.steps:
             _save(trainer, loader, folder, step, skipped)
@@ -109,14 +110,18 @@ def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int, sk
 
 
 def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
-    """Tokens, slots, patches, images, samples and model FLOPs of the step, over all data-parallel ranks."""
-    own = [0] * 6
+    """Tokens, slots, patches, images, samples, model FLOPs, and of the encoder's ranks the heaviest's and all ranks'
+    predicted FLOPs, of the step, over all data-parallel ranks."""
+    own = [0] * 8
+    sharing = trainer.bare_chunks[0].sharing
     for batch in batches:
         grids = batch.vision.grids_I3 if batch.vision else ()
         trained = tuple(learning_rates(trainer.config.train))
         flops = step_flops(trainer.config.model, batch.segment_lengths, grids, trained, num_head_rows=batch.num_trained)
         patches = len(batch.patches_PC)
-        row = (batch.num_tokens, batch.num_slots, patches, len(grids), len(batch.sample_ids), flops.total)
+        loads = sharing.predicted_loads(grids) if sharing else [0]
+        work = flops.total, max(loads), sum(loads)
+        row = (batch.num_tokens, batch.num_slots, patches, len(grids), len(batch.sample_ids), *work)
         own = [total + one for total, one in zip(own, row, strict=True)]
     return sum_over(own, trainer.mesh.dp, trainer.device)
 
@@ -125,11 +130,12 @@ def _record(
     step: int,
     result: StepResult,
     totals: list[int],
+    mesh: Mesh,
     rates: Mapping[ModuleName, float],
     skipped: Counter[str],
     seconds: float,
 ) -> StepRecord:
-    tokens, slots, patches, images, samples, flops = totals
+    tokens, slots, patches, images, samples, flops, heaviest, vision = totals
     return StepRecord(
         step=step,
         loss=result.loss,
@@ -144,6 +150,7 @@ def _record(
         seconds=seconds,
         skipped=dict(skipped),
         model_flops=flops,
+        vision_imbalance=heaviest * mesh.tp_cp.size / vision if vision else None,
     )
 
 

@@ -56,6 +56,9 @@ class StepRecord:
     """Samples skipped since the run began, by reason."""
     model_flops: int = 0
     """``step_flops(...).total``; 0 where it was not counted."""
+    vision_imbalance: float | None = None
+    """Where images are shared out over ranks: the heaviest rank's predicted cost over the mean; 1 is level. Ranks wait
+    for each other in every pack, so both are sums over packs. None in a step without images too."""
 
     @property
     def fill(self) -> float:
@@ -190,6 +193,8 @@ def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
     ]
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
+    if record.vision_imbalance is not None:
+        parts.append(f"vision imbalance {record.vision_imbalance:.2f}")
     if num_skipped := sum(record.skipped.values()):
         parts.append(f"skipped {num_skipped}")
     return " · ".join([*parts, f"{record.seconds:.2f} s", f"ETA {eta}"])
@@ -206,6 +211,7 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         "speed/patches_per_second": row["patches_per_second"],
         "speed/step_seconds": row["seconds"],
         "speed/mfu": row["mfu"],
+        "speed/vision_imbalance": row["vision_imbalance"],
     }
     named |= {f"lr/{module}": lr for module, lr in row["lrs"].items()}
     return [(tag, value) for tag, value in named.items() if value is not None]

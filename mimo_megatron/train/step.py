@@ -94,7 +94,8 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor,
 def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens)."""
     text = trainer.config.model.text
-    packs = [local_pack(batch, trainer.mesh.cp, text.num_mtp_layers).to(trainer.device) for batch in batches]
+    cp, sharing = trainer.mesh.cp, trainer.bare_chunks[0].sharing
+    packs = [local_pack(batch, cp, text.num_mtp_layers, sharing).to(trainer.device) for batch in batches]
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()

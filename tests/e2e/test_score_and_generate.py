@@ -108,6 +108,8 @@ LAYOUTS = {
     "tp2-sequence-parallel": (2, dict(tp=2, sequence_parallel=True)),
     "pp2": (2, dict(pp=2)),
     "cp2": (2, dict(cp=2)),
+    "tp2-balanced-vision": (2, dict(tp=2, vision_placement="balanced")),
+    "cp2-balanced-vision": (2, dict(cp=2, vision_placement="balanced")),
     "dp2": (2, {}),
 }
 
@@ -145,7 +147,7 @@ def prompts(samples: Path) -> tuple:
     return tuple(type(raw)(raw.id, raw.source, raw.messages[:1], raw.media, raw.meta) for raw in read_jsonl(samples))
 
 
-@pytest.mark.parametrize("name", ["one", "tp2", "pp2"])
+@pytest.mark.parametrize("name", ["one", "tp2", "pp2", "tp2-balanced-vision"])
 def test_greedy_answers_are_those_of_transformers(name, hf_dir, samples, tmp_path):
     world_size, layout = LAYOUTS[name]
     out = tmp_path / "answers.jsonl"

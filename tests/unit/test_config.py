@@ -261,6 +261,12 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("special_tokens_differ", 1, ["model.tokens.pad=1"]),
         ("interleaving_needs_a_pipeline", 1, ["parallel.vpp=2"]),
         ("interleaving_fills_the_pipeline", 2, ["parallel.pp=2", "parallel.vpp=2", "train.packs_per_step=3"]),
+        ("balanced_vision_needs_ranks_that_share", 1, ["parallel.vision_placement=balanced"]),
+        (
+            "balanced_vision_needs_ranks_that_share",
+            2,
+            ["parallel.vision_placement=balanced", "parallel.tp=2", "model.vision=null"],
+        ),
         ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[1, 2]"]),
         ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[4]"]),
     ],

@@ -174,6 +174,11 @@ def test_the_status_line_states_useful_rates_not_capacity():
     )
 
 
+def test_the_status_line_shows_the_vision_imbalance_where_images_are_shared_out():
+    line = status_line(replace(RECORD, vision_imbalance=1.254), None, timedelta(seconds=90))
+    assert "fill 90.0% · vision imbalance 1.25 · skipped 2" in line
+
+
 def test_a_terminal_gets_a_bar_with_log_lines_above_it(tmp_path, capsys, monkeypatch, log_lines):
     monkeypatch.setenv("COLUMNS", "240")
     log.set_up()

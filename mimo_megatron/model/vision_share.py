@@ -1,0 +1,108 @@
+"""Which rank of a stage encodes which images of a pack, and where the features of all stand once gathered.
+
+A piece is one image or one temporal grid step of a video: nothing in the encoder attends beyond it. Pieces are spread
+over the tp x cp ranks by their predicted FLOPs, all on the CPU and from the grids alone, so every rank finds the same.
+Invariant: which rank encodes a piece changes neither the features nor, after the sums, any gradient.
+
+Dims: U pieces, P patches, C bytes of a patch, M merge units (features), X own features.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mimo_megatron.config.model import VisionConfig
+from mimo_megatron.config.vision_flops import frame_flops
+from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.parallel.spread import loads, spread
+from mimo_megatron.types import VisionLayout
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class VisionSharing:
+    """How the ranks of one stage share out the images of every microbatch."""
+
+    vision: VisionConfig
+    text_width: int
+    tp_cp: Axis
+
+    def costs(self, grids_I3: Sequence[Grid]) -> list[int]:
+        """[U] predicted forward FLOPs of each piece, in pack order."""
+        return [
+            cost
+            for frames, height, width in grids_I3
+            for cost in itertools.repeat(frame_flops(self.vision, self.text_width, height, width), frames)
+        ]
+
+    def predicted_loads(self, grids_I3: Sequence[Grid]) -> list[int]:
+        """Predicted forward FLOPs of each rank."""
+        costs = self.costs(grids_I3)
+        return loads(costs, spread(costs, self.tp_cp.size), self.tp_cp.size)
+
+
+@dataclass(frozen=True)
+class VisionShare:
+    """Where the features stand when the blocks of all ranks, each as long as the longest, lie one after another."""
+
+    num_rows: tuple[int, ...]
+    """Features of each rank."""
+    order_M: Tensor
+    """int64 [M]: the place of every feature of the pack."""
+
+    @property
+    def block(self) -> int:
+        """Rows of a block."""
+        return max(self.num_rows)
+
+    def to(self, device: torch.device) -> "VisionShare":
+        return replace(self, order_M=self.order_M.to(device, non_blocking=True))
+
+
+def share_out(
+    patches_PC: Tensor, layout: VisionLayout, sharing: VisionSharing
+) -> tuple[Tensor, VisionLayout, VisionShare]:
+    """The patches this rank encodes with their own layout (perhaps none at all), and where all features stand."""
+    ranks_U = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
+    own = [piece for piece, rank in enumerate(ranks_U) if rank == sharing.tp_cp.rank]
+    bounds = layout.frame_bounds
+    patches = [patches_PC[:0], *(patches_PC[bounds[piece] : bounds[piece + 1]] for piece in own)]
+    merge_factor = sharing.vision.merge_factor
+    return torch.cat(patches), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
+
+
+def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) -> VisionLayout:
+    """The layout of some pieces of a pack, taken in pack order, as if they were all of it."""
+    frame_of_piece = [(1, height, width) for frames, height, width in layout.grids_I3 for _ in range(frames)]
+    rope, order, windows, frames = [layout.rope_hw_P2[:0]], [layout.window_order_M[:0]], [0], [0]
+    window_bounds = torch.tensor(layout.window_bounds)
+    first_window = torch.searchsorted(window_bounds, torch.tensor(layout.frame_bounds)).tolist()
+    for piece in pieces:
+        start, end = layout.frame_bounds[piece : piece + 2]
+        shift = frames[-1] - start
+        rope.append(layout.rope_hw_P2[start:end])
+        order.append(layout.window_order_M[start // merge_factor : end // merge_factor] + shift // merge_factor)
+        windows += (window_bounds[first_window[piece] + 1 : first_window[piece + 1] + 1] + shift).tolist()
+        frames.append(end + shift)
+    return VisionLayout(
+        grids_I3=tuple(frame_of_piece[piece] for piece in pieces),
+        rope_hw_P2=torch.cat(rope),
+        window_order_M=torch.cat(order),
+        window_bounds=tuple(windows),
+        frame_bounds=tuple(frames),
+    )
+
+
+def _share(layout: VisionLayout, ranks_U: Sequence[int], sharing: VisionSharing, merge_factor: int) -> VisionShare:
+    rows_U = [(end - start) // merge_factor for start, end in itertools.pairwise(layout.frame_bounds)]
+    num_rows = tuple(loads(rows_U, ranks_U, sharing.tp_cp.size))
+    place = [rank * max(num_rows) for rank in range(sharing.tp_cp.size)]
+    order = []
+    for rows, rank in zip(rows_U, ranks_U, strict=True):
+        order.append(torch.arange(place[rank], place[rank] + rows))
+        place[rank] += rows
+    return VisionShare(num_rows, torch.cat(order))
