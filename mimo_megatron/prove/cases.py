@@ -33,6 +33,11 @@ class Layout:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Of ``ParallelConfig``."""
 
+    @property
+    def is_large(self) -> bool:
+        """Eight ranks, or four along one axis."""
+        return self.ranks > 4 or 4 in self.fields.values() or (self.ranks == 4 and not self.fields)
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -69,6 +74,7 @@ class Refusal:
 
 
 FROZEN = ModuleTraining()
+BALANCED: dict[str, Any] = dict(vision_placement="balanced")
 ONE = Layout("1 process", 1)
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -97,7 +103,19 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("cp2 dp2", 4, dict(cp=2)),
     Layout("tp2 sp pp2 cp2", 8, dict(tp=2, pp=2, cp=2, sequence_parallel=True)),
     Layout("tp2 sp pp2 vpp2 dp2", 8, dict(tp=2, pp=2, vpp=2, sequence_parallel=True)),
+    Layout("tp2 balanced", 2, dict(tp=2) | BALANCED),
+    Layout("tp2 sp balanced", 2, dict(tp=2, sequence_parallel=True) | BALANCED),
+    Layout("cp2 balanced", 2, dict(cp=2) | BALANCED),
+    Layout("cp4 balanced", 4, dict(cp=4) | BALANCED),
+    Layout("tp2 sp cp2 balanced", 4, dict(tp=2, cp=2, sequence_parallel=True) | BALANCED),
+    Layout("tp2 dp2 balanced", 4, dict(tp=2) | BALANCED),
+    Layout("tp2 sp pp2 vpp2 balanced", 4, dict(tp=2, pp=2, vpp=2, sequence_parallel=True) | BALANCED),
+    Layout("tp2 sp pp2 cp2 balanced", 8, dict(tp=2, pp=2, cp=2, sequence_parallel=True) | BALANCED),
 )
+CORE = frozenset({
+    "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "bf16",
+})  # fmt: skip
+"""Features that the largest layouts are run with; the others with all."""
 
 FEATURES: tuple[Feature, ...] = (
     Feature("mixed", "images of odd shapes, video and text, packed together"),
@@ -120,7 +138,7 @@ FEATURES: tuple[Feature, ...] = (
 )  # fmt: skip
 
 QUICK = frozenset({
-    "tp2 sp", "pp2 vpp2", "cp2", "dp2", "tp2 sp pp2 vpp2", "tp2 sp cp2",
+    "tp2 sp", "pp2 vpp2", "cp2", "dp2", "tp2 sp pp2 vpp2", "tp2 sp cp2 balanced",
 })  # fmt: skip
 """Layouts of ``--quick``, each with the features below."""
 QUICK_FEATURES = frozenset({"mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute"})
@@ -131,6 +149,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(Layout("cp5", 5, dict(cp=5)), "data.pack_tokens"),
     Refusal(Layout("dp3", 3), "train.packs_per_step"),
     Refusal(Layout("sp without tp", 2, dict(sequence_parallel=True)), "parallel.sequence_parallel"),
+    Refusal(Layout("balanced vision with nothing to share", 2, dict(pp=2) | BALANCED), "parallel.vision_placement"),
     Refusal(Layout("vpp without pp", 2, dict(vpp=2)), "parallel.vpp"),
     Refusal(Layout("pp2 vpp2 dp4: packs not a multiple of pp", 8, dict(pp=2, vpp=2)), "train.packs_per_step"),
     Refusal(Layout("pp2, layers missing", 2, dict(pp=2, stage_layers=(1, 2))), "parallel.stage_layers"),
@@ -186,5 +205,9 @@ def cases(*, quick: bool) -> Iterator[Case]:
     """What is run: every layout with every feature, or a few of both."""
     for layout in LAYOUTS:
         for feature in FEATURES:
-            if not quick or (layout.name in QUICK and feature.name in QUICK_FEATURES):
+            if quick:
+                is_chosen = layout.name in QUICK and feature.name in QUICK_FEATURES
+            else:
+                is_chosen = not layout.is_large or feature.name in CORE
+            if is_chosen:
                 yield Case(layout, feature)

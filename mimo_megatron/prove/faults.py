@@ -85,6 +85,18 @@ def _shifted_inside_the_slice(lane: Any) -> Any:
     return shifted
 
 
+def _times_tp(gather_shared: Any) -> Any:
+    """All tp ranks bring the same gradient, so their sum is the size of tp times it."""
+
+    def gather(own_XD: Tensor, order_M: Tensor, block: int, mesh: Any) -> Tensor:
+        features_MD = gather_shared(own_XD, order_M, block, mesh)
+        if features_MD.requires_grad:
+            features_MD.register_hook(lambda grad: grad * mesh.tp.size)
+        return features_MD
+
+    return gather
+
+
 def _always(_original: Any) -> Any:
     return lambda *_, **__: True
 
@@ -132,6 +144,20 @@ FAULTS: tuple[Fault, ...] = (
         _shifted_inside_the_slice,
         "cp2 · mtp",
         "the forward pass",
+    ),
+    Fault(
+        "sum of the encoder's gradients over tp dropped",
+        ("mimo_megatron.mcore.optimizer:sum_marked_over_tp",),
+        _nothing,
+        "tp2 balanced · mixed",
+        "how the encoder's gradient is summed over ranks",
+    ),
+    Fault(
+        "gradient of the gathered features summed over tp too",
+        ("mimo_megatron.model.vlm:gather_shared",),
+        _times_tp,
+        "tp2 sp balanced · mixed",
+        "how the encoder's gradient is summed over ranks",
     ),
     Fault(
         "replicated weights counted on every tp rank in the gradient norm",

@@ -136,7 +136,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     for chunk in chunks:
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})
     wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
-    packs = [local_pack(batch, mesh.cp, text.num_mtp_layers) for batch in batches]
+    packs = [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
     loss = cross_entropy(mesh, text.mtp_loss_weight)
     sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
     named = {name: _whole(name, gradient_of(param), param, mesh) for name, param in _trained(chunks)}
