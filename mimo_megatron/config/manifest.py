@@ -1,7 +1,7 @@
-"""What a checkpoint folder must hold, byte for byte: ``checksums.json``, written last, checked before anything is read.
+"""What a checkpoint folder must hold, byte for byte: ``checksums.json``, written last, checked before all reading.
 
-Invariant, tested with planted faults: a file of a sealed folder that is missing, cut, changed or exchanged is named, and
-so is a manifest that was edited. SHA-256 (1.2 GB/s on one core here; BLAKE2b 1.0), so that ``sha256sum`` gives the same.
+Invariant, tested with planted faults: a file of a sealed folder that is missing, cut, changed or exchanged is named,
+and so is a manifest that was edited. SHA-256: 1.2 GB/s on one core here (BLAKE2b 1.0), and ``sha256sum`` can check it.
 """
 
 import hashlib
@@ -68,14 +68,15 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         raise DamagedCheckpointError(f"{path} cannot be read ({fault!r}); {_REMEDY}") from fault
     if digest != _digest(entries):
         raise DamagedCheckpointError(f"{path} was changed after it was written; {_REMEDY}")
-    faults = [fault for name, entry in entries.items() if (fault := _size_fault(folder / name, entry))]
-    refuse_damage(folder, faults)
+    sizes = (_size_fault(folder / name, entry) for name, entry in entries.items())
+    refuse_damage(folder, filter(None, sizes))
     return entries
 
 
 def damaged_files(folder: Path, entries: Entries) -> list[str]:
     """One line for each of these files whose bytes are not those that were written."""
-    return [fault for name, entry in entries.items() if (fault := _hash_fault(folder / name, entry))]
+    faults = (_hash_fault(folder / name, entry) for name, entry in entries.items())
+    return [line for line in faults if line]
 
 
 def check_whole(folder: Path) -> None:
@@ -143,4 +144,3 @@ def _plain(entries: Entries) -> dict[str, dict[str, int | str]]:
 
 def _digest(entries: Entries) -> str:
     return hashlib.sha256(json.dumps(_plain(entries), sort_keys=True).encode()).hexdigest()
-

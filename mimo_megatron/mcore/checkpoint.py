@@ -1,9 +1,9 @@
 """Distributed checkpoints: weights and optimizer state by their whole-tensor names, so that any layout loads them.
 
 A checkpoint is written aside, read back, sealed with a manifest of its files and published by a rename: it is whole
-under its name, or absent. Beside megatron's files it holds ``model.json`` (what model this is) and ``state.json`` (step,
-data position). Saving has two halves: ``stage`` uses megatron's collectives and ends with a copy; ``publish`` of what
-it gives may run in a thread while training goes on. Nothing is forked (docs/checkpoints.md).
+under its name, or absent. Beside megatron's files it holds ``model.json`` (what model this is) and ``state.json``
+(step, data position). Saving has two halves: ``stage`` uses megatron's collectives and ends with a copy; ``publish`` of
+what it gives may run in a thread while training goes on. Nothing is forked (docs/checkpoints.md).
 """
 
 import json
@@ -60,8 +60,8 @@ class StagedCheckpoint:
     def publish(self, group: dist.ProcessGroup | None = None) -> None:
         """Write this rank's part; when all ranks have, rank 0 seals the folder and renames it.
 
-        A collective over ``group``, which holds all ranks, and over no other: with a gloo group of its own it may run in
-        a thread. ``CheckpointError`` on every rank where any failed; earlier checkpoints are untouched then.
+        A collective over ``group``, which holds all ranks, and over no other: with a gloo group of its own it may run
+        in a thread. ``CheckpointError`` on every rank where any failed; earlier checkpoints are untouched then.
         """
         part, fault = None, ""
         try:
@@ -221,7 +221,9 @@ class _Stager(TorchDistSaveShardedStrategy):
         sharded, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         collector = _Collector(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
-        planned = save_state_dict_async_plan(mcore_to_pyt_state_dict(sharded, False), collector, None, 0, planner=planner)
+        planned = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(sharded, False), collector, None, 0, planner=planner
+        )
         self.pieces, self.plan = collector.pieces, planned[0][1]
         return AsyncRequest(None, (), [])
 

@@ -108,7 +108,7 @@ def _write_record(file: "_HashedFile", name: str, piece: Piece) -> WriteResult:
         tensor = piece.data.detach().cpu()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save would write the whole storage
-        with serialization.patch({"save.compute_crc32": False}):  # torch.load does not look at it; ours is SHA-256
+        with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]  # ours is SHA-256
             torch.save(tensor, cast(IO[bytes], file))
     else:
         file.write(piece.data.getbuffer())
