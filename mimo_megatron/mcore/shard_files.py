@@ -3,6 +3,7 @@
 A file is a row of ``torch.save`` records, as torch's distributed checkpoints have them; their order is the plan's.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -124,6 +125,7 @@ class _HashedFile:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
         self._size = 0
+        self._fault: OSError | None = None
 
     @property
     def entry(self) -> Entry:
@@ -131,7 +133,11 @@ class _HashedFile:
 
     def write(self, data: bytes | memoryview) -> int:
         self._digest.update(data)
-        written = self._file.write(data)
+        try:
+            written = self._file.write(data)
+        except OSError as fault:
+            self._fault = fault
+            raise
         self._size += written
         return written
 
@@ -151,4 +157,7 @@ class _HashedFile:
                 os.fsync(self._file.fileno())
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
-            self._file.close()
+            with contextlib.suppress(*([OSError] if self._fault else [])):
+                self._file.close()
+        if self._fault:
+            raise self._fault  # torch.save reports a position instead

@@ -1,4 +1,4 @@
-"""Checkpoints cannot lie: whatever happens to their files or to the process that writes them, a load is right or refused.
+"""Checkpoints cannot lie: whatever happens to their files or to the process that writes, a load is right or refused.
 
 Faults are real: bytes are changed on disk, a limit on file sizes makes the write fail, ``kill -9`` ends the process.
 """
@@ -19,7 +19,7 @@ import torch
 
 from mimo_megatron.config.description import STATE_FILE
 from mimo_megatron.config.manifest import MANIFEST_FILE, check_whole
-from mimo_megatron.config.run import CheckpointConfig, RunConfig
+from mimo_megatron.config.run import CheckpointConfig, ParallelConfig, RunConfig
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import RankAddress, megatron
@@ -72,9 +72,10 @@ def saved_twice(address: RankAddress, config: RunConfig) -> list[tuple[str, int]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> RunConfig:
-    """A run folder with two good checkpoints."""
+    """A run folder with two good checkpoints, of two shards each; the run goes on with any number of ranks."""
     config = small_run(tmp_path_factory.mktemp("run"))
-    assert run_ranks(saved_twice, 2, config)[0] == [("checkpoint", 1), ("checkpoint", 2)]
+    halves = config.model_copy(update={"parallel": ParallelConfig(tp=2)})
+    assert run_ranks(saved_twice, 2, halves)[0] == [("checkpoint", 1), ("checkpoint", 2)]
     return config
 
 
@@ -271,7 +272,7 @@ def test_a_failing_background_write_of_one_rank_is_an_error_on_all_and_publishes
         update={"parallel": run_config(tiny_model()).parallel.model_copy(update={"tp": 2})}
     )
     for error, steps, latest_is_right in run_ranks(save_within_a_limit, 2, config, 10_000):
-        assert "could not be written (rank 1: " in error and "File too large" in error
+        assert "could not be written (rank 1: " in error and "File too large" in error, error
         assert steps == [1] and latest_is_right
     check_whole(RunFolder(config.dir).checkpoint(1))
 
