@@ -32,7 +32,7 @@ from tests.harness import run_ranks
 from tests.samples import run_config, tiny_model
 
 TRIES = 100
-KILLS = 8  # of 20 in benchmarks/bench_checkpoint.py --kills
+KILLS = 20
 Damage = Callable[[random.Random, Path, Path], str]
 
 
