@@ -51,7 +51,7 @@ class Saver:
             if wait:
                 self.finish()
             return
-        if self._write is not None and self._write.is_alive:
+        if self._write is not None and self.is_writing:
             began = time.perf_counter()
             self._write.thread.join()
             get_logger().info(
@@ -80,6 +80,11 @@ class Saver:
             self._write.run()
             self.check()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is in flight."""
+        return self._write is not None and self._write.is_alive
+
     def check(self) -> None:
         """Announce a write that has ended, or raise its ``CheckpointError``. Cheap; call it every step."""
         write = self._write
@@ -92,7 +97,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the write in flight, then ``check``."""
-        if self._write is not None and self._write.is_alive:
+        if self._write is not None and self.is_writing:
             self._write.thread.join()
         self.check()
 
