@@ -1,10 +1,10 @@
-"""What a checkpoint costs: how long training stalls for it, written at once or in the background, and MB/s of each part.
+"""What a checkpoint costs: how long training stalls for it, written at once or beside training, and MB/s of each part.
 
     python benchmarks/bench_checkpoint.py             # twelve steps, a checkpoint every fourth; a few minutes
     python benchmarks/bench_checkpoint.py --steps 24
 
-One process, two threads, fp32: a model of 9 M parameters, whose checkpoint (weights, AdamW's fp32 copy and moments) is
-about 140 MB. A step is AdamW on packs of 4 mixed samples, repeated until it takes a realistic time. Stall is the wall
+One process, one thread, fp32: a model of 9 M parameters, whose checkpoint (weights, AdamW's fp32 copy and moments) is
+about 140 MB. A step is AdamW on 2 packs of 1,000 text tokens. Stall is the wall
 time inside ``Saver.save`` and ``Saver.check``, and at the end ``finish``; ``stall_fraction`` divides it by the run's
 wall time. Steps beside a background write share the processor with it: ``slower_steps`` is their median over the median
 of the others, on a machine with as few cores as the CSV's name says.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "2"  # before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ from mimo_megatron.train.saving import Saver
 from mimo_megatron.train.step import Trainer, build_trainer, train_step
 from mimo_megatron.types import EncodedSample, PackedBatch
 
-PACKS, PACK_TOKENS, EVERY = 4, 1024, 4
+PACKS, PACK_TOKENS, EVERY = 2, 1024, 4
 
 
 def model_config() -> ModelConfig:
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the measurement of parts")
     parser.add_argument("--out", type=Path)
     values = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         config = run_config("sync", Path(name), values.steps)
@@ -190,14 +190,15 @@ def main() -> None:
             packs = batches(config.model)
             train_step(trainer, packs, 0, 1.0)
             rows += parts(trainer, Path(name), values.rounds)
+            print(*rows, sep="\n", flush=True)
             for kind, mode in (("none", "sync"), ("sync", "sync"), ("async", "async")):
                 settings = run_config(mode, Path(name) / kind, values.steps)
                 one = Trainer(settings, mesh, trainer.device, trainer.chunks, trainer.optimizer)
                 rows.append(dict(measured=f"run, {kind}", **timed_run(one, packs, kind != "none")))
+                print(rows[-1], flush=True)
+            print(f"the load of the machine was {os.getloadavg()[0]:.0f}")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = [{column: row.get(column) for column in columns} for row in rows]
-    for row in table:
-        print(" · ".join(f"{key} {value}" for key, value in row.items() if value is not None))
     measured = ("mimo_megatron/mcore", "mimo_megatron/train", "mimo_megatron/config", "benchmarks")
     print(write_rows("checkpoint", table, measured, ("torch", "megatron-core"), values.out))
 
