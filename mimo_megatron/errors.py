@@ -20,6 +20,10 @@ class CheckpointError(MimoError):
     """A checkpoint that is missing, torn, or belongs to another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not those that were written; an earlier one may be good."""
+
+
 class RewardError(MimoError):
     """A reward that could not be computed."""
 

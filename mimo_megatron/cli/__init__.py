@@ -17,7 +17,7 @@ VERBS: tuple[Verb, ...] = (*inspect.VERBS, *data.VERBS, *run.VERBS, *prove.VERBS
 _GROUPS = {
     "config": "recipes: show, explain",
     "data": "data sets: index, preview",
-    "convert": "checkpoints: from-hf, to-hf, verify, assemble",
+    "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
 }
 
 

@@ -77,9 +77,21 @@ def _assemble(values: Values) -> int:
     return 0
 
 
+def _seal_arguments(parser: Arguments) -> None:
+    parser.add_argument("checkpoint", type=Path, help="a folder that an earlier version wrote")
+
+
+def _seal(values: Values) -> int:
+    from mimo_megatron.convert.verbs import seal_checkpoint
+
+    print(f"{values.checkpoint}: {seal_checkpoint(values.checkpoint).name}")
+    return 0
+
+
 VERBS = (
     Verb("convert from-hf", "a Hugging Face folder into a checkpoint", _from_hf_arguments, _from_hf),
     Verb("convert to-hf", "a checkpoint into a Hugging Face folder", _to_hf_arguments, _to_hf),
     Verb("convert verify", "compare a checkpoint and a Hugging Face folder bit for bit", _verify_arguments, _verify),
     Verb("convert assemble", "a text model, a vision encoder and a random projector", _assemble_arguments, _assemble),
+    Verb("convert seal", "give an older checkpoint the checksums that loading asks for", _seal_arguments, _seal),
 )

@@ -101,6 +101,11 @@ class ModuleTraining(Strict):
 class CheckpointConfig(Strict):
     every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0 saves only at the end.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    mode: Literal["async", "sync"] = Field(
+        "async",
+        description="async: training goes on while a copy of its state is written; sync: it waits, and needs no memory "
+        "for the copy.",
+    )
 
 
 class TrainConfig(Strict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mimo_megatron.config.description import check_same_model
+from mimo_megatron.config.manifest import MANIFEST_FILE, seal
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.processor import has_processor, read_processor, write_processor
 from mimo_megatron.config.run import EncodingConfig
@@ -152,6 +153,16 @@ def assemble(
         for key in object_keys(model):
             writer.add_object(key, None)
         _copy_processor(text_from, folder)
+    return model
+
+
+def seal_checkpoint(ckpt_dir: Path) -> ModelConfig:
+    """Write the manifest of a checkpoint from before there were manifests, as it now is. One that has its manifest is
+    refused: sealing does not mend damage."""
+    if (ckpt_dir / MANIFEST_FILE).exists():
+        raise CheckpointError(f"{ckpt_dir} is sealed already; where it is damaged, take another checkpoint")
+    model = CheckpointReader(ckpt_dir, is_sealed=False).model
+    seal(ckpt_dir)
     return model
 
 

@@ -137,6 +137,14 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
             step.fill_(loaded["optimizer"]["step"])
 
 
+def live_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Every tensor that a step of ``optimizer`` changes."""
+    for one in optimizer.chained_optimizers:
+        yield from (param for group in one.optimizer.param_groups for param in group["params"])
+        for state in one.optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
 def _own_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
     """The one distributed optimizer of this rank; None where it has nothing to update."""
     (own,) = optimizer.chained_optimizers

@@ -5,16 +5,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mimo_megatron import log, platform
 from mimo_megatron.config.check import check
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.data.loader import PackLoader
-from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.optimizer import learning_rates
 from mimo_megatron.parallel.collectives import gather_objects, sum_over
@@ -24,6 +23,7 @@ from mimo_megatron.train.flops import peak_flops, step_flops
 from mimo_megatron.train.metrics import MetricsWriter, StepRecord
 from mimo_megatron.train.rate import rate_factor
 from mimo_megatron.train.run_folder import RunFolder
+from mimo_megatron.train.saving import Resumed, Saver, resume_newest
 from mimo_megatron.train.start import load_weights
 from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
 from mimo_megatron.types import PackedBatch
@@ -44,33 +44,37 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             dp_size=mesh.dp.size,
         )
         folder = RunFolder(config.dir)
-        first_step, skipped = _start_or_resume(trainer, loader, folder)
+        first_step, skipped, resumed = _start_or_resume(trainer, loader, folder)
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
         with _metrics(config, address, trainer.device) or nullcontext() as metrics:
             if metrics is not None:
                 metrics.open_for(first_step)
+                for step, reason in resumed.refused if resumed else ():
+                    metrics.event("checkpoint_refused", step, reason)
             _steps(trainer, loader, folder, first_step, skipped, metrics)
         loader.close()
         if address.rank == 0:
             log.get_logger().info("report: %s", write_report(folder.root))
 
 
-def _start_or_resume(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> tuple[int, Counter[str]]:
+def _start_or_resume(
+    trainer: Trainer, loader: PackLoader, folder: RunFolder
+) -> tuple[int, Counter[str], Resumed | None]:
     """The steps already taken and the samples skipped in them, with model, optimizer and loader set to continue."""
     config = trainer.config
-    newest = folder.newest_checkpoint()
-    if newest is not None:
-        state = checkpoint.load(newest, config.model, trainer.bare_chunks, trainer.optimizer)
+    resumed = resume_newest(trainer, folder)
+    if resumed is not None:
+        state = resumed.state
         loader.load_state(state["loader"])
         loader.take_skip_log()  # what was found when the loader opened is in the saved counts already
-        log.get_logger().info("resumed after step %d from %s", state["step"], newest)
-        return int(state["step"]), Counter(state["skipped"])
+        log.get_logger().info("resumed after step %d from %s", state["step"], resumed.path)
+        return int(state["step"]), Counter(state["skipped"]), resumed
     if config.start_from is not None:
         load_weights(config.start_from, config.model, trainer.bare_chunks, folder.root)
         trainer.optimizer.reload_model_params()
-    return 0, Counter()
+    return 0, Counter(), None
 
 
 def _steps(
@@ -82,31 +86,29 @@ def _steps(
     metrics: MetricsWriter | None,
 ) -> None:
     train = trainer.config.train
-    for step in range(first_step + 1, train.steps + 1):
-        began = time.perf_counter()
-        batches = loader.next_step()
-        factor = rate_factor(step - 1, train.steps, train.schedule)
-        result = train_step(trainer, batches, step, factor)
-        totals = _totals(trainer, batches)
-        skipped += _newly_skipped(trainer, loader, folder)
+
+    def position() -> dict[str, Any]:
+        return {"loader": loader.state(), "skipped": skipped}
+
+    def announce(event: str, step: int, detail: str) -> None:
         if metrics is not None:
-            rates = {name: rate * factor for name, rate in learning_rates(train).items()}
-            metrics.write(_record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began))
-        is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
-        if is_due or step == train.steps:
-            _save(trainer, loader, folder, step, skipped)
+            metrics.event(event, step, detail)
+
+    with Saver(trainer, folder, position, announce) as saver:
+        for step in range(first_step + 1, train.steps + 1):
+            began = time.perf_counter()
+            saver.check()
+            batches = loader.next_step()
+            factor = rate_factor(step - 1, train.steps, train.schedule)
+            result = train_step(trainer, batches, step, factor)
+            totals = _totals(trainer, batches)
+            skipped += _newly_skipped(trainer, loader, folder)
             if metrics is not None:
-                metrics.event("checkpoint", step, str(folder.checkpoint(step)))
-
-
-def _save(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int, skipped: Counter[str]) -> None:
-    state = {"step": step, "loader": loader.state(), "skipped": skipped}
-    config = trainer.config
-    checkpoint.save(
-        folder.checkpoint(step), config.model, trainer.bare_chunks, trainer.optimizer, state, encoding=config.data
-    )
-    if dist.get_rank() == 0:
-        folder.drop_old_checkpoints(trainer.config.train.checkpoint.keep)
+                rates = {name: rate * factor for name, rate in learning_rates(train).items()}
+                metrics.write(_record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began))
+            is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
+            if is_due or step == train.steps:
+                saver.save(step)
 
 
 def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:

@@ -56,6 +56,17 @@ def finish(config: RunConfig, num_ranks: int) -> None:
     assert process.exitcode == 0
 
 
+def kill_after_step(step: int, config: RunConfig) -> None:
+    """Start the run on two ranks and kill it once the checkpoint of ``step`` is there."""
+    process = start(config, 2)
+    deadline = time.monotonic() + 60
+    while not (config.dir / "checkpoints" / f"step_{step:06d}").exists():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
 def weights_of(config: RunConfig) -> dict[str, torch.Tensor]:
     reader = CheckpointReader(config.dir / "checkpoints" / f"step_{STEPS:06d}")
     return {rule.ours.name: reader.read(rule.ours.name).clone() for rule in rules_for(config.model)}
@@ -73,19 +84,26 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(layout, data, t
     whole = run_of(data, tmp_path / "whole", parallel=parallel)
     finish(whole, 2)
     killed = run_of(data, tmp_path / "killed", parallel=parallel)
-    process = start(killed, 2)
-    deadline = time.monotonic() + 60
-    while not (killed.dir / "checkpoints" / "step_000003").exists():
-        assert process.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
+    kill_after_step(3, killed)
     finish(killed, 2)
     assert losses_of(killed) == losses_of(whole)
     ours, theirs = weights_of(killed), weights_of(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     events = [json.loads(line)["event"] for line in (killed.dir / "events.jsonl").read_text().splitlines()]
     assert "resume" in events
+
+
+def test_a_run_goes_on_with_the_same_data_on_other_layouts(data, tmp_path):
+    """Killed as dp 2, again as pp 2 x vpp 2, ended by one process: the losses of a run that one process made alone."""
+    whole = run_of(data, tmp_path / "whole")
+    finish(whole, 1)
+    killed = run_of(data, tmp_path / "killed")
+    kill_after_step(2, killed)
+    kill_after_step(4, run_of(data, tmp_path / "killed", parallel=ParallelConfig(pp=2, vpp=2)))
+    finish(killed, 1)
+    assert losses_of(killed) == pytest.approx(losses_of(whole), rel=3e-6)
+    ours, theirs = weights_of(killed), weights_of(whole)
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
 
 
 def test_a_finished_run_started_again_changes_nothing(data, tmp_path):
@@ -101,4 +119,6 @@ def test_old_checkpoints_are_dropped_and_the_newest_kept(data, tmp_path):
     kept = config.train.checkpoint.model_copy(update={"keep": 2})
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint": kept})})
     finish(config, 2)
-    assert sorted(path.name for path in (config.dir / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
+    folder = config.dir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000005", "step_000006"]
+    assert (folder / "latest").read_text() == "step_000006\n"

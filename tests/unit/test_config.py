@@ -220,7 +220,7 @@ def test_keys_are_exactly_those_the_resolved_tree_has(recipe: Path) -> None:
 
 def test_explain_shows_a_key_or_a_section_or_offers_the_nearest() -> None:
     assert [key.path for key in explain("train.checkpoint")] == [
-        "train.checkpoint", "train.checkpoint.every_steps", "train.checkpoint.keep",
+        "train.checkpoint", "train.checkpoint.every_steps", "train.checkpoint.keep", "train.checkpoint.mode",
     ]  # fmt: skip
     assert str(explain("seed")[0]).startswith("seed: int = 1.")
     with pytest.raises(ConfigError, match=r"did you mean train\.schedule"):

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader, load
 
+from mimo_megatron.config.manifest import MANIFEST_FILE, seal
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.convert.checkpoint_io import CheckpointReader
 from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import hf_config
 from mimo_megatron.convert.hf_io import INDEX_FILE
 from mimo_megatron.convert.storage import same_bits
-from mimo_megatron.convert.verbs import assemble, from_hf, to_hf, verify
-from mimo_megatron.errors import CheckpointError
+from mimo_megatron.convert.verbs import assemble, from_hf, seal_checkpoint, to_hf, verify
+from mimo_megatron.errors import CheckpointError, DamagedCheckpointError
 from tests.convert_fixtures import load_hf, small_model, write_random_hf
 
 MODELS = {
@@ -212,9 +213,29 @@ def test_a_checkpoint_that_is_not_whole_is_refused(fault: str, tmp_path: Path) -
     from_hf(write_random_hf(tmp_path / "hf", small_model("tiny-base")), tmp_path / "ckpt")
     damage, message = TORN[fault]
     damage(tmp_path / "ckpt")
+    with pytest.raises(DamagedCheckpointError):
+        to_hf(tmp_path / "ckpt", tmp_path / "back")
+    seal(tmp_path / "ckpt")  # past the checksums, the contents are still looked at
     with pytest.raises(CheckpointError, match=message):
         to_hf(tmp_path / "ckpt", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_sealing_declares_an_older_checkpoint_good_but_not_a_torn_or_sealed_one(tmp_path: Path) -> None:
+    ckpt = tmp_path / "ckpt"
+    from_hf(write_random_hf(tmp_path / "hf", small_model("tiny-base")), ckpt)
+    with pytest.raises(CheckpointError, match="sealed already"):
+        seal_checkpoint(ckpt)
+    (ckpt / MANIFEST_FILE).unlink()
+    with pytest.raises(DamagedCheckpointError, match="mimo-megatron convert seal"):
+        to_hf(ckpt, tmp_path / "back")
+    seal_checkpoint(ckpt)
+    to_hf(ckpt, tmp_path / "back")
+    (ckpt / MANIFEST_FILE).unlink()
+    with_torn_data(ckpt)
+    with pytest.raises(CheckpointError, match="is torn"):
+        seal_checkpoint(ckpt)
+    assert not (ckpt / MANIFEST_FILE).exists()
 
 
 def test_a_folder_of_another_model_is_refused_by_the_fields_that_differ(tmp_path: Path) -> None:
@@ -295,6 +316,7 @@ def test_a_model_without_a_hugging_face_form_is_not_exported(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="has no Hugging Face form"):
         hf_config(odd, torch.float32)
     edit_description(tmp_path / "ckpt", model=odd.model_dump(mode="json"))
+    seal(tmp_path / "ckpt")
     with pytest.raises(CheckpointError, match="has no Hugging Face form"):
         to_hf(tmp_path / "ckpt", tmp_path / "back")
 
