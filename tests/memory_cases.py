@@ -4,9 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
@@ -56,7 +53,7 @@ CASES: tuple[Case, ...] = (
     Case("one process"),
     Case("one process, bf16", train=dict(precision="bf16")),
     Case("text only", packs=(TEXT, LONG_TEXT, TEXT)),
-    Case("text only, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=4096), train=dict(precision="bf16")),
+    Case("text, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=4096), train=dict(precision="bf16")),
     Case("frozen vision", train=dict(vision=FROZEN)),
     Case("projector only", train=dict(vision=FROZEN, text=FROZEN)),
     Case("projector only, bf16, pp2", dict(pp=2), 2, train=dict(vision=FROZEN, text=FROZEN, precision="bf16")),

@@ -1,4 +1,4 @@
-"""Bytes of live tensor storages, counted as torch operations make and free them: exact, where process memory is noise."""
+"""Bytes of live tensor storages, counted as torch operations make and free them: exact where process memory is noise."""
 
 import weakref
 from typing import Any
@@ -29,7 +29,7 @@ class TensorMeter(TorchDispatchMode):
         return result
 
     def count(self, *things: Any) -> None:
-        """Take note of the tensors among ``things``: those that come from no operation, such as views of numpy arrays."""
+        """Take note of the tensors among ``things`` that come from no operation, such as those over numpy arrays."""
         for one in things:
             if isinstance(one, torch.Tensor) and one.device.type != "meta":
                 self._count(one.untyped_storage())

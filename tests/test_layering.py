@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {*BASIS, "config"},
     "train": {*BASIS, *_TRAINING, "convert", "report"},
     "rl": {*BASIS, *_TRAINING, "train", "reward", "report"},
+    "planner": {*BASIS, "config", "parallel", "data", "train"},
     "evaluation": {*BASIS, *_TRAINING, "train", "report", "reward"},
     "kernels": set(),
 }
@@ -44,12 +45,13 @@ NEVER_IN: dict[str, set[str]] = {
     "config": {"torch"},
     "data": {"torch.distributed"},
     "reward": {"torch"},
+    "planner": {"torch"},
     "kernels": {"transformers", "numpy"},
 }
 # Files whose functions may import, and what: the CLI's verbs load what they run; the CPU stand-ins patch megatron's
 # tracker only in the processes that install them; peers that a benchmark compares with need not be installed.
 SEAMS: dict[str, tuple[str, ...]] = {
-    **{f"mimo_megatron/cli/{name}.py": ("",) for name in ("__init__", "inspect", "data", "run", "convert")},
+    **{f"mimo_megatron/cli/{name}.py": ("",) for name in ("__init__", "inspect", "data", "plan", "run", "convert")},
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
 }

@@ -2,7 +2,7 @@
 
 A stage is a row of ``Part``s in the order of its forward. While a part runs, everything saved before it is alive, and
 the part's own ``forward`` bytes above what it saves; in the backward, everything saved up to it and its ``backward``
-bytes. Each formula names the tensors; ``docs/planner.md`` has the table, ``tests/e2e/test_memory_model.py`` the proof.
+bytes. Each formula names the tensors; ``docs/planner.md`` has the table, ``tests/distributed/test_memory_model.py`` the proof.
 
 Letters as in docs/shapes.md; ``t`` slots on this cp rank, ``s`` slots on this rank (t / tp under sequence parallelism),
 ``b`` bytes of a value in the weights' dtype. Statistics and softmax are kept in 4 bytes.
@@ -75,7 +75,9 @@ def stage_parts(setting: Setting, stage: int, pack: PackShape, cp_rank: int = 0)
     """The parts of one stage, in the order of its forward."""
     num_layers = setting.layout.layers_of_stages(setting.model.text.num_layers)[stage]
     is_first, is_last = stage == 0, stage == setting.layout.num_stages - 1
-    parts = [*_vision_parts(setting, pack), _embedding(setting, pack)] if is_first else [_received(setting, pack, stage)]
+    parts = (
+        [*_vision_parts(setting, pack), _embedding(setting, pack)] if is_first else [_received(setting, pack, stage)]
+    )
     for _ in range(num_layers):
         parts += _text_layer(setting, pack, cp_rank)
     if is_last:
@@ -104,7 +106,7 @@ def _received(setting: Setting, pack: PackShape, stage: int) -> Part:
 
 
 def _embedding(setting: Setting, pack: PackShape) -> Part:
-    """Embeds and splices: the spliced stream is the first layer's input. Its backward holds the embedding's gradient."""
+    """Embeds and splices: the stream is the first layer's input. Its backward holds the embedding's gradient."""
     text, b = setting.model.text, setting.value_bytes
     whole = setting.local_slots(pack) * text.width * b
     features = _merged_units(setting, pack) * text.width * b
@@ -186,7 +188,7 @@ def _plain_layer(setting: Setting, pack: PackShape, cp_rank: int) -> tuple[Part,
     is_trained = "text" in setting.trained
     text, tp = setting.model.text, setting.layout.tp
     hidden, whole = _hidden(setting, pack), setting.local_slots(pack) * text.width * setting.value_bytes
-    qkv, queries, keys = _attention_rows(setting, pack, cp_rank)
+    qkv, queries, _ = _attention_rows(setting, pack, cp_rank)
     inner, kept = _mlp_rows(setting, pack)
     norm = _norm(setting, pack, feeds_trained_linear=is_trained)
     wide = hidden // setting.value_bytes * WIDE
@@ -197,7 +199,8 @@ def _plain_layer(setting: Setting, pack: PackShape, cp_rank: int) -> tuple[Part,
         + _joined_outputs(setting, pack, cp_rank)
         + _keeps_qkv(setting, pack, cp_rank) * qkv,
         forward=2 * hidden + whole,
-        backward=2 * hidden + max(queries + 2 * qkv, whole + 2 * wide + qkv)
+        backward=2 * hidden
+        + max(queries + 2 * qkv, whole + 2 * wide + qkv)
         + _weight_gradient(setting, (qkv // setting.value_bytes // setting.local_slots(pack)) * text.width),
     )
     mlp = Part(
@@ -266,7 +269,9 @@ def _head(setting: Setting, pack: PackShape) -> Part:
         "head",
         rows * text.width * b if "text" in setting.trained else 0,
         forward=whole + rows * local_vocabulary * b,
-        backward=d_logits + rows * text.width * b + max(_weight_gradient(setting, local_vocabulary * text.width), whole),
+        backward=d_logits
+        + rows * text.width * b
+        + max(_weight_gradient(setting, local_vocabulary * text.width), whole),
     )
 
 
@@ -311,7 +316,7 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
     row, inner = patches * vision.width * b, patches * vision.ffn_width * b
     shape = vision_attention(vision, pack.grids, is_full)
     norm = patches * (vision.width * (WIDE + b) + WIDE)
-    # q, k, v and out; v in place is a view of the fused qkv, which is three rows. Joined or reordered outputs are a copy.
+    # q, k, v and out; v in place is a view of the fused qkv, three rows. Joined or reordered outputs are a copy.
     attended = 4 + 2 * (not shape.keys_copied) + (shape.num_groups > 1 or shape.queries_copied)
     weights = (vision.ffn_width * vision.width) * b
     attention = Part(
@@ -327,7 +332,9 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
         yield Part("vision block", 0, forward=max(8 * row, 3 * row + 3 * inner) + angles)
     elif setting.recompute == "full":
         worst = max(8 * row, 3 * row + 3 * inner)
-        yield Part("vision block", row, forward=worst, backward=saved + max(mlp.backward, attention.backward - mlp.saved))
+        yield Part(
+            "vision block", row, forward=worst, backward=saved + max(mlp.backward, attention.backward - mlp.saved)
+        )
     else:
         yield attention
         yield mlp

@@ -38,12 +38,23 @@ class RankMemory:
 
 
 def rank_memory(
-    config: RunConfig, setting: Setting, dp: int, packs: Sequence[PackShape], rank: int, cp_rank: int = 0
+    config: RunConfig,
+    setting: Setting,
+    dp: int,
+    packs: Sequence[PackShape],
+    rank: int,
+    *,
+    cp_rank: int = 0,
+    num_microbatches: int = 0,
 ) -> RankMemory:
-    """The peak on pipeline rank ``rank`` in a step over ``packs``, its microbatches in order."""
+    """The peak on pipeline rank ``rank`` in a step over ``packs``, its microbatches in order.
+
+    ``num_microbatches`` where there are more of them, alike: what is in flight does not grow with them, the inputs do.
+    """
     weights, gradients, optimizer, largest = _state(config, setting, dp, rank)
     saved, passing = _worst_moment(setting, packs, rank, cp_rank)
-    inputs = sum(_input(setting, pack) for pack in packs) + _kept_buffer(setting, packs)
+    inputs = sum(_input(setting, pack) for pack in packs)
+    inputs = inputs * max(num_microbatches, len(packs)) // len(packs) + _kept_buffer(setting, packs)
     update = _update(config, setting, optimizer, largest)
     if update > saved + passing:
         saved, passing = 0, update

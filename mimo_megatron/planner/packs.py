@@ -51,22 +51,44 @@ def image_grid(num_patches: int, merge: int) -> Grid:
     return (1, height * merge, max(num_patches // (height * merge * merge), 1) * merge)
 
 
-def assumed_packs(model: ModelConfig, data: DataConfig) -> tuple[PackShape, PackShape]:
+@dataclass(frozen=True)
+class Packs:
+    """What a step is made of: one pack for its time, and those among which the worst for memory is."""
+
+    typical: PackShape
+    worst: tuple[PackShape, ...]
+    notes: tuple[str, ...]
+    """How these were found, for the reader."""
+
+
+def assumed_packs(model: ModelConfig, data: DataConfig) -> Packs:
     """A full pack of samples with one image each, which fill ``pack_patches``; and one of a single long text.
 
-    All tokens but those of images are trained. The second is where the head and attention need most.
+    All tokens but those of images are trained. The text is where the head and attention need most.
     """
     slots = data.pack_tokens
-    text = PackShape("text", slots, (slots,), (), slots)
+    text = PackShape("one long text", slots, (slots,), (), slots)
     if model.vision is None:
-        return text, text
+        return Packs(
+            text, (text,), (f"assumed, no index read: every pack is one text of {slots:,} tokens, all trained",)
+        )
     merge = model.vision.merge_factor
     count = max(slots // ASSUMED_SEGMENT_TOKENS, 1)
     segments = _even(slots, count)
     room = min(data.pack_patches, (slots - 2 * count) * merge)  # two marks around each image
     grids = tuple(image_grid(room // count, model.vision.spatial_merge_size) for _ in segments)
     pictures = sum(height * width * frames for frames, height, width in grids) // merge
-    return PackShape("images", slots, segments, grids, slots - pictures), text
+    images = PackShape("full of images", slots, segments, grids, slots - pictures)
+    return Packs(
+        images,
+        (images, text),
+        (
+            f"assumed, no index read: full packs of {count} samples, each of {segments[-1]:,} tokens with an image of "
+            f"{images.num_patches // count:,} patches",
+            "memory is that of the worse of such a pack and one of a single long text; every token but those of images "
+            "is trained",
+        ),
+    )
 
 
 def _even(total: int, parts: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Megatron's pipeline schedules as plain lists, and how long a step takes when every stage has its own times.
 
-1F1B where ``vpp`` is 1, else interleaved 1F1B over groups of ``pp`` microbatches. The order on a rank does not depend on
-times; a simulation only has to wait for what each operation needs: the stage before (forward) or behind (backward).
+1F1B where ``vpp`` is 1, else interleaved 1F1B over groups of ``pp`` microbatches. The order on a rank does not depend
+on times; a simulation only has to wait for what each operation needs: the stage before (forward) or behind (backward).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,10 @@ def order(pp: int, vpp: int, rank: int, num_microbatches: int) -> list[Operation
         num_warmup = pp - rank - 1
     else:
         places = [
-            (first + one, chunk) for first in range(0, num_microbatches, pp) for chunk in range(vpp) for one in range(pp)
+            (first + one, chunk)
+            for first in range(0, num_microbatches, pp)
+            for chunk in range(vpp)
+            for one in range(pp)
         ]
         num_warmup = 2 * (pp - rank - 1) + (vpp - 1) * pp
     for microbatch, chunk in places:
@@ -90,7 +93,7 @@ def simulate(
 def step_timeline(
     forward: Sequence[float], backward: Sequence[float], pp: int, num_microbatches: int, *, transfer: float = 0.0
 ) -> Timeline:
-    """``simulate`` for any number of microbatches: the steady part repeats, so a long step is a short one and more of it.
+    """``simulate`` for any number of microbatches: the steady part repeats, so a long step is a short one and more.
 
     Exact where the longest stage sets the pace by then; a test compares.
     """
