@@ -8,6 +8,10 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.parallel.mesh import coordinates
+from mimo_megatron.planner.activations import Setting
+from mimo_megatron.planner.memory import rank_memory
+from mimo_megatron.planner.packs import PackShape
 from mimo_megatron.train.step import build_trainer, train_step
 from mimo_megatron.types import EncodedSample, PackedBatch
 from tests.samples import Grid, random_media, random_sample, run_config, tiny_model
@@ -104,6 +108,49 @@ def measure(address: RankAddress, case: Case) -> Measured:
             meter.reset_peak()
             train_step(trainer, batches, 1, 1.0)
     return Measured(after_build, before_step, meter.peak)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank of a case: predicted and measured bytes. ``moving`` is what a step needs above what stays."""
+
+    case: str
+    rank: int
+    state: int
+    measured_state: int
+    moving: int
+    measured_moving: int
+    peak: int
+    measured_peak: int
+
+
+def compare(case: Case, measured: Sequence[Measured]) -> list[Row]:
+    """The planner's numbers for the very packs of the case beside the measured ones, rank by rank."""
+    config, layout = case.config, case.config.parallel
+    dp = case.world_size // layout.model_ranks
+    batches, rows = case.batches(), []
+    for rank, found in enumerate(measured):
+        _tp, cp_rank, dp_rank, pp_rank = coordinates(rank, tp=layout.tp, cp=layout.cp, dp=dp, pp=layout.pp)
+        packs = [shape_of(batch) for batch in batches[dp_rank::dp]]
+        predicted = rank_memory(config, Setting.of(config, "cpu"), dp, packs, pp_rank, cp_rank=cp_rank)
+        rows.append(
+            Row(
+                case.name,
+                rank,
+                predicted.weights + predicted.gradients + predicted.optimizer,
+                found.after_build,
+                predicted.activations + predicted.passing,
+                found.peak - found.before_step,
+                predicted.total,
+                found.peak,
+            )
+        )
+    return rows
+
+
+def shape_of(batch: PackedBatch) -> PackShape:
+    grids = batch.vision.grids_I3 if batch.vision else ()
+    return PackShape(batch.sample_ids[0], batch.num_slots, tuple(batch.segment_lengths), grids, batch.num_trained)
 
 
 def _samples(pack: Samples) -> Sequence[EncodedSample]:

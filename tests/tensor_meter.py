@@ -1,4 +1,4 @@
-"""Bytes of live tensor storages, counted as torch operations make and free them: exact where process memory is noise."""
+"""Bytes of live tensor storages, counted as torch operations make and free them: exact; process memory is noise."""
 
 import weakref
 from typing import Any

@@ -2,7 +2,7 @@
 
 A stage is a row of ``Part``s in the order of its forward. While a part runs, everything saved before it is alive, and
 the part's own ``forward`` bytes above what it saves; in the backward, everything saved up to it and its ``backward``
-bytes. Each formula names the tensors; ``docs/planner.md`` has the table, ``tests/distributed/test_memory_model.py`` the proof.
+bytes. Each formula names the tensors; docs/planner.md has the table, tests/distributed/test_memory_model.py the proof.
 
 Letters as in docs/shapes.md; ``t`` slots on this cp rank, ``s`` slots on this rank (t / tp under sequence parallelism),
 ``b`` bytes of a value in the weights' dtype. Statistics and softmax are kept in 4 bytes.

@@ -4,6 +4,7 @@ How much attention keeps for its backward depends on whether equal pieces lie si
 computes them in one call, and copies rows that do not); so pieces are formed here as they are there. The tests compare.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,9 +47,14 @@ class PackShape:
 
 
 def image_grid(num_patches: int, merge: int) -> Grid:
-    """One image of about ``num_patches``, at most that many, nearly square, in whole merge units."""
-    height = max(int(num_patches**0.5) // merge, 1)
-    return (1, height * merge, max(num_patches // (height * merge * merge), 1) * merge)
+    """One image of ``num_patches`` in whole merge units, as square as they allow; a few less where they allow nothing
+    within 16 : 1."""
+    units = max(num_patches // merge**2, 1)
+    side = math.isqrt(units)
+    height = next(one for one in range(side, 0, -1) if units % one == 0)
+    if units > 16 * height * height:
+        height = side
+    return (1, height * merge, units // height * merge)
 
 
 @dataclass(frozen=True)

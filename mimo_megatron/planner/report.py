@@ -163,7 +163,7 @@ def _page(
         yield Text(f"- {note}")
     yield Text("")
     if isinstance(own, str):
-        yield Text(f"The recipe's own layout is refused:\n{own}", "red")
+        yield Text(f"The recipe's own layout is refused:\n{own}\n", "red")
     else:
         yield Text.assemble(("The recipe's own layout: ", "bold"), layout_name(own))
         yield Text(verdict(own), "green" if own.fits else "bold red")
@@ -173,14 +173,14 @@ def _page(
     if best:
         yield best_table(best)
         yield Text(
-            f"\n{num_layouts} layouts weighed; of those that differ only in vpp or stages, the fastest. GiB: least and most "
-            f"loaded rank.\nThe first as overrides: {overrides(best[0])}\n"
+            f"\n{num_layouts} layouts weighed; of those that differ only in vpp or stages, the fastest. GiB: least and "
+            f"most loaded rank.\nThe first as overrides: {overrides(best[0])}\n"
         )
     yield Text(
-        f"Times are predictions: compute at {efficiency.text:.0%} of the peak in the decoder, {efficiency.vision:.0%} in "
-        f"vision (--mfu, --vision-mfu), links at {LINK_FRACTION:.0%}, nothing overlapped, packs alike. Memory counts "
-        f"tensors, which CPU runs confirm within 10 %; added are {FRAGMENTATION - 1:.0%} of what comes and goes for "
-        f"the allocator, {CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL (assumed). See docs/planner.md.",
+        f"Times are predictions: compute at {efficiency.text:.0%} of the peak in the decoder, {efficiency.vision:.0%} "
+        f"in vision (--mfu, --vision-mfu), links at {LINK_FRACTION:.0%}, nothing overlapped, all packs alike.\n"
+        f"Memory counts tensors; CPU runs confirm it to 10 %. Assumed on top: {FRAGMENTATION - 1:.0%} of what comes "
+        f"and goes for the allocator, {CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL. See docs/planner.md.",
         "dim",
     )
 

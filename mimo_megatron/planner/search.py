@@ -213,6 +213,6 @@ def require_some(
         )
     enough = larger.dp * larger.config.parallel.model_ranks
     raise ConfigError(
-        f"no layout of {config.name!r} fits {num_gpus} x {gpu.name}: take {enough} (the first of twice, four times "
-        "as many and so on on which one fits), shorten data.pack_tokens and pack_patches, or take a GPU with more memory"
+        f"no layout of {config.name!r} fits {num_gpus} x {gpu.name}: take {enough} (the first of twice, four times, "
+        "... as many where one fits), shorten data.pack_tokens and pack_patches, or take a GPU with more memory"
     )
