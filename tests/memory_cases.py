@@ -78,6 +78,19 @@ CASES: tuple[Case, ...] = (
         train=dict(recompute="selective"),
     ),
     Case("multi-token prediction, pp2", dict(pp=2), 2, text=dict(num_mtp_layers=1)),
+    # Written after the formulas were settled, which did not change for them.
+    Case(
+        "tp2, cp2, full recompute, large vocabulary", dict(tp=2, cp=2, sequence_parallel=True), 4,
+        text=dict(vocab_size=8192), train=dict(recompute="full", precision="bf16"),
+    ),
+    Case(
+        "pp2, vpp2, uneven, frozen vision, selective", dict(pp=2, vpp=2, stage_layers=(0, 1, 2, 1)), 2,
+        train=dict(recompute="selective", precision="bf16", vision=FROZEN),
+    ),
+    Case(
+        "pp2, dp2, text only, bf16", dict(pp=2), 4, packs=(TEXT, LONG_TEXT, TEXT, LONG_TEXT),
+        text=dict(vocab_size=8192), train=dict(precision="bf16"),
+    ),
 )  # fmt: skip
 
 
