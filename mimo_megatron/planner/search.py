@@ -60,8 +60,11 @@ def evaluate(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficienc
     ranks = tuple(
         max(
             (
-                rank_memory(config, setting, dp, [pack] * shown, rank, num_microbatches=num_microbatches)
+                rank_memory(
+                    config, setting, dp, [pack] * shown, rank, cp_rank=cp_rank, num_microbatches=num_microbatches
+                )
                 for pack in packs.worst
+                for cp_rank in {0, config.parallel.cp - 1}
             ),
             key=lambda one: one.total,
         )
