@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*BASIS, *_TRAINING, "convert", "report"},
     "rl": {*BASIS, *_TRAINING, "train", "reward", "report"},
     "prove": {*BASIS, *_TRAINING, "train"},
+    "planner": {*BASIS, "config", "parallel", "data", "train"},
     "evaluation": {*BASIS, *_TRAINING, "train", "report", "reward"},
     "kernels": set(),
 }
@@ -45,12 +46,16 @@ NEVER_IN: dict[str, set[str]] = {
     "config": {"torch"},
     "data": {"torch.distributed"},
     "reward": {"torch"},
+    "planner": {"torch"},
     "kernels": {"transformers", "numpy"},
 }
 # Files whose functions may import, and what: the CLI's verbs load what they run; the CPU stand-ins patch megatron's
 # tracker only in the processes that install them; peers that a benchmark compares with need not be installed.
 SEAMS: dict[str, tuple[str, ...]] = {
-    **{f"mimo_megatron/cli/{name}.py": ("",) for name in ("__init__", "inspect", "data", "run", "prove", "convert")},
+    **{
+        f"mimo_megatron/cli/{name}.py": ("",)
+        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert")
+    },
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
 }

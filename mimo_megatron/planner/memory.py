@@ -1,0 +1,146 @@
+"""The memory peak of one rank of every pipeline stage: what stays, and what the schedule holds at its worst moment."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from mimo_megatron.config.run import ModuleName, RunConfig
+from mimo_megatron.planner import schedule
+from mimo_megatron.planner.activations import WIDE, Part, Setting, stage_parts
+from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.parameters import StageParameters, stage_parameters
+
+_PARTS: tuple[ModuleName, ...] = ("vision", "projector", "text")
+_ALIGNED = 64  # megatron starts every parameter of a buffer at a multiple of this
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on a rank of one pipeline stage, by what they are for; ``total`` is the peak of counted tensors."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    inputs: int
+    """This step's packs, pixels above all, and buffers that are kept between steps."""
+    activations: int
+    """Saved by microbatches in flight, at the moment of the peak."""
+    passing: int
+    """What the operation at the peak needs beside, gradients of activations and of single weights above all."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.inputs + self.activations + self.passing
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+def rank_memory(
+    config: RunConfig,
+    setting: Setting,
+    dp: int,
+    packs: Sequence[PackShape],
+    rank: int,
+    *,
+    cp_rank: int = 0,
+    num_microbatches: int = 0,
+) -> RankMemory:
+    """The peak on pipeline rank ``rank`` in a step over ``packs``, its microbatches in order.
+
+    ``num_microbatches`` where there are more of them, alike: what is in flight does not grow with them, the inputs do.
+    """
+    weights, gradients, optimizer, largest = _state(config, setting, dp, rank)
+    saved, passing = _worst_moment(setting, packs, rank, cp_rank)
+    inputs = sum(_input(setting, pack) for pack in packs)
+    inputs = inputs * max(num_microbatches, len(packs)) // len(packs) + _kept_buffer(setting, packs)
+    update = _update(config, setting, optimizer, largest)
+    if update > saved + passing:
+        saved, passing = 0, update
+    return RankMemory(weights, gradients, optimizer, inputs, saved, passing)
+
+
+def _state(config: RunConfig, setting: Setting, dp: int, rank: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, gradient buffers and optimizer shards, and elements of the largest trained tensor's shard.
+
+    Trained weights lie in megatron's padded buffers with a gradient each, in 4 bytes. The optimizer divides both
+    moments, and 4-byte weights where training is in bf16, over dp x cp. Frozen parts have weights only.
+    """
+    layout = config.parallel
+    stages = stage_parameters(config.model, layout)[rank :: layout.pp]
+    frozen = sum(sum(stage.sizes(part)) for stage in stages for part in _PARTS if part not in setting.trained)
+    padded = sum(_buffer(stage, setting, dp * layout.cp) for stage in stages)
+    largest = max((max(stage.sizes(part), default=0) for stage in stages for part in setting.trained), default=0)
+    moments = 2 if config.train.optimizer.name == "adamw" else 0
+    copies = moments + (setting.value_bytes < WIDE)
+    shards = dp * layout.cp
+    return (
+        (padded + frozen) * setting.value_bytes,
+        padded * WIDE,
+        padded // shards * copies * WIDE,
+        min(largest, padded // shards),
+    )
+
+
+def _buffer(stage: StageParameters, setting: Setting, shards: int) -> int:
+    sizes = [size for part in _PARTS if part in setting.trained for size in stage.sizes(part)]
+    aligned = sum(-(-size // _ALIGNED) * _ALIGNED for size in sizes)
+    unit = max(shards, 1) * 128
+    return -(-aligned // unit) * unit
+
+
+def _update(config: RunConfig, setting: Setting, optimizer: int, largest: int) -> int:
+    """What AdamW's step needs beside: on CUDA torch works on all tensors at once, on the CPU on one after another."""
+    if config.train.optimizer.name == "sgd":
+        return 0
+    copies = 2 + (setting.value_bytes < WIDE)
+    return optimizer // copies if setting.device == "cuda" else 2 * largest * WIDE
+
+
+def _input(setting: Setting, pack: PackShape) -> int:
+    """One pack, whole on every rank: pixels, coordinates, and the indexes and labels of its slots."""
+    vision, t = setting.model.vision, setting.local_slots(pack)
+    pixels = pack.num_patches * (vision.patch_bytes + 2 * 8 + 8 // vision.merge_factor) if vision else 0
+    merged = pack.num_patches // vision.merge_factor if vision else 0
+    lanes = 1 + setting.model.text.num_mtp_layers
+    rows = pack.num_rows // setting.layout.cp
+    local = lanes * (8 * t + (8 + 8 + 4) * rows + 16 * merged // setting.layout.cp)
+    return pixels + 3 * 8 * pack.num_slots + local + (8 * pack.num_slots if setting.layout.cp > 1 else 0)
+
+
+def _kept_buffer(setting: Setting, packs: Sequence[PackShape]) -> int:
+    """Megatron gathers a layer's whole input into one buffer that it keeps, under sequence parallelism."""
+    if not setting.layout.sequence_parallel:
+        return 0
+    return max(setting.local_slots(pack) for pack in packs) * setting.model.text.width * setting.value_bytes
+
+
+def _worst_moment(setting: Setting, packs: Sequence[PackShape], rank: int, cp_rank: int) -> tuple[int, int]:
+    """(saved by other microbatches and this one, needed beside) when their sum is largest over the schedule."""
+    layout = setting.layout
+    parts = {
+        (pack, chunk): stage_parts(setting, chunk * layout.pp + rank, pack, cp_rank)
+        for pack in set(packs)
+        for chunk in range(layout.vpp)
+    }
+    held, worst = 0, (0, 0)
+    for kind, microbatch, chunk in schedule.order(layout.pp, layout.vpp, rank, len(packs)):
+        row = parts[packs[microbatch], chunk]
+        own = sum(part.saved for part in row)
+        if kind == "backward":
+            held -= own
+        saved, passing = _peak(row, kind == "forward")
+        worst = max(worst, (held + saved, passing), key=sum)
+        if kind == "forward":
+            held += own
+    return worst
+
+
+def _peak(parts: Sequence[Part], is_forward: bool) -> tuple[int, int]:
+    saved = accumulate(part.saved for part in parts)
+    return max(
+        ((total, part.forward if is_forward else part.backward) for total, part in zip(saved, parts, strict=True)),
+        key=sum,
+        default=(0, 0),
+    )

@@ -1,0 +1,214 @@
+"""What the planner found, as text of at most 120 columns and as JSON."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.planner.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, LINK_FRACTION, Efficiency, Gpu
+from mimo_megatron.planner.packs import Packs
+from mimo_megatron.planner.search import Candidate
+
+DAY = 86_400.0
+_TERMS = {
+    "weights": "weights",
+    "gradients": "gradient buffers",
+    "optimizer": "optimizer state",
+    "inputs": "the step's packs on the device",
+    "activations": "activations that wait for their backward",
+    "passing": "temporaries",
+}
+
+
+def layout_name(candidate: Candidate) -> str:
+    layout = candidate.config.parallel
+    parts = [f"tp {layout.tp}", f"pp {layout.pp}", f"cp {layout.cp}", f"dp {candidate.dp}"]
+    if layout.vpp > 1:
+        parts.insert(2, f"vpp {layout.vpp}")
+    recompute = candidate.config.train.recompute
+    return ", ".join([*parts, f"recompute {recompute}"])
+
+
+def stage_layers_text(candidate: Candidate) -> str:
+    """``0, 12 x3``: three equal stages in succession after an empty one."""
+    stages = candidate.config.parallel.layers_of_stages(candidate.config.model.text.num_layers)
+    runs = [(layers, len(list(group))) for layers, group in groupby(stages)]
+    return ", ".join(f"{layers} x{times}" if times > 1 else str(layers) for layers, times in runs)
+
+
+def verdict(candidate: Candidate) -> str:
+    """Whether the layout fits, by how much, and what takes most."""
+    room, need = candidate.gpu.memory_bytes, max(candidate.peaks)
+    rank = candidate.peaks.index(need)
+    name, most = max(candidate.ranks[rank].by_name.items(), key=lambda item: item[1])
+    where = f" on pipeline rank {rank}" if candidate.config.parallel.pp > 1 else ""
+    answer = (
+        f"fits, with {(room - need) / GIB:.1f} GiB to spare" if candidate.fits
+        else f"does NOT fit: {(need - room) / GIB:.1f} GiB too much"
+    )  # fmt: skip
+    return f"{answer} (needs {need / GIB:.1f} of {room / GIB:.1f} GiB{where}; {most / GIB:.1f} GiB are {_TERMS[name]})"
+
+
+def memory_table(candidate: Candidate) -> Table:
+    table = _table("Memory of a GPU by pipeline rank, GiB at the worst moment")
+    for name in ("rank", "layers", "weights", "gradients", "optimizer", "inputs", "activations", "temporaries"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("overhead", justify="right")
+    table.add_column("needs", justify="right")
+    layout = candidate.config.parallel
+    stages = layout.layers_of_stages(candidate.config.model.text.num_layers)
+    for rank, (memory, peak) in enumerate(zip(candidate.ranks, candidate.peaks, strict=True)):
+        own = "+".join(map(str, stages[rank :: layout.pp])) + (
+            " +vision" if rank == 0 and _has_vision(candidate) else ""
+        )
+        values = [*memory.by_name.values(), peak - memory.total]
+        style = "red" if peak > candidate.gpu.memory_bytes else "green"
+        table.add_row(str(rank), own, *(f"{one / GIB:.1f}" for one in values), Text(f"{peak / GIB:.1f}", style))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False
+    )
+
+
+def _has_vision(candidate: Candidate) -> bool:
+    return candidate.config.model.vision is not None
+
+
+def prediction(candidate: Candidate) -> str:
+    cost, config = candidate.cost, candidate.config
+    return (
+        f"predicted step {seconds_text(cost.seconds)}: {candidate.num_microbatches} microbatches, pipeline idle "
+        f"{cost.pipeline.bubble:.0%}, vision {cost.vision_share:.0%} of the work, waiting for communication "
+        f"{cost.communication_share:.0%}\n"
+        f"{cost.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {cost.model_flops_share:.0%}, "
+        f"{cost.seconds * config.train.steps / DAY:,.1f} days for {config.train.steps:,} steps"
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
+
+
+def best_table(candidates: Sequence[Candidate]) -> Table:
+    table = _table("Best layouts that fit, fastest first (predictions)")
+    for name in ("", "tp", "pp", "vpp", "cp", "dp"):
+        table.add_column(name, justify="right")
+    table.add_column("recompute", no_wrap=True)
+    table.add_column("stages", max_width=20)
+    for name in ("GiB", "idle", "vision", "comm", "step", "tok/s/GPU", "MFU", "days"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, one in enumerate(candidates, 1):
+        layout, cost, steps = one.config.parallel, one.cost, one.config.train.steps
+        low, high = min(one.peaks) / GIB, max(one.peaks) / GIB
+        table.add_row(
+            str(place), str(layout.tp), str(layout.pp), str(layout.vpp), str(layout.cp), str(one.dp),
+            one.config.train.recompute, stage_layers_text(one),
+            f"{low:.0f}-{high:.0f}" if layout.pp > 1 else f"{high:.0f}",
+            f"{cost.pipeline.bubble:.0%}", f"{cost.vision_share:.0%}", f"{cost.communication_share:.0%}",
+            seconds_text(cost.seconds), f"{cost.tokens_per_second_per_gpu:,.0f}", f"{cost.model_flops_share:.0%}",
+            f"{cost.seconds * steps / DAY:,.1f}",
+        )  # fmt: skip
+    return table
+
+
+def overrides(candidate: Candidate) -> str:
+    """The layout as command-line overrides of any recipe."""
+    layout = candidate.config.parallel
+    stages = f"[{','.join(map(str, layout.stage_layers))}]" if layout.stage_layers else "null"
+    sizes = [f"parallel.{name}={getattr(layout, name)}" for name in ("tp", "pp", "vpp", "cp")]
+    return " ".join(
+        [
+            *sizes,
+            f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
+            f"parallel.stage_layers={stages}",
+            f"train.recompute={candidate.config.train.recompute}",
+        ]
+    )
+
+
+def page(
+    config: RunConfig,
+    num_gpus: int,
+    gpu: Gpu,
+    packs: Packs,
+    efficiency: Efficiency,
+    own: Candidate | str,
+    best: Sequence[Candidate],
+    num_layouts: int,
+) -> Group:
+    """``own`` is the recipe's layout, or why the rules refuse it."""
+    return Group(*_page(config, num_gpus, gpu, packs, efficiency, own, best, num_layouts))
+
+
+def _page(
+    config: RunConfig,
+    num_gpus: int,
+    gpu: Gpu,
+    packs: Packs,
+    efficiency: Efficiency,
+    own: Candidate | str,
+    best: Sequence[Candidate],
+    num_layouts: int,
+) -> Iterator[RenderableType]:
+    yield Text(f"Plan of {config.name} on {num_gpus} x {gpu.name}", "bold")
+    for note in packs.notes:
+        yield Text(f"- {note}")
+    yield Text("")
+    if isinstance(own, str):
+        yield Text(f"The recipe's own layout is refused:\n{own}\n", "red")
+    else:
+        yield Text.assemble(("The recipe's own layout: ", "bold"), layout_name(own))
+        yield Text(verdict(own), "green" if own.fits else "bold red")
+        yield Text("")
+        yield memory_table(own)
+        yield Text("\n" + prediction(own) + "\n")
+    if best:
+        yield best_table(best)
+        yield Text(
+            f"\n{num_layouts} layouts weighed; of those that differ only in vpp or stages, the fastest. GiB: least and "
+            f"most loaded rank.\nThe first as overrides: {overrides(best[0])}\n"
+        )
+    yield Text(
+        f"Times are predictions: compute at {efficiency.text:.0%} of the peak in the decoder, {efficiency.vision:.0%} "
+        f"in vision (--mfu, --vision-mfu), links at {LINK_FRACTION:.0%}, nothing overlapped, all packs alike.\n"
+        f"Memory counts tensors; CPU runs confirm it to 10 %. Assumed on top: {FRAGMENTATION - 1:.0%} of what comes "
+        f"and goes for the allocator, {CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL. See docs/planner.md.",
+        "dim",
+    )
+
+
+def show(group: Group, width: int | None = None) -> None:
+    Console(width=width).print(group)
+
+
+def as_json(candidate: Candidate) -> dict[str, Any]:
+    cost = candidate.cost
+    return {
+        "parallel": candidate.config.parallel.model_dump(),
+        "dp": candidate.dp,
+        "recompute": candidate.config.train.recompute,
+        "microbatches": candidate.num_microbatches,
+        "fits": candidate.fits,
+        "gpu_memory_bytes": candidate.gpu.memory_bytes,
+        "ranks": [
+            {**memory.by_name, "tensor_bytes": memory.total, "gpu_bytes": peak}
+            for memory, peak in zip(candidate.ranks, candidate.peaks, strict=True)
+        ],
+        "predicted": {
+            "step_seconds": cost.seconds,
+            "tokens_per_second_per_gpu": cost.tokens_per_second_per_gpu,
+            "mfu": cost.model_flops_share,
+            "bubble": cost.pipeline.bubble,
+            "vision_share": cost.vision_share,
+            "communication_share": cost.communication_share,
+            "days": cost.seconds * candidate.config.train.steps / DAY,
+        },
+    }

@@ -1,0 +1,173 @@
+"""Training steps whose peak memory is measured in forked ranks, by counted tensor bytes; see ``tensor_meter``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
+from mimo_megatron.data.collate import collate
+from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.parallel.mesh import coordinates
+from mimo_megatron.planner.activations import Setting
+from mimo_megatron.planner.memory import rank_memory
+from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.train.step import build_trainer, train_step
+from mimo_megatron.types import EncodedSample, PackedBatch
+from tests.samples import Grid, random_media, random_sample, run_config, tiny_model
+from tests.tensor_meter import TensorMeter
+
+SLOTS = 1024
+FROZEN = ModuleTraining()
+
+# A pack as (text tokens of each sample, grids of its images).
+Samples = tuple[tuple[int, tuple[Grid, ...]], ...]
+ONE_IMAGE: Samples = ((260, ((1, 48, 48),)), (180, ()))
+MANY_IMAGES: Samples = ((100, ((1, 20, 14), (1, 6, 34))), (60, ((1, 26, 30),)), (200, ((1, 20, 14),)), (150, ()))
+VIDEO: Samples = ((200, ((4, 16, 20),)), (120, ((1, 28, 24),)))
+TEXT: Samples = ((300, ()), (90, ()), (400, ()), (90, ()))
+LONG_TEXT: Samples = ((1000, ()),)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layout: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+    packs: tuple[Samples, ...] = (MANY_IMAGES, ONE_IMAGE, VIDEO, MANY_IMAGES)
+    train: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelConfig:
+        return tiny_model(**self.text)
+
+    @property
+    def config(self) -> RunConfig:
+        config = run_config(
+            self.model, parallel=ParallelConfig(**self.layout), packs_per_step=len(self.packs), **self.train
+        )
+        return config.model_copy(update={"data": config.data.model_copy(update={"pack_tokens": SLOTS})})
+
+    def batches(self) -> list[PackedBatch]:
+        return [collate(_samples(pack), self.model, SLOTS) for pack in self.packs]
+
+
+CASES: tuple[Case, ...] = (
+    Case("one process"),
+    Case("one process, bf16", train=dict(precision="bf16")),
+    Case("text only", packs=(TEXT, LONG_TEXT, TEXT)),
+    Case("text, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=4096), train=dict(precision="bf16")),
+    Case("frozen vision", train=dict(vision=FROZEN)),
+    Case("projector only", train=dict(vision=FROZEN, text=FROZEN)),
+    Case("projector only, bf16, pp2", dict(pp=2), 2, train=dict(vision=FROZEN, text=FROZEN, precision="bf16")),
+    Case("selective recompute", train=dict(recompute="selective")),
+    Case("full recompute", train=dict(recompute="full")),
+    Case("full recompute, bf16", train=dict(recompute="full", precision="bf16")),
+    Case("tp2", dict(tp=2), 2),
+    Case("tp2, sequence parallel, bf16", dict(tp=2, sequence_parallel=True), 2, train=dict(precision="bf16")),
+    Case("cp2", dict(cp=2), 2),
+    Case("cp2, one long segment", dict(cp=2), 2, packs=(LONG_TEXT, LONG_TEXT)),
+    Case("dp2, bf16", {}, 2, train=dict(precision="bf16")),
+    Case("pp2", dict(pp=2), 2),
+    Case("pp2, uneven stages", dict(pp=2, stage_layers=(1, 3)), 2),
+    Case("pp4, full recompute", dict(pp=4), 4, train=dict(recompute="full")),
+    Case("pp2, vpp2", dict(pp=2, vpp=2), 2),
+    Case(
+        "tp2, pp2, sequence parallel, selective", dict(tp=2, pp=2, sequence_parallel=True), 4,
+        train=dict(recompute="selective"),
+    ),
+    Case("multi-token prediction, pp2", dict(pp=2), 2, text=dict(num_mtp_layers=1)),
+    # Written after the formulas were settled, which did not change for them.
+    Case(
+        "tp2, cp2, full recompute, large vocabulary", dict(tp=2, cp=2, sequence_parallel=True), 4,
+        text=dict(vocab_size=8192), train=dict(recompute="full", precision="bf16"),
+    ),
+    Case(
+        "pp2, vpp2, uneven, frozen vision, selective", dict(pp=2, vpp=2, stage_layers=(0, 1, 2, 1)), 2,
+        train=dict(recompute="selective", precision="bf16", vision=FROZEN),
+    ),
+    Case(
+        "pp2, dp2, text only, bf16", dict(pp=2), 4, packs=(TEXT, LONG_TEXT, TEXT, LONG_TEXT),
+        text=dict(vocab_size=8192), train=dict(precision="bf16"),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on one rank."""
+
+    after_build: int
+    """Weights, gradient buffers, optimizer state."""
+    before_step: int
+    """Those, what the first step left behind, and this step's packs."""
+    peak: int
+
+
+def measure(address: RankAddress, case: Case) -> Measured:
+    """The second of two training steps, the first with all that stays after it."""
+    config = case.config
+    with megatron(config.parallel, address) as mesh:
+        meter = TensorMeter()
+        with meter:
+            trainer = build_trainer(config, mesh)
+            after_build = meter.live
+            batches = case.batches()[mesh.dp.rank :: mesh.dp.size]
+            for batch in batches:
+                meter.count(*vars(batch).values(), *(vars(batch.vision).values() if batch.vision else ()))
+            train_step(trainer, batches, 0, 1.0)
+            before_step = meter.live
+            meter.reset_peak()
+            train_step(trainer, batches, 1, 1.0)
+    return Measured(after_build, before_step, meter.peak)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rank of a case: predicted and measured bytes. ``moving`` is what a step needs above what stays."""
+
+    case: str
+    rank: int
+    state: int
+    measured_state: int
+    moving: int
+    measured_moving: int
+    peak: int
+    measured_peak: int
+
+
+def compare(case: Case, measured: Sequence[Measured]) -> list[Row]:
+    """The planner's numbers for the very packs of the case beside the measured ones, rank by rank."""
+    config, layout = case.config, case.config.parallel
+    dp = case.world_size // layout.model_ranks
+    batches, rows = case.batches(), []
+    for rank, found in enumerate(measured):
+        _tp, cp_rank, dp_rank, pp_rank = coordinates(rank, tp=layout.tp, cp=layout.cp, dp=dp, pp=layout.pp)
+        packs = [shape_of(batch) for batch in batches[dp_rank::dp]]
+        predicted = rank_memory(config, Setting.of(config, "cpu"), dp, packs, pp_rank, cp_rank=cp_rank)
+        rows.append(
+            Row(
+                case.name,
+                rank,
+                predicted.weights + predicted.gradients + predicted.optimizer,
+                found.after_build,
+                predicted.activations + predicted.passing,
+                found.peak - found.before_step,
+                predicted.total,
+                found.peak,
+            )
+        )
+    return rows
+
+
+def shape_of(batch: PackedBatch) -> PackShape:
+    grids = batch.vision.grids_I3 if batch.vision else ()
+    return PackShape(batch.sample_ids[0], batch.num_slots, tuple(batch.segment_lengths), grids, batch.num_trained)
+
+
+def _samples(pack: Samples) -> Sequence[EncodedSample]:
+    return [
+        random_sample(number, num_text, [random_media(grid, number) for grid in grids])
+        for number, (num_text, grids) in enumerate(pack)
+    ]
