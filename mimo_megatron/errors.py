@@ -4,7 +4,7 @@ Programmer mistakes are bare ``assert``s; these classes are for mistakes and fau
 """
 
 HUNG_EXIT_CODE = 76
-"""Of a process that ``train/watchdog.py`` ended in a collective that did not come back; no error can be raised there."""
+"""Of a process that ``train/watchdog.py`` ended inside a collective, where no error can be raised."""
 
 
 class MimoError(Exception):

@@ -4,6 +4,7 @@ The step's gradient is sum(loss) / sum(trained tokens) over every microbatch, dp
 once by the global count.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -77,10 +78,7 @@ def run_alone(
     finally:
         for chunk, function in zip(chunks, finalize, strict=True):
             chunk.config.finalize_model_grads_func = function
-    if not rows:
-        return None
-    objective, own_loss, count = rows[0].tolist()
-    return StepSums(objective, own_loss, int(count))
+    return _sums(rows[0]) if rows else None
 
 
 def _rows(
@@ -143,5 +141,10 @@ def _total(rows: Sequence[Tensor]) -> StepSums:
     dist.all_reduce(total_3, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(total_3, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    objective, loss, count = total_3.tolist()
-    return StepSums(objective, loss, int(count))
+    return _sums(total_3)
+
+
+def _sums(row_3: Tensor) -> StepSums:
+    objective, loss, count = row_3.tolist()
+    # A loss weight that is not finite makes the objective so too, which is what callers judge by.
+    return StepSums(objective, loss, int(count) if math.isfinite(count) else 0)

@@ -96,27 +96,31 @@ class Watchdog:
                     os._exit(HUNG_EXIT_CODE)
 
     def _still_at(self, here: tuple[int, Phase, float]) -> bool:
-        """Whether the main thread has not moved; two intervals later, in which every living rank publishes."""
-        self._is_over.wait(2 * self._interval_seconds)
+        """Whether the main thread has not moved, some intervals later, in which every living rank publishes."""
+        self._publish_for(2)
         return self._here == here and not self._is_over.is_set()
 
     def _end_the_run(self, here: tuple[int, Phase, float]) -> None:
         assert self._store is not None
         if self._store.add("reporters", 1) == 1:
             before = self._places()
-            for _ in range(3):
-                self._is_over.wait(self._interval_seconds)
-                self._publish()
+            self._publish_for(3)
             text = explain(before, self._places(), self._world_size, self._timeout_seconds)
             self._report_folder.mkdir(parents=True, exist_ok=True)
             (self._report_folder / f"hang_step_{here[0]:06d}.txt").write_text(text + "\n")
             get_logger().error("%s", text)
             self._store.set("reported", "yes")
-        deadline = time.monotonic() + 6 * self._interval_seconds
-        while not self._store.check(["reported"]) and time.monotonic() < deadline:
-            time.sleep(self._interval_seconds / 4)
+        for _ in range(8):  # the reporter may be at it
+            if self._store.check(["reported"]):
+                break
+            self._publish_for(1)
         sys.stderr.flush()
         os._exit(HUNG_EXIT_CODE)  # the main thread cannot be woken from a collective
+
+    def _publish_for(self, num_intervals: int) -> None:
+        for _ in range(num_intervals):
+            time.sleep(self._interval_seconds)
+            self._publish()
 
     def _publish(self) -> None:
         assert self._store is not None
