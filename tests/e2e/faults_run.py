@@ -58,9 +58,9 @@ def start(
     return process
 
 
-def finish(config: RunConfig, num_ranks: int) -> None:
+def finish(config: RunConfig, num_ranks: int, seconds: float = 120) -> None:
     process = start(config, num_ranks)
-    process.join(120)
+    process.join(seconds)
     assert process.exitcode == 0
 
 

@@ -53,13 +53,8 @@ def test_model_parallel_ranks_that_read_other_words_under_the_same_ids_are_found
         for sample in samples:
             (answer,) = [one for one in sample.record["messages"] if one["role"] == "assistant"]
             answer["content"] = word
-        settings = recipe(tmp_path / name, data.tokenizer, window_samples=8)
-        settings = settings.model_copy(
-            update={
-                "max_pixels": 100_000,
-                "video": settings.video.model_copy(update={"max_total_tokens": 16}),
-            }
-        )
+        limits = {"max_pixels": 100_000, "video": {"max_total_tokens": 128}}
+        settings = recipe(tmp_path / name, data.tokenizer, pack_patches=1024, window_samples=8, **limits)
         write_source(tmp_path / name, samples, settings)
         return settings
 
