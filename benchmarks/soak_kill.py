@@ -108,7 +108,7 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
     done = while_saving = 0
     try:
         before: set[int] = set()
-        while done < kills and _wait(job, lambda: _are_new(job, before)):
+        while done < kills and _wait(job, lambda before=before: _are_new(job, before)):
             starts = _num_starts(killed)
             if draw.random() > _STARTUP_SHARE:
                 _wait(job, lambda starts=starts: _num_starts(killed) > starts)
@@ -122,9 +122,8 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
             ranks[victim].kill()
             done += 1
             if not quiet:
-                print(
-                    f"{time.monotonic() - began:5.0f} s: kill {done}, rank {victim}, {_num_rows(killed)} steps logged"
-                )
+                seconds = time.monotonic() - began
+                print(f"{seconds:5.0f} s: kill {done}, rank {victim}, {_num_rows(killed)} steps logged", flush=True)
         _wait(job, lambda: False)
         problems = _problems(killed, whole)
         if problems:
