@@ -11,8 +11,8 @@ import pytest
 
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ParallelConfig
-from tests.e2e.faults_run import events_of, rows_of, run_of, write_data
 from tests.data_fixtures import TINY, mixed_samples, recipe, write_source, write_tokenizer
+from tests.e2e.faults_run import events_of, rows_of, run_of, write_data
 from tests.repository import ROOT
 from tests.samples import run_config
 
