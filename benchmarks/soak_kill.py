@@ -28,6 +28,8 @@ from tests.e2e.faults_run import finish, losses_of, run_of, start, weights_of, w
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
+_TIMEOUT_SECONDS = 30.0
+"""Short, since gloo was seen to hang while two restarted ranks connected: the group's time limit, twice this, ends it."""
 _STARTUP_SHARE = 0.15
 """Of the kills that come before the ranks have begun to train again."""
 
@@ -101,7 +103,8 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
     draw = random.Random(seed)
     data = write_data(scratch)
     steps, checkpoint = 4 * kills + 8, {"every_steps": 3, "keep": 3}
-    whole, killed = (run_of(data, scratch / name, steps, checkpoint=checkpoint) for name in ("whole", "killed"))
+    fields = dict(checkpoint=checkpoint, collective_timeout_seconds=_TIMEOUT_SECONDS)
+    whole, killed = (run_of(data, scratch / name, steps, **fields) for name in ("whole", "killed"))
     finish(whole, RANKS, seconds=3600)
     began = time.monotonic()
     job = Job(killed, launcher, kills, scratch)
