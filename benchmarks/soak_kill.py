@@ -29,7 +29,7 @@ from tests.e2e.faults_run import finish, losses_of, run_of, start, weights_of, w
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 _TIMEOUT_SECONDS = 30.0
-"""Short, since gloo was seen to hang while two restarted ranks connected: the group's time limit, twice this, ends it."""
+"""Short: gloo was seen to hang while restarted ranks connect, which the groups' time limit, twice this, ends."""
 _STARTUP_SHARE = 0.15
 """Of the kills that come before the ranks have begun to train again."""
 
