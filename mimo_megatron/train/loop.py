@@ -44,7 +44,6 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
     check(config, address.world_size)
     folder, timeout_seconds = RunFolder(config.dir), config.train.collective_timeout_seconds
     with (
-        StopWish() as wish,
         # The watchdog speaks first; the collectives' own limit is for the case that it cannot.
         megatron(config.parallel, address, config.seed, 2 * timeout_seconds) as mesh,
         Watchdog(
@@ -68,7 +67,8 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
-        with _metrics(config, address, trainer.device) or nullcontext() as metrics:
+        # Until here a signal ends the process at once: nothing is lost, and ranks that hang while they connect can go.
+        with StopWish() as wish, _metrics(config, address, trainer.device) or nullcontext() as metrics:
             if metrics is not None:
                 metrics.open_for(first_step)
             last_step = _steps(trainer, loader, folder, first_step, skipped, metrics, watchdog, wish)
