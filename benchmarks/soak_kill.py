@@ -2,7 +2,7 @@
 
     python benchmarks/soak_kill.py --kills 50
 
-A two-rank run under ``torchrun --max-restarts`` (``--launcher fork`` restarts forked ranks instead, which skips the
+A two-rank run under ``examples/torchrun.py --max-restarts`` (``--launcher fork`` restarts forked ranks instead, which skips the
 import of torch) is hit by SIGKILL at random moments: while it starts, trains or saves. In the end every step must stand
 in its metrics once, every checkpoint must be readable, and weights and losses must equal, bit for bit, those of a run
 that was left alone. Prints what it found; exit code 1 where something was lost.
@@ -28,8 +28,6 @@ from tests.e2e.faults_run import finish, losses_of, run_of, start, weights_of, w
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
-_TIMEOUT_SECONDS = 30.0
-"""Short: gloo was seen to hang while restarted ranks connect, which the groups' time limit, twice this, ends."""
 _STARTUP_SHARE = 0.15
 """Of the kills that come before the ranks have begun to train again."""
 
@@ -57,7 +55,7 @@ class Job:
             self._forked = start(config, RANKS, out=self._log)
             return
         dump_resolved(config, scratch / "recipe.yaml")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+        command = [sys.executable, str(ROOT / "examples" / "torchrun.py"), "--standalone", f"--nproc-per-node={RANKS}"]
         command += [f"--max-restarts={kills + 1}", "--monitor-interval=0.1"]
         command += [str(ROOT / "examples" / "pretrain_vlm.py"), str(scratch / "recipe.yaml")]
         with self._log.open("w") as log:
@@ -103,8 +101,7 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
     draw = random.Random(seed)
     data = write_data(scratch)
     steps, checkpoint = 4 * kills + 8, {"every_steps": 3, "keep": 3}
-    fields = dict(checkpoint=checkpoint, collective_timeout_seconds=_TIMEOUT_SECONDS)
-    whole, killed = (run_of(data, scratch / name, steps, **fields) for name in ("whole", "killed"))
+    whole, killed = (run_of(data, scratch / name, steps, checkpoint=checkpoint) for name in ("whole", "killed"))
     finish(whole, RANKS, seconds=3600)
     began = time.monotonic()
     job = Job(killed, launcher, kills, scratch)

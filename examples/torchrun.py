@@ -1,4 +1,4 @@
-"""torchrun that ends with its ranks' exit code, where torchrun itself says 1 for all that may have happened to them.
+"""torchrun whose restarts are safe, and that ends with its ranks' exit code, where torchrun itself says 1 for anything.
 
     python examples/torchrun.py --nproc-per-node 8 examples/pretrain_vlm.py RECIPE key=value
 
@@ -14,6 +14,9 @@ from torch.distributed.run import main
 
 
 def run() -> int:
+    # By default ranks that are restarted use the store of the attempt before, and may connect to the addresses that dead
+    # ranks left there: gloo then hangs while it makes its groups. With this every attempt has a store of its own.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         main()
     except SignalException as stopped:
