@@ -24,7 +24,7 @@ def main() -> int:
         pretrain(RankAddress.from_environment(), load_recipe(options.recipe, options.overrides))
     except MimoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

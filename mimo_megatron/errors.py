@@ -3,9 +3,14 @@
 Programmer mistakes are bare ``assert``s; these classes are for mistakes and faults that come from outside.
 """
 
+HUNG_EXIT_CODE = 76
+"""Of a process that ``train/watchdog.py`` ended inside a collective, where no error can be raised."""
+
 
 class MimoError(Exception):
-    """Base of every error that the command line prints without a traceback."""
+    """Base of every error that the command line prints without a traceback. docs/faults.md lists the exit codes."""
+
+    exit_code = 2
 
 
 class ConfigError(MimoError):
@@ -30,3 +35,15 @@ class RewardError(MimoError):
 
 class EngineError(MimoError):
     """A generation engine that failed or disagrees with the trainer."""
+
+
+class NonFiniteError(MimoError):
+    """The loss or the gradient is not finite; the optimizer has not been touched."""
+
+    exit_code = 3
+
+
+class Interrupted(MimoError):
+    """A signal asked the run to stop: it is saved, and starting it again continues it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> Values:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 where the answer is bad news, 2 for a mistake that the user can mend."""
+    """The exit code: 0, 1 where the answer is bad news, else the error's (see docs/faults.md)."""
     values = parse(arguments)
     try:
         return values.verb.run(values)
@@ -65,4 +65,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         title = f"{type(error).__name__} in mimo-megatron {values.verb.name}"
         Console(stderr=True).print(Panel(Text(str(error)), title=title, title_align="left", border_style="red"))
-        return 2
+        return error.exit_code

@@ -1,4 +1,4 @@
-"""Verbs that start ranks: train, score, generate."""
+"""Verbs that start ranks: train, replay, score, generate."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,33 @@ def _train(values: Values) -> int:
 
     run_local(pretrain, num_ranks, config)
     return 0
+
+
+def _replay_arguments(parser: Arguments) -> None:
+    parser.add_argument("fault", type=Path, help="a folder in a run's faults/, such as runs/a/faults/step_000123")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="another layout, say: parallel.tp=2")
+    parser.add_argument("--ranks", type=count, help="processes on this machine (default: tp * pp * cp of the run)")
+
+
+def _replay(values: Values) -> int:
+    import json
+
+    from mimo_megatron.config.check import check
+    from mimo_megatron.config.load import load_recipe
+
+    config = load_recipe(values.fault / "config.yaml", values.overrides)
+    num_ranks = values.ranks or config.parallel.model_ranks
+    check(config, num_ranks)
+
+    from mimo_megatron.train.launch import run_local
+    from mimo_megatron.train.replay import replay
+
+    with TemporaryDirectory() as scratch:
+        out = Path(scratch) / "replay.json"
+        run_local(replay, num_ranks, config, values.fault, out)
+        seen = json.loads(out.read_text())
+    print("\n".join(seen["lines"]))
+    return int(seen["shows_again"])
 
 
 def _score_arguments(parser: Arguments) -> None:
@@ -80,6 +107,7 @@ def _generate(values: Values) -> int:
 
 VERBS = (
     Verb("train", "run a recipe on this machine", _train_arguments, _train),
+    Verb("replay", "take a step that was not finite again, pack by pack", _replay_arguments, _replay),
     Verb("score", "log-probabilities of chat samples, token by token", _score_arguments, _score),
     Verb("generate", "answers to prompts with images", _generate_arguments, _generate),
 )

@@ -123,6 +123,9 @@ class TrainConfig(Strict):
         "and MLPs of the decoder; full: all layers of decoder and encoder.",
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
+    collective_timeout_seconds: float = Field(
+        1800.0, gt=0, description="A run that stands still for so long is ended, and the ranks that hold it are named."
+    )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
 
     def module(self, name: ModuleName) -> ModuleTraining:

@@ -5,6 +5,7 @@ order, do not depend on D; ``state`` speaks of consumed packs, never of prefetch
 from its pack, counted and listed, and changes nothing else.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,11 @@ from mimo_megatron.log import get_logger
 from mimo_megatron.types import PackedBatch
 
 
+def short_digest(digest: bytes) -> int:
+    """The first 62 bits: an int64 whose negative is one too."""
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step made ahead of time: this rank's microbatches, where the stream stands after it, and what was dropped."""
@@ -32,6 +38,8 @@ class _Step:
     batches: list[PackedBatch]
     after: Position
     faults: list[SampleError]
+    plan_digest: int
+    packs_digest: int
 
 
 class PackLoader:
@@ -67,6 +75,10 @@ class PackLoader:
         self._position = Position(epoch=0, consumed=0)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
         self._ahead: Future[_Step] | None = None
+        self.plan_digest = 0
+        """Of the last step's packs of all ranks by sample number and id: equal on all ranks that follow one plan."""
+        self.packs_digest = 0
+        """Of the last step's packs of this data-parallel rank as they were read: samples and tokens."""
         self.skipped: Counter[str] = Counter()
         self._skip_log: list[dict[str, str]] = []
         if dp_rank == 0:
@@ -78,6 +90,7 @@ class PackLoader:
             self._ahead = self._thread.submit(self._make_step, self._position)
         step = self._ahead.result()
         self._position = step.after
+        self.plan_digest, self.packs_digest = step.plan_digest, step.packs_digest
         self._ahead = self._thread.submit(self._make_step, self._position)
         self._record(step.faults)
         return step.batches
@@ -123,7 +136,13 @@ class PackLoader:
         packs, after = self._plan.take(position, self._packs_per_step)
         faults: list[SampleError] = []
         batches = [self._collate(pack, faults) for pack in packs[self._dp_rank :: self._dp_size]]
-        return _Step(batches, after, faults)
+        return _Step(batches, after, faults, self._digest_plan(position, packs), _digest_packs(batches))
+
+    def _digest_plan(self, position: Position, packs: Sequence[NDArray[np.int64]]) -> int:
+        content = hashlib.sha256(repr((self._seed, self._plan.fingerprint, position)).encode())
+        for pack in packs:
+            content.update(repr([(number, self.corpus.sample_id(number)) for number in pack.tolist()]).encode())
+        return short_digest(content.digest())
 
     def _collate(self, pack: NDArray[np.int64], faults: list[SampleError]) -> PackedBatch:
         samples = []
@@ -151,3 +170,11 @@ class PackLoader:
             self._skip_log.append({"id": fault.sample_id, "reason": fault.reason, "detail": fault.detail})
         if faults:
             get_logger().warning("left out %d samples, the first: %s", len(faults), faults[0])
+
+
+def _digest_packs(batches: Sequence[PackedBatch]) -> int:
+    content = hashlib.sha256()
+    for batch in batches:
+        content.update(repr(batch.sample_ids).encode())
+        content.update(batch.token_ids_S.numpy().tobytes())
+    return short_digest(content.digest())

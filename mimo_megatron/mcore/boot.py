@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mimo_megatron import platform
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.parallel.mesh import Axis, Mesh, data_parallel_size
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class RankAddress:
 
 
 @contextlib.contextmanager
-def megatron(parallel: ParallelConfig, address: RankAddress, seed: int = 1) -> Iterator[Mesh]:
-    """The mesh of a started job; groups are destroyed on the way out.
+def megatron(
+    parallel: ParallelConfig, address: RankAddress, seed: int = 1, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+) -> Iterator[Mesh]:
+    """The mesh of a started job; groups are destroyed on the way out. A collective fails after ``timeout_seconds``.
 
     After an exception no collective is issued: the process group is left to the process's end.
     """
@@ -45,12 +48,13 @@ def megatron(parallel: ParallelConfig, address: RankAddress, seed: int = 1) -> I
     platform.prepare_megatron()
     if not here.is_cpu:
         torch.cuda.set_device(address.local_rank)
-    _start_collectives(here, address)
+    _start_collectives(here, address, datetime.timedelta(seconds=timeout_seconds))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     if not here.is_cpu:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -59,7 +63,13 @@ def megatron(parallel: ParallelConfig, address: RankAddress, seed: int = 1) -> I
     dist.destroy_process_group()
 
 
-def _start_collectives(here: platform.Platform, address: RankAddress) -> None:
+def side_store(name: str) -> dist.Store:
+    """A key-value store shared by all ranks, on a connection of its own: it answers while a collective hangs."""
+    # The default group's own store; torch has no public name for it.
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+
+
+def _start_collectives(here: platform.Platform, address: RankAddress, timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
     if address.init_method:
@@ -68,7 +78,7 @@ def _start_collectives(here: platform.Platform, address: RankAddress) -> None:
             init_method=address.init_method,
             rank=address.rank,
             world_size=address.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
         )
         return
     assert address.world_size == 1

@@ -4,6 +4,7 @@ The step's gradient is sum(loss) / sum(trained tokens) over every microbatch, dp
 once by the global count.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -54,6 +55,40 @@ def run_microbatches(
     ``num_slots`` are those of the stream between stages. The distributed optimizer needs only its own shard of the
     summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
     """
+    return _total(_rows(chunks, packs, num_slots, loss, whole_gradients))
+
+
+def run_alone(
+    chunks: Sequence[DistributedDataParallel],
+    pack: Pack,
+    num_slots: int,
+    loss: Callable[[Tensor, Pack], LossSums],
+) -> StepSums | None:
+    """This rank's own sums of one microbatch, on the last stage; None on the others.
+
+    The gradients in the buffers are this rank's own as well: of sum(objective), neither summed over ranks nor divided.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    repeats = stages if len(chunks) > 1 else 1  # the interleaved schedule takes a multiple of pp; gradients add up
+    finalize = [chunk.config.finalize_model_grads_func for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = None
+    try:
+        rows = _rows(chunks, [pack] * repeats, num_slots, loss, False)
+    finally:
+        for chunk, function in zip(chunks, finalize, strict=True):
+            chunk.config.finalize_model_grads_func = function
+    return _sums(rows[0]) if rows else None
+
+
+def _rows(
+    chunks: Sequence[DistributedDataParallel],
+    packs: Sequence[Pack],
+    num_slots: int,
+    loss: Callable[[Tensor, Pack], LossSums],
+    whole_gradients: bool,
+) -> list[Tensor]:
+    """Objective, loss and count of every microbatch, on the last stage; an empty list on the others."""
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         pack = next(pending)
@@ -65,7 +100,7 @@ def run_microbatches(
 
         return stage(pack), reduce_loss
 
-    rows = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[iter(packs) for _ in chunks],
         model=list(chunks),
@@ -75,7 +110,6 @@ def run_microbatches(
         forward_only=False,
         force_all_reduce=whole_gradients,
     )
-    return _total(rows)
 
 
 def run_forward(
@@ -107,5 +141,10 @@ def _total(rows: Sequence[Tensor]) -> StepSums:
     dist.all_reduce(total_3, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(total_3, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    objective, loss, count = total_3.tolist()
-    return StepSums(objective, loss, int(count))
+    return _sums(total_3)
+
+
+def _sums(row_3: Tensor) -> StepSums:
+    objective, loss, count = row_3.tolist()
+    # A loss weight that is not finite makes the objective so too, which is what callers judge by.
+    return StepSums(objective, loss, int(count) if math.isfinite(count) else 0)

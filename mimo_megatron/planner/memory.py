@@ -92,8 +92,6 @@ def _buffer(stage: StageParameters, setting: Setting, shards: int) -> int:
 
 def _update(config: RunConfig, setting: Setting, optimizer: int, largest: int) -> int:
     """What AdamW's step needs beside: on CUDA torch works on all tensors at once, on the CPU on one after another."""
-    if config.train.optimizer.name == "sgd":
-        return 0
     copies = 2 + (setting.value_bytes < WIDE)
     return optimizer // copies if setting.device == "cuda" else 2 * largest * WIDE
 

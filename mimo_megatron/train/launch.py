@@ -1,39 +1,80 @@
 """Run a rank function on N local ranks by forking, for one machine without torchrun."""
 
+import contextlib
 import os
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-from mimo_megatron.errors import MimoError
+from mimo_megatron.errors import Interrupted, MimoError, NonFiniteError
 from mimo_megatron.mcore.boot import RankAddress
+from mimo_megatron.train.signals import SIGNALS
 
-_REFUSED = 2
+_GRACE_SECONDS = 5.0
+"""For the other ranks to end by themselves after one has ended with an error; then SIGTERM, then SIGKILL."""
+_BY_EXIT_CODE = {kind.exit_code: kind for kind in (MimoError, NonFiniteError, Interrupted)}
 
 
 def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
     """``body(address, *args)`` on ranks 0 to ``num_ranks - 1`` of this machine, each with its share of the cores.
 
     One rank runs in this process. A typed error of a rank is raised here by the same words; the other ranks are ended.
+    SIGTERM and SIGUSR1 are passed on to the ranks, and waited for.
     """
     if num_ranks == 1:
         body(RankAddress(0, 1, 0, ""), *args)
         return
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            mp.start_processes(
-                _enter, args=(num_ranks, Path(folder), threads, body, args), nprocs=num_ranks, start_method="fork"
-            )
-        except mp.ProcessExitedException:
-            refusals = sorted(Path(folder).glob("refusal-*.txt"))
-            if not refusals:
+        ranks = mp.start_processes(
+            _enter,
+            args=(num_ranks, Path(folder), threads, body, args),
+            nprocs=num_ranks,
+            join=False,
+            start_method="fork",
+        )
+        assert ranks is not None
+        with _passing_signals_on(ranks.pids()) as passed:
+            try:
+                while not ranks.join(timeout=1.0, grace_period=_GRACE_SECONDS):
+                    pass
+            except mp.ProcessExitedException as error:
+                refusals = sorted(Path(folder).glob("refusal-*.txt"))
+                if refusals:
+                    code, text = refusals[0].read_text().split("\n", 1)
+                    raise _BY_EXIT_CODE[int(code)](text) from None
+                if passed and -error.exit_code in passed:  # before the rank took notice of signals
+                    raise Interrupted(f"{signal.Signals(passed[0]).name} before the first step; start again") from None
                 raise
-            raise MimoError(refusals[0].read_text()) from None
+
+
+@contextlib.contextmanager
+def _passing_signals_on(pids: list[int]) -> Iterator[list[int]]:
+    """Signals that arrive inside the block go to ``pids`` and into the list."""
+    passed: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        passed.append(number)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.kill(pid, number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        yield passed
+        return
+    before = {one: signal.signal(one, pass_on) for one in SIGNALS}
+    try:
+        yield passed
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _enter(
@@ -43,5 +84,8 @@ def _enter(
     try:
         body(RankAddress(rank, num_ranks, rank, f"file://{folder / 'rendezvous'}"), *args)
     except MimoError as error:
-        (folder / f"refusal-{rank}.txt").write_text(str(error))
-        os._exit(_REFUSED)  # no collective is issued after an error
+        code = error.exit_code
+        (folder / f"refusal-{rank}.txt").write_text(
+            f"{code if code in _BY_EXIT_CODE else MimoError.exit_code}\n{error}"
+        )
+        os._exit(code)  # no collective is issued after an error

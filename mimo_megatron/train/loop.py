@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,26 +15,45 @@ from mimo_megatron.config.check import check
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.data.loader import PackLoader
-from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.errors import Interrupted, NonFiniteError
+from mimo_megatron.mcore.boot import RankAddress, megatron, side_store
 from mimo_megatron.mcore.optimizer import learning_rates
 from mimo_megatron.parallel.collectives import gather_objects, sum_over
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.report.run_report import write_report
+from mimo_megatron.train.agreement import agree_to_stop, recipe_digest
+from mimo_megatron.train.faults import keep_fault
 from mimo_megatron.train.flops import peak_flops, step_flops
 from mimo_megatron.train.metrics import MetricsWriter, StepRecord
 from mimo_megatron.train.rate import rate_factor
 from mimo_megatron.train.run_folder import RunFolder
 from mimo_megatron.train.saving import Resumed, Saver, resume_newest
+from mimo_megatron.train.signals import StopWish
 from mimo_megatron.train.start import load_weights
 from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
+from mimo_megatron.train.watchdog import Watchdog
 from mimo_megatron.types import PackedBatch
 
 
 def pretrain(address: RankAddress, config: RunConfig) -> None:
-    """Train as ``config`` says, on every rank of the job. A run folder with checkpoints is continued."""
+    """Train as ``config`` says, on every rank of the job. A run folder with checkpoints is continued.
+
+    ``Interrupted``, on all ranks after the same step and with that step saved, where any of them got a signal.
+    """
     log.set_up(address.rank)
     check(config, address.world_size)
-    with megatron(config.parallel, address, config.seed) as mesh:
+    folder, timeout_seconds = RunFolder(config.dir), config.train.collective_timeout_seconds
+    with (
+        # The watchdog speaks first; the collectives' own limit is for the case that it cannot.
+        megatron(config.parallel, address, config.seed, 2 * timeout_seconds) as mesh,
+        Watchdog(
+            side_store("heartbeats") if address.world_size > 1 else None,
+            address.rank,
+            address.world_size,
+            timeout_seconds,
+            folder.faults,
+        ) as watchdog,
+    ):
         trainer = build_trainer(config, mesh, address.local_rank)
         loader = PackLoader(
             config.data,
@@ -43,20 +63,25 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
         )
-        folder = RunFolder(config.dir)
         first_step, skipped, resumed = _start_or_resume(trainer, loader, folder)
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
-        with _metrics(config, address, trainer.device) or nullcontext() as metrics:
+        # Until here a signal ends the process at once: nothing is lost, and ranks that hang while they connect can go.
+        with StopWish() as wish, _metrics(config, address, trainer.device) or nullcontext() as metrics:
             if metrics is not None:
                 metrics.open_for(first_step)
                 for step, reason in resumed.refused if resumed else ():
                     metrics.event("checkpoint_refused", step, reason)
-            _steps(trainer, loader, folder, first_step, skipped, metrics)
+            last_step = _steps(trainer, loader, folder, first_step, skipped, metrics, watchdog, wish)
         loader.close()
-        if address.rank == 0:
+        if address.rank == 0 and last_step == config.train.steps:
             log.get_logger().info("report: %s", write_report(folder.root))
+    if last_step < config.train.steps:
+        raise Interrupted(
+            f"stopped after step {last_step} of {config.train.steps}, as {wish.name or 'a signal to another rank'} "
+            f"asked; {'it is saved' if last_step else 'nothing was trained yet'}: start the run again to go on"
+        )
 
 
 def _start_or_resume(
@@ -84,31 +109,54 @@ def _steps(
     first_step: int,
     skipped: Counter[str],
     metrics: MetricsWriter | None,
-) -> None:
-    train = trainer.config.train
+    watchdog: Watchdog,
+    wish: StopWish,
+) -> int:
+    """The last step taken and saved: that of the recipe, or an earlier one where a signal asked to stop."""
+    train, recipe = trainer.config.train, recipe_digest(trainer.config)
+    position = loader.state()
 
-    def position() -> dict[str, Any]:
-        return {"loader": loader.state(), "skipped": skipped}
+    def after_last_step() -> dict[str, Any]:
+        return {"loader": position, "skipped": skipped}
 
     def announce(event: str, step: int, detail: str) -> None:
         if metrics is not None:
             metrics.event(event, step, detail)
 
-    with Saver(trainer, folder, position, announce) as saver:
+    with Saver(trainer, folder, after_last_step, announce) as saver:
         for step in range(first_step + 1, train.steps + 1):
             began = time.perf_counter()
+            watchdog.at(step, "data")
             saver.check()
             batches = loader.next_step()
+            watchdog.at(step, "agreement")
+            if agree_to_stop(bool(wish.name), recipe, loader, trainer.mesh, trainer.device, step):
+                watchdog.at(step, "save")
+                if step - 1 > first_step:
+                    saver.save(step - 1, wait=True)
+                announce("interrupted", step - 1, wish.name or "a signal to another rank")
+                return step - 1
             factor = rate_factor(step - 1, train.steps, train.schedule)
-            result = train_step(trainer, batches, step, factor)
+            watchdog.at(step, "forward-backward")
+            try:
+                result = train_step(trainer, batches, step, factor, partial(watchdog.at, step, "optimizer"))
+            except NonFiniteError as error:
+                watchdog.at(step, "save")
+                raise keep_fault(error, trainer, batches, folder, step) from None
+            watchdog.at(step, "metrics")
+            position = loader.state()
             totals = _totals(trainer, batches)
             skipped += _newly_skipped(trainer, loader, folder)
             if metrics is not None:
                 rates = {name: rate * factor for name, rate in learning_rates(train).items()}
                 metrics.write(_record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began))
             is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
+            watchdog.at(step, "save")
             if is_due or step == train.steps:
                 saver.save(step)
+        saver.finish()
+    watchdog.at(train.steps, "end")
+    return train.steps
 
 
 def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:

@@ -1,8 +1,8 @@
 """What lies in a run's folder, and which of its checkpoints is the newest.
 
 ``config.yaml``, ``metrics.jsonl``, ``events.jsonl``, ``skipped.jsonl``, ``tensorboard/``, ``checkpoints/step_000100/``,
-``checkpoints/latest``, ``report.html``. A checkpoint folder appears under its name only when it is whole (see
-``mcore/checkpoint.py``).
+``checkpoints/latest``, ``report.html``; ``faults/`` where there were some. A checkpoint folder appears under its name
+only when it is whole (see ``mcore/checkpoint.py``).
 """
 
 import json
@@ -37,6 +37,14 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:06d}"
+
+    def fault(self, step: int) -> Path:
+        """What ``mimo-megatron replay`` needs of a step that could not be taken."""
+        return self.faults / f"step_{step:06d}"
+
+    @property
+    def faults(self) -> Path:
+        return self.root / "faults"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mimo_megatron import platform
 from mimo_megatron.config.run import RunConfig
-from mimo_megatron.errors import MimoError
+from mimo_megatron.errors import NonFiniteError
 from mimo_megatron.loss.cross_entropy import token_losses
 from mimo_megatron.mcore import optimizer as mcore_optimizer
 from mimo_megatron.mcore import weights
@@ -25,10 +25,6 @@ from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.types import PackedBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class NonFiniteError(MimoError):
-    """The loss or the gradient is not finite; the optimizer has not been touched."""
 
 
 @dataclass(frozen=True)
@@ -103,25 +99,26 @@ def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     return run_microbatches(trainer.chunks, packs, packs[0].num_stream_slots, loss)
 
 
-def train_step(trainer: Trainer, batches: Sequence[PackedBatch], step: int, rate_factor: float) -> StepResult:
+def train_step(
+    trainer: Trainer,
+    batches: Sequence[PackedBatch],
+    step: int,
+    rate_factor: float,
+    at_optimizer: Callable[[], None] = lambda: None,
+) -> StepResult:
     """Update the parameters once on ``batches``, this dp rank's microbatches. Every rank calls it in step.
 
-    ``NonFiniteError`` before the update where the loss or gradient norm is not finite.
+    ``NonFiniteError`` on all ranks, before the update, where the loss or gradient norm is not finite. ``at_optimizer``
+    is called between backward and update.
     """
     sums = backward(trainer, batches)
+    at_optimizer()
     loss, objective = sums.loss / max(sums.count, 1), sums.objective / max(sums.count, 1)
-    _require_finite("loss", objective, step, trainer.mesh, batches)
     mcore_optimizer.set_rate(trainer.optimizer, trainer.config.train, rate_factor)
     trainer.optimizer.prepare_grads()
-    _require_finite("gradient norm", trainer.optimizer.get_grad_norm(), step, trainer.mesh, batches)
+    norm = float(trainer.optimizer.get_grad_norm())  # over all ranks; known before any rank judges, so all judge alike
+    for what, value in (("loss", objective), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"step {step}: the {what} is {value}, before the optimizer")
     _updated, grad_norm, _zeros = trainer.optimizer.step()
     return StepResult(loss, objective, sums.count, float(grad_norm or 0.0))
-
-
-def _require_finite(what: str, value: float, step: int, mesh: Mesh, batches: Sequence[PackedBatch]) -> None:
-    if not math.isfinite(value):
-        samples = ", ".join(one for batch in batches for one in batch.sample_ids)
-        raise NonFiniteError(
-            f"step {step}: the {what} is {value}, before the optimizer; dp rank {mesh.dp.rank} held samples {samples}. "
-            "Lower the learning rate, lengthen the warm-up, or look at these samples with `mimo-megatron data preview`"
-        )

@@ -1,20 +1,24 @@
-"""The batch script, run for real with stand-ins for SLURM's commands and torchrun."""
+"""The batch script, run for real with stand-ins for SLURM's commands and for the ranks; and the ranks' exit codes."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from mimo_megatron.errors import HUNG_EXIT_CODE, Interrupted, NonFiniteError
+
 SCRIPT = Path(__file__).parents[2] / "examples/slurm/pretrain.sbatch"
+LAUNCHER = SCRIPT.parents[1] / "torchrun.py"
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LOG"; fi',
     "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-    "torchrun": (
-        'trap \'echo "ranks stopped" >> "$LOG"; exit 143\' TERM\n'
-        'echo "torchrun $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
+    "python": (
+        'trap \'echo "ranks stopped" >> "$LOG"; exit $CODE\' TERM\n'
+        'echo "python $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
         "for _ in $(seq $TICKS); do sleep 0.05; done; exit $CODE"
     ),
 }
@@ -69,7 +73,7 @@ def test_torchrun_meets_on_the_first_node_with_the_recipe_and_its_overrides(clus
 
 
 def test_a_warned_job_stops_its_ranks_and_goes_back_to_the_queue(cluster: Cluster) -> None:
-    job = cluster.submit("r.yaml", ticks=400)
+    job = cluster.submit("r.yaml", ticks=400, code=143)
     cluster.wait_for("r.yaml CUDA_DEVICE_MAX_CONNECTIONS")
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == 0
@@ -77,9 +81,26 @@ def test_a_warned_job_stops_its_ranks_and_goes_back_to_the_queue(cluster: Cluste
     assert log.index("ranks stopped") < log.index("scontrol requeue 123456")
 
 
-def test_a_failed_run_fails_the_job_and_is_not_requeued(cluster: Cluster) -> None:
-    assert cluster.submit("r.yaml", code=7).wait(20) == 7
+def test_ranks_that_were_stopped_by_a_signal_of_their_own_are_requeued(cluster: Cluster) -> None:
+    assert cluster.submit("r.yaml", code=Interrupted.exit_code).wait(20) == 0
+    assert "scontrol requeue 123456" in cluster.log.read_text()
+
+
+@pytest.mark.parametrize("code", [1, 2, NonFiniteError.exit_code, HUNG_EXIT_CODE, 137])
+def test_a_failed_run_fails_the_job_and_is_not_requeued(code: int, cluster: Cluster) -> None:
+    assert cluster.submit("r.yaml", code=code).wait(20) == code
     assert "requeue" not in cluster.log.read_text()
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (2, False), (137, True)])
+def test_a_warned_job_is_requeued_unless_it_is_done_or_would_fail_again(
+    code: int, is_requeued: bool, cluster: Cluster
+) -> None:
+    job = cluster.submit("r.yaml", ticks=400, code=code)
+    cluster.wait_for("r.yaml CUDA_DEVICE_MAX_CONNECTIONS")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == (0 if is_requeued else code)
+    assert ("scontrol requeue 123456" in cluster.log.read_text()) == is_requeued
 
 
 def test_an_image_runs_in_a_container_that_sees_the_working_directory(cluster: Cluster) -> None:
@@ -94,3 +115,13 @@ def test_an_image_runs_in_a_container_that_sees_the_working_directory(cluster: C
 def test_without_a_recipe_it_says_how_to_use_it(cluster: Cluster) -> None:
     job = cluster.submit()
     assert job.wait(20) == 2 and job.stderr is not None and "usage: sbatch" in job.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "code"), [("raise SystemExit(75)", 75), ("os.kill(os.getpid(), 9)", 137), ("pass", 0)]
+)
+def test_the_launcher_ends_with_its_ranks_exit_code(body: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(f"import os\n{body}\n")
+    command = [sys.executable, str(LAUNCHER), "--standalone", "--nproc-per-node=1", str(tmp_path / "rank.py")]
+    assert subprocess.run(command, cwd=tmp_path, timeout=120).returncode == code

@@ -1,0 +1,82 @@
+"""What all ranks settle before a step touches anything: whether to stop, and that they train on the same data.
+
+One all-reduce (MAX) of 5 + 2 x dp int64 numbers over all ranks. Of each digest it carries the number and its negative,
+so that every rank learns the largest and the smallest: where they differ, every rank raises the same error.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.data.loader import PackLoader, short_digest
+from mimo_megatron.errors import DataError
+from mimo_megatron.mcore.boot import world
+from mimo_megatron.parallel.collectives import gather_objects
+from mimo_megatron.parallel.mesh import Mesh
+
+_ABSENT = -(2**63)
+"""Below every digest and its negative."""
+
+# Where files lie may differ from machine to machine; what is trained may not.
+_PLACES: Mapping[str, set[str] | bool] = {"dir": True, "start_from": True, "data": {"sources", "tokenizer"}}
+
+
+def recipe_digest(config: RunConfig) -> int:
+    """Of every key but the paths."""
+    text = config.model_dump_json(exclude=_PLACES)
+    return short_digest(hashlib.sha256(text.encode()).digest())
+
+
+def agree_to_stop(
+    wishes_to_stop: bool, recipe: int, loader: PackLoader, mesh: Mesh, device: torch.device, step: int
+) -> bool:
+    """Whether any rank wishes to stop before ``step``. A collective over all ranks, with one host sync.
+
+    ``DataError`` on all ranks where they hold different recipes, plans, or, within a data-parallel rank, packs.
+    """
+    own = [int(wishes_to_stop), recipe, -recipe, loader.plan_digest, -loader.plan_digest]
+    packs = [_ABSENT, _ABSENT] * mesh.dp.size
+    packs[2 * mesh.dp.rank : 2 * mesh.dp.rank + 2] = loader.packs_digest, -loader.packs_digest
+    largest = torch.tensor(own + packs, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    stop, *extremes = largest.tolist()
+    if any(high != -negative for high, negative in zip(extremes[::2], extremes[1::2], strict=True)):
+        own_packs = {f"packs of dp rank {mesh.dp.rank}": loader.packs_digest}
+        facts = {"recipe": recipe, "data plan": loader.plan_digest, **own_packs}
+        raise DataError(divergence(step, gather_objects(facts, world())))
+    return bool(stop)
+
+
+def divergence(step: int, facts: Sequence[Mapping[str, int]]) -> str:
+    """What differs between the ranks, given every rank's digests by what they are of."""
+    holders: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, own in enumerate(facts):
+        for what, digest in own.items():
+            holders[what][digest].append(rank)
+    lines = []
+    for what, digests in holders.items():
+        if len(digests) > 1:
+            by_size = sorted(digests.items(), key=lambda one: -len(one[1]))
+            listed = "; ".join(f"{digest:016x} on {name_ranks(ranks)}" for digest, ranks in by_size)
+            lines.append(f"{what}: {listed}")
+    return (
+        f"step {step}: the ranks do not train on the same thing, found before the forward pass; nothing was updated. "
+        + ". ".join(lines)
+        + ". Compare the recipe, the overrides and the indexed data folders on the machines of these ranks"
+    )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 5``."""
+    ranges: list[list[int]] = []
+    for rank in sorted(ranks):
+        if ranges and ranges[-1][-1] == rank - 1:
+            ranges[-1][1:] = [rank]
+        else:
+            ranges.append([rank])
+    listed = ", ".join("-".join(map(str, one)) for one in ranges)
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"

@@ -1,0 +1,55 @@
+"""A run that gets a signal saves, ends with its own exit code, and goes on to the bits of an uninterrupted one."""
+
+import os
+import random
+import signal
+
+import psutil
+import pytest
+
+from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.errors import Interrupted
+from tests.e2e.faults_run import assert_same_run, events_of, finish, rows_of, run_of, start, wait_for, write_data
+
+RARELY = {"every_steps": 100}  # so that only the signal saves
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "number", "to_one_rank"),
+    [({}, signal.SIGTERM, False), ({"tp": 2}, signal.SIGUSR1, True), ({"pp": 2}, signal.SIGTERM, True)],
+    ids=["dp2-launcher", "tp2-one-rank", "pp2-one-rank"],
+)
+def test_a_signalled_run_is_saved_and_goes_on_to_the_same_bits(layout, number, to_one_rank, data, tmp_path):
+    steps, parallel = 12, ParallelConfig(**layout)
+    whole = run_of(data, tmp_path / "whole", steps, checkpoint=RARELY, parallel=parallel)
+    finish(whole, 2)
+    stopped = run_of(data, tmp_path / "stopped", steps, checkpoint=RARELY, parallel=parallel)
+    process = start(stopped, 2)
+    at_least = random.randint(1, 6)
+    wait_for(lambda: len(rows_of(stopped)) >= at_least, process)
+    target = psutil.Process(process.pid).children()[1].pid if to_one_rank else process.pid
+    os.kill(target, number)
+    process.join(60)
+    assert process.exitcode == Interrupted.exit_code
+    last_step = len(rows_of(stopped))
+    assert at_least <= last_step < steps
+    assert [path.name for path in (stopped.dir / "checkpoints").iterdir()] == [f"step_{last_step:06d}"]
+    (row,) = [row for row in events_of(stopped) if row["event"] == "interrupted"]
+    assert row["step"] == last_step
+    finish(stopped, 2)
+    assert_same_run(stopped, whole)
+    assert [row["step"] for row in events_of(stopped) if row["event"] == "resume"] == [last_step]
+
+
+def test_one_rank_in_the_launchers_own_process_heeds_signals_too(data, tmp_path):
+    config = run_of(data, tmp_path / "run", 40, checkpoint=RARELY)
+    process = start(config, 1)
+    wait_for(lambda: len(rows_of(config)) >= 1, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == Interrupted.exit_code
