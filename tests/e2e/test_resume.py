@@ -71,4 +71,6 @@ def test_old_checkpoints_are_dropped_and_the_newest_kept(data, tmp_path):
     kept = config.train.checkpoint.model_copy(update={"keep": 2})
     config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint": kept})})
     finish(config, 2)
-    assert sorted(path.name for path in (config.dir / "checkpoints").iterdir()) == ["step_000005", "step_000006"]
+    folder = config.dir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000005", "step_000006"]
+    assert (folder / "latest").read_text() == "step_000006\n"
