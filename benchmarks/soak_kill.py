@@ -3,9 +3,9 @@
     python benchmarks/soak_kill.py --kills 50
 
 A two-rank run under ``examples/torchrun.py --max-restarts`` (``--launcher fork`` restarts forked ranks instead, which
-skips the import of torch) is hit by SIGKILL at random moments: while it starts, trains or saves. In the end every step must stand
-in its metrics once, every checkpoint must be readable, and weights and losses must equal, bit for bit, those of a run
-that was left alone. Prints what it found; exit code 1 where something was lost.
+skips the import of torch) is hit by SIGKILL at random moments: while it starts, trains or saves. In the end every
+step must stand in its metrics once, every checkpoint must be readable, and weights and losses must equal, bit for
+bit, those of a run that was left alone. Prints what it found; exit code 1 where something was lost.
 """
 
 import argparse
