@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mimo_megatron.config import check as rules
@@ -136,6 +136,8 @@ _TREES = st.recursive(
 )
 
 
+@example("\x85")
+@example({"a": " \u2028 "})
 @given(_TREES)
 def test_yaml_reads_back_what_it_wrote(value: Any) -> None:
     assert from_yaml(to_yaml(value), "test") == value
