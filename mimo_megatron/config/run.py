@@ -10,6 +10,7 @@ from mimo_megatron.config.model import ModelConfig
 
 ModuleName = Literal["vision", "projector", "text"]
 Recompute = Literal["none", "selective", "full"]
+VisionPlacement = Literal["replicated", "balanced"]
 
 
 class ParallelConfig(Strict):
@@ -24,7 +25,7 @@ class ParallelConfig(Strict):
         False, description="Divide activations between the tensor parallel ranks outside attention and MLP too."
     )
 
-    vision_placement: Literal["replicated", "balanced"] = Field(
+    vision_placement: VisionPlacement = Field(
         "replicated",
         description="replicated: every tp * cp rank of the first stage encodes all images of a pack; balanced: they "
         "share the images (a video by frames) by predicted cost, and gather the features.",

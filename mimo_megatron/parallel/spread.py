@@ -10,16 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from mimo_megatron import _packing
+from mimo_megatron.parallel.spread_reference import loads
+
+__all__ = ["loads", "spread"]
 
 
 def spread(costs: Sequence[int], num_ranks: int) -> list[int]:
     """The rank, from 0, of each piece. Costs are whole and not negative; times the ranks, their sum is at most 2^60."""
     return _packing.spread(np.array(costs, dtype=np.int64), num_ranks).tolist()
-
-
-def loads(costs: Sequence[int], ranks: Sequence[int], num_ranks: int) -> list[int]:
-    """The summed cost of every rank's pieces."""
-    sums = [0] * num_ranks
-    for cost, rank in zip(costs, ranks, strict=True):
-        sums[rank] += cost
-    return sums

@@ -1,4 +1,4 @@
-"""The definition of spreading, in plain Python, for tests and for reading. The C++ gives the same ranks.
+"""The definition of spreading, in plain Python, for tests and the planner. The C++ gives the same ranks.
 
 First every piece, the most costly first and equal ones by number, goes to the least loaded rank, the first of equals.
 Then, at most once for each piece: of all ways to move a piece off the most loaded rank or to swap it for one of another
@@ -8,10 +8,16 @@ within a thousandth of the mean.
 
 from collections.abc import Iterator, Sequence
 
-from mimo_megatron.parallel.spread import loads
-
 GOOD_ENOUGH = 1000
 EMPTY_PLACE = -1
+
+
+def loads(costs: Sequence[int], ranks: Sequence[int], num_ranks: int) -> list[int]:
+    """The summed cost of every rank's pieces."""
+    sums = [0] * num_ranks
+    for cost, rank in zip(costs, ranks, strict=True):
+        sums[rank] += cost
+    return sums
 
 
 def spread_reference(costs: Sequence[int], num_ranks: int) -> list[int]:

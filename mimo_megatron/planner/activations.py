@@ -10,11 +10,14 @@ Letters as in docs/shapes.md; ``t`` slots on this cp rank, ``s`` slots on this r
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.model import ModelConfig, VisionConfig
 from mimo_megatron.config.run import ModuleName, ParallelConfig, RunConfig
-from mimo_megatron.planner.packs import PackShape, text_attention, vision_attention
+from mimo_megatron.config.vision_flops import frame_flops
+from mimo_megatron.parallel.spread_reference import loads, spread_reference
+from mimo_megatron.planner.packs import Grid, PackShape, text_attention, vision_attention
 
 Device = Literal["cpu", "cuda"]
 WIDE = 4
@@ -62,13 +65,23 @@ class Setting:
         """s: slots between layers on this rank."""
         return self.local_slots(pack) // (self.layout.tp if self.layout.sequence_parallel else 1)
 
-    def vision_share(self) -> float:
-        """The part of a microbatch's images that one rank of the first stage encodes.
+    @property
+    def shares_vision(self) -> bool:
+        """Whether the tp and cp ranks of the first stage share out the images of a microbatch."""
+        return self.layout.vision_placement == "balanced" and self.layout.tp * self.layout.cp > 1
 
-        1: every tp and cp rank encodes all of them. The one place to change when images are balanced over the ranks
-        (then 1 / (tp * cp) of activations and time, and the gathered features beside).
-        """
-        return 1.0
+    def vision_share(self, pack: PackShape) -> float:
+        """The part of the pack's vision work that the most loaded rank of the first stage does: at least one image."""
+        vision = self.model.vision
+        if vision is None or not self.shares_vision or not pack.grids:
+            return 1.0
+        return _largest_share(vision, self.model.text.width, pack.grids, self.layout.tp * self.layout.cp)
+
+
+@lru_cache(maxsize=64)
+def _largest_share(vision: VisionConfig, text_width: int, grids: tuple[Grid, ...], num_ranks: int) -> float:
+    costs = [frame_flops(vision, text_width, height, width) for frames, height, width in grids for _ in range(frames)]
+    return max(loads(costs, spread_reference(costs, num_ranks), num_ranks)) / sum(costs)
 
 
 def stage_parts(setting: Setting, stage: int, pack: PackShape, cp_rank: int = 0) -> list[Part]:
@@ -294,7 +307,7 @@ def _vision_parts(setting: Setting, pack: PackShape) -> Iterator[Part]:
     vision, b = setting.model.vision, setting.value_bytes
     if vision is None or not pack.grids:
         return
-    patches = round(pack.num_patches * setting.vision_share())
+    patches = round(pack.num_patches * setting.vision_share(pack))
     row = patches * vision.width * b
     is_trained = "vision" in setting.trained
     pixels = patches * vision.patch_bytes
@@ -308,6 +321,9 @@ def _vision_parts(setting: Setting, pack: PackShape) -> Iterator[Part]:
     for number in range(vision.depth):
         yield from _vision_block(setting, pack, patches, is_full=number in vision.full_attention_layers)
     yield _projector(setting, patches, row)
+    if setting.shares_vision:
+        features = _merged_units(setting, pack) * setting.model.text.width * b
+        yield Part("gathered features", 0, forward=2 * features, backward=2 * features)
 
 
 def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: bool) -> Iterator[Part]:

@@ -78,7 +78,7 @@ def stage_seconds(
         setting, forward
     ) / depth / shards / text_rate
     head_forward, head_both = (one.head / shards / text_rate for one in (forward, both))
-    share = setting.vision_share()
+    share = setting.vision_share(pack)
     vision_forward, vision_both = (
         (one.vision_linear + one.vision_attention + one.projector) * share / vision_rate for one in (forward, both)
     )
@@ -89,16 +89,17 @@ def stage_seconds(
     stages = []
     for stage, number in enumerate(given):
         is_first, is_last = stage == 0, stage == len(given) - 1
+        gather = is_first * _gather_seconds(setting, pack, gpu)
         number += text.num_mtp_layers * is_last
         out = number * layer_forward + is_first * vision_forward + is_last * head_forward
         back = number * (layer_both - layer_forward) + is_first * (vision_both - vision_forward)
         back += is_last * (head_both - head_forward)
         stages.append(
             StageSeconds(
-                out + number * layer_out,
-                back + number * layer_back,
+                out + number * layer_out + gather,
+                back + number * layer_back + gather,
                 is_first * vision_both,
-                number * (layer_out + layer_back),
+                number * (layer_out + layer_back) + 2 * gather,
             )
         )
     return tuple(stages)
@@ -139,6 +140,15 @@ def _layer_communication(setting: Setting, pack: PackShape, gpu: Gpu) -> tuple[f
     return out, back + again
 
 
+def _gather_seconds(setting: Setting, pack: PackShape, gpu: Gpu) -> float:
+    """Shared-out images: the features of all tp and cp ranks are gathered; their gradient takes the same way back."""
+    vision, layout, ranks = setting.model.vision, setting.layout, setting.layout.tp * setting.layout.cp
+    if vision is None or not setting.shares_vision:
+        return 0.0
+    num_bytes = pack.num_patches // vision.merge_factor * setting.model.text.width * setting.value_bytes
+    return num_bytes * (ranks - 1) / ranks / group_bandwidth(gpu, 1, ranks if layout.tp > 1 else layout.cp)
+
+
 def hop_seconds(setting: Setting, pack: PackShape, gpu: Gpu, dp: int) -> float:
     """One microbatch's stream from a pipeline rank to the next."""
     layout, text = setting.layout, setting.model.text
@@ -159,7 +169,17 @@ def update_seconds(config: RunConfig, setting: Setting, gpu: Gpu, dp: int) -> fl
     moved = trained * (WIDE + setting.value_bytes) * (shards - 1) / shards / group_bandwidth(gpu, layout.tp, shards)
     # Gradient, weight and two moments are read, the last three written; then the whole gradient buffer is zeroed.
     touched = trained / shards * 7 * WIDE + trained * WIDE
-    return moved + touched / gpu.memory_bandwidth
+    return moved + touched / gpu.memory_bandwidth + _tp_sum_seconds(config, setting, gpu)
+
+
+def _tp_sum_seconds(config: RunConfig, setting: Setting, gpu: Gpu) -> float:
+    """Shared-out images: the encoder's gradients are summed over tp, once a step, in fp32."""
+    layout = config.parallel
+    if not setting.shares_vision or layout.tp == 1:
+        return 0.0
+    first = stage_parameters(config.model, layout)[0]
+    numbers = sum(sum(first.sizes(part)) for part in setting.trained & {"vision", "projector"})
+    return 2 * numbers * WIDE * (layout.tp - 1) / layout.tp / group_bandwidth(gpu, 1, layout.tp)
 
 
 def step_cost(

@@ -74,8 +74,9 @@ def memory_table(candidate: Candidate) -> Table:
 
 def _table(title: str) -> Table:
     return Table(
-        box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False
-    )
+        box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
 
 
 def _has_vision(candidate: Candidate) -> bool:
@@ -98,25 +99,34 @@ def seconds_text(seconds: float) -> str:
 
 
 def best_table(candidates: Sequence[Candidate]) -> Table:
-    table = _table("Best layouts that fit, fastest first (predictions)")
-    for name in ("", "tp", "pp", "vpp", "cp", "dp"):
-        table.add_column(name, justify="right")
+    table = _table("Best layouts that fit, fastest first (predictions; tok/s of one GPU)")
+    table.add_column("", justify="right")
+    table.add_column("layout", no_wrap=True)
     table.add_column("recompute", no_wrap=True)
-    table.add_column("stages", max_width=20)
-    for name in ("GiB", "idle", "vision", "comm", "step", "tok/s/GPU", "MFU", "days"):
+    for name in ("GiB", "idle", "vision", "step", "tok/s", "days"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, one in enumerate(candidates, 1):
         layout, cost, steps = one.config.parallel, one.cost, one.config.train.steps
         low, high = min(one.peaks) / GIB, max(one.peaks) / GIB
         table.add_row(
-            str(place), str(layout.tp), str(layout.pp), str(layout.vpp), str(layout.cp), str(one.dp),
-            one.config.train.recompute, stage_layers_text(one),
+            str(place), layout_text(one), one.config.train.recompute,
             f"{low:.0f}-{high:.0f}" if layout.pp > 1 else f"{high:.0f}",
-            f"{cost.pipeline.bubble:.0%}", f"{cost.vision_share:.0%}", f"{cost.communication_share:.0%}",
-            seconds_text(cost.seconds), f"{cost.tokens_per_second_per_gpu:,.0f}", f"{cost.model_flops_share:.0%}",
+            f"{cost.pipeline.bubble:.0%}", f"{cost.vision_share:.0%}",
+            seconds_text(cost.seconds), f"{cost.tokens_per_second_per_gpu:,.0f}",
             f"{cost.seconds * steps / DAY:,.1f}",
         )  # fmt: skip
     return table
+
+
+def layout_text(candidate: Candidate) -> str:
+    """Axes above 1, how vision is placed where that differs from the plain way, and uneven stages below."""
+    layout = candidate.config.parallel
+    axes = dict(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, cp=layout.cp, dp=candidate.dp)
+    words = [f"{name}{size}" for name, size in axes.items() if size > 1 or name == "dp"]
+    if layout.vision_placement == "balanced":
+        words.append("balanced")
+    stages = f"\n  stages {stage_layers_text(candidate)}" if layout.stage_layers else ""
+    return " ".join(words) + stages
 
 
 def overrides(candidate: Candidate) -> str:
@@ -129,6 +139,7 @@ def overrides(candidate: Candidate) -> str:
             *sizes,
             f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
             f"parallel.stage_layers={stages}",
+            f"parallel.vision_placement={layout.vision_placement}",
             f"train.recompute={candidate.config.train.recompute}",
         ]
     )
@@ -173,7 +184,8 @@ def _page(
     if best:
         yield best_table(best)
         yield Text(
-            f"\n{num_layouts} layouts weighed; of those that differ only in vpp or stages, the fastest. GiB: least and "
+            f"\n{num_layouts} layouts weighed; of those that differ only in vpp, stages or vision placement, the "
+            "fastest. GiB: least and "
             f"most loaded rank.\nThe first as overrides: {overrides(best[0])}\n"
         )
     yield Text(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mimo_megatron.config.check import check
-from mimo_megatron.config.run import ParallelConfig, Recompute, RunConfig
+from mimo_megatron.config.run import ParallelConfig, Recompute, RunConfig, VisionPlacement
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.cost import StepCost, stage_seconds, step_cost
@@ -79,8 +79,8 @@ def with_layout(config: RunConfig, layout: ParallelConfig, recompute: Recompute)
 
 
 def layouts(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficiency: Efficiency) -> Iterator[RunConfig]:
-    """Every layout worth a look, before the rules: tp inside a node, sequence parallel wherever tp is above 1, equal
-    stages and stages balanced by their predicted cost."""
+    """Every layout worth a look, before the rules: tp inside a node, sequence parallel wherever tp is above 1, both
+    placements of vision, equal stages and stages balanced by their predicted cost."""
     for tp in _powers(min(gpu.gpus_per_node, num_gpus)):
         for cp in _powers(num_gpus // tp):
             for pp in range(1, min(num_gpus // (tp * cp), config.model.text.num_layers + 1) + 1):
@@ -88,11 +88,18 @@ def layouts(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficiency
                     continue
                 most_vpp = min(_MOST_VPP, config.model.text.num_layers // pp) if pp > 1 else 1
                 for vpp in range(1, max(most_vpp, 1) + 1):
-                    grid = ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=tp > 1)
-                    for recompute in _RECOMPUTE:
-                        plain = with_layout(config, grid, recompute)
-                        balanced = _balanced(plain, packs.typical, gpu, efficiency)
-                        yield from _distinct(plain, balanced)
+                    for placement in _placements(config, tp * cp):
+                        grid = ParallelConfig(
+                            tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=tp > 1, vision_placement=placement
+                        )
+                        for recompute in _RECOMPUTE:
+                            plain = with_layout(config, grid, recompute)
+                            balanced = _balanced(plain, packs.typical, gpu, efficiency)
+                            yield from _distinct(plain, balanced)
+
+
+def _placements(config: RunConfig, num_sharing: int) -> tuple[VisionPlacement, ...]:
+    return ("replicated", "balanced") if num_sharing > 1 and config.model.vision is not None else ("replicated",)
 
 
 def _powers(most: int) -> Iterator[int]:
@@ -152,7 +159,8 @@ class Found:
 
 
 def search(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficiency: Efficiency, most: int = 8) -> Found:
-    """The ``most`` fastest layouts that fit; of those that differ only in vpp or in stages, the fastest.
+    """The ``most`` fastest layouts that fit; of those that differ only in vpp, stages or vision placement, the
+    fastest.
 
     Layouts are looked at in the order of a bound, the busiest rank's work without any waiting, and the search ends
     where no further one can be faster than those found.
