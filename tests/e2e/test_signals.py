@@ -9,6 +9,7 @@ import pytest
 
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.errors import Interrupted
+from mimo_megatron.train.run_folder import RunFolder
 from tests.e2e.faults_run import assert_same_run, events_of, finish, rows_of, run_of, start, wait_for, write_data
 
 RARELY = {"every_steps": 100}  # so that only the signal saves
@@ -38,7 +39,7 @@ def test_a_signalled_run_is_saved_and_goes_on_to_the_same_bits(layout, number, t
     assert process.exitcode == Interrupted.exit_code
     last_step = len(rows_of(stopped))
     assert at_least <= last_step < steps
-    assert [path.name for path in (stopped.dir / "checkpoints").iterdir()] == [f"step_{last_step:06d}"]
+    assert RunFolder(stopped.dir).checkpoint_steps() == [last_step]
     (row,) = [row for row in events_of(stopped) if row["event"] == "interrupted"]
     assert row["step"] == last_step
     finish(stopped, 2)
