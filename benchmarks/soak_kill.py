@@ -2,10 +2,10 @@
 
     python benchmarks/soak_kill.py --kills 50
 
-A two-rank run under ``examples/torchrun.py --max-restarts`` (``--launcher fork`` restarts forked ranks instead, which
-skips the import of torch) is hit by SIGKILL at random moments: while it starts, trains or saves. In the end every
-step must stand in its metrics once, every checkpoint must be readable, and weights and losses must equal, bit for
-bit, those of a run that was left alone. Prints what it found; exit code 1 where something was lost.
+A two-rank run under ``examples/torchrun.py --max-restarts`` is hit by SIGKILL at random moments: while it starts, while
+it trains, while it saves (``--launcher fork`` restarts forked ranks instead, which skips the import of torch). In the
+end every step must stand in its metrics once, every checkpoint must be readable, and weights and losses must equal, bit
+for bit, those of a run that was left alone. Prints what it found; exit code 1 where something was lost.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--launcher", choices=("torchrun", "fork"), default="torchrun")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--longest-life", type=float, default=4.0, help="seconds that ranks may train at most")
+    parser.add_argument("--longest-life", type=float, default=8.0, help="seconds that ranks may train at most")
     options = parser.parse_args()
     with TemporaryDirectory() as scratch:
         result = soak(Path(scratch), options.kills, options.launcher, options.seed, options.longest_life, False)

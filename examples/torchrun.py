@@ -14,8 +14,8 @@ from torch.distributed.run import main
 
 
 def run() -> int:
-    # By default ranks that are restarted use the store of the attempt before, and may connect to the addresses that
-    # dead ranks left there: gloo then hangs while it makes its groups. With this every attempt has a store of its own.
+    # By default restarted ranks use the store of the attempt before, and may connect to the addresses that dead ranks
+    # left there: gloo then hangs while it makes its groups. With this every attempt has a store of its own.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         main()

@@ -11,6 +11,7 @@ import pytest
 
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.train.run_folder import RunFolder
 from tests.data_fixtures import TINY, mixed_samples, recipe, write_source, write_tokenizer
 from tests.e2e.faults_run import events_of, rows_of, run_of, write_data
 from tests.repository import ROOT
@@ -51,5 +52,5 @@ def test_a_signal_to_torchrun_reaches_its_ranks_which_save_and_end(tmp_path):
         _, said = job.communicate(timeout=120)
     assert job.returncode == 128 + signal.SIGTERM, said[-3000:]
     (row,) = [row for row in events_of(config) if row["event"] == "interrupted"]
-    assert [path.name for path in (config.dir / "checkpoints").iterdir()] == [f"step_{row['step']:06d}"]
+    assert RunFolder(config.dir).checkpoint_steps() == [row["step"]]
     assert len(rows_of(config)) == row["step"] and "start the run again" in said
