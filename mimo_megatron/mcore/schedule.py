@@ -48,14 +48,16 @@ def run_microbatches(
     num_slots: int,
     loss: Callable[[Tensor, Pack], LossSums],
     *,
+    place: Callable[[Pack], Pack] = lambda pack: pack,
     whole_gradients: bool = False,
 ) -> StepSums:
     """The sums over all microbatches and ranks; gradients are left in the wrappers' buffers.
 
-    ``num_slots`` are those of the stream between stages. The distributed optimizer needs only its own shard of the
+    ``num_slots`` are those of the stream between stages. ``place`` is applied to each pack when its turn comes, to
+    bring it to the device no earlier. The distributed optimizer needs only its own shard of the
     summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
     """
-    return _total(_rows(chunks, packs, num_slots, loss, whole_gradients))
+    return _total(_rows(chunks, packs, num_slots, loss, place, whole_gradients))
 
 
 def run_alone(
@@ -74,7 +76,7 @@ def run_alone(
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = None
     try:
-        rows = _rows(chunks, [pack] * repeats, num_slots, loss, False)
+        rows = _rows(chunks, [pack] * repeats, num_slots, loss, lambda pack: pack, False)
     finally:
         for chunk, function in zip(chunks, finalize, strict=True):
             chunk.config.finalize_model_grads_func = function
@@ -86,12 +88,13 @@ def _rows(
     packs: Sequence[Pack],
     num_slots: int,
     loss: Callable[[Tensor, Pack], LossSums],
+    place: Callable[[Pack], Pack],
     whole_gradients: bool,
 ) -> list[Tensor]:
     """Objective, loss and count of every microbatch, on the last stage; an empty list on the others."""
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        pack = next(pending)
+        pack = place(next(pending))
 
         def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sums = loss(logits, pack)

@@ -64,6 +64,10 @@ class LocalPack:
         """Slots of the whole pack in what travels between pipeline stages."""
         return len(self.lanes) * self.positions_3S.shape[1]
 
+    def without_media(self) -> "LocalPack":
+        """As an inner stage needs it: no pixels."""
+        return replace(self, patches_PC=self.patches_PC[:0], vision=None)
+
     def to(self, device: torch.device) -> "LocalPack":
         """The same pack with its tensors on ``device``."""
         if device.type == "cpu":

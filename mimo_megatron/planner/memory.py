@@ -53,8 +53,8 @@ def rank_memory(
     """
     weights, gradients, optimizer, largest = _state(config, setting, dp, rank)
     saved, passing = _worst_moment(setting, packs, rank, cp_rank)
-    inputs = sum(_input(setting, pack) for pack in packs)
-    inputs = inputs * max(num_microbatches, len(packs)) // len(packs) + _kept_buffer(setting, packs)
+    inputs = _inputs(setting, packs, max(num_microbatches, len(packs)), has_media=rank == 0)
+    inputs += _kept_buffer(setting, packs)
     update = _update(config, setting, optimizer, largest)
     if update > saved + passing:
         saved, passing = 0, update
@@ -72,8 +72,7 @@ def _state(config: RunConfig, setting: Setting, dp: int, rank: int) -> tuple[int
     frozen = sum(sum(stage.sizes(part)) for stage in stages for part in _PARTS if part not in setting.trained)
     padded = sum(_buffer(stage, setting, dp * layout.cp) for stage in stages)
     largest = max((max(stage.sizes(part), default=0) for stage in stages for part in setting.trained), default=0)
-    moments = 2 if config.train.optimizer.name == "adamw" else 0
-    copies = moments + (setting.value_bytes < WIDE)
+    copies = 2 + (setting.value_bytes < WIDE)
     shards = dp * layout.cp
     return (
         (padded + frozen) * setting.value_bytes,
@@ -96,9 +95,17 @@ def _update(config: RunConfig, setting: Setting, optimizer: int, largest: int) -
     return optimizer // copies if setting.device == "cuda" else 2 * largest * WIDE
 
 
-def _input(setting: Setting, pack: PackShape) -> int:
+def _inputs(setting: Setting, packs: Sequence[PackShape], num_microbatches: int, *, has_media: bool) -> int:
+    """On CUDA a pack comes when its turn does, while the one before may still be there, and inner stages get no pixels;
+    on the CPU the step's packs are simply all there."""
+    if setting.device == "cuda":
+        return 2 * max(_input(setting, pack, has_media=has_media) for pack in packs)
+    return sum(_input(setting, pack) for pack in packs) * num_microbatches // len(packs)
+
+
+def _input(setting: Setting, pack: PackShape, *, has_media: bool = True) -> int:
     """One pack, whole on every rank: pixels, coordinates, and the indexes and labels of its slots."""
-    vision, t = setting.model.vision, setting.local_slots(pack)
+    vision, t = setting.model.vision if has_media else None, setting.local_slots(pack)
     pixels = pack.num_patches * (vision.patch_bytes + 2 * 8 + 8 // vision.merge_factor) if vision else 0
     merged = pack.num_patches // vision.merge_factor if vision else 0
     lanes = 1 + setting.model.text.num_mtp_layers

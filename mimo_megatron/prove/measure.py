@@ -21,13 +21,12 @@ from mimo_megatron.mcore import optimizer, weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_microbatches
 from mimo_megatron.mcore.text import Numerics
-from mimo_megatron.model.local_pack import local_pack
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.prove.cases import SLOTS, Case, run_config
 from mimo_megatron.prove.faults import planted
 from mimo_megatron.prove.material import PACKS
-from mimo_megatron.train.step import build_trainer, cross_entropy, train_step
+from mimo_megatron.train.step import build_trainer, cross_entropy, local_packs, train_step
 from mimo_megatron.types import PackedBatch
 
 Named = dict[str, Tensor]
@@ -136,7 +135,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     for chunk in chunks:
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})
     wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
-    packs = [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
+    packs = local_packs(text, mesh, chunks, batches)
     loss = cross_entropy(mesh, text.mtp_loss_weight)
     sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
     named = {name: _whole(name, gradient_of(param), param, mesh) for name, param in _trained(chunks)}

@@ -13,10 +13,9 @@ from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.boot import world
 from mimo_megatron.mcore.optimizer import DistributedDataParallel
 from mimo_megatron.mcore.schedule import run_alone
-from mimo_megatron.model.local_pack import local_pack
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.parallel.mesh import Mesh
-from mimo_megatron.train.step import cross_entropy
+from mimo_megatron.train.step import cross_entropy, local_packs
 from mimo_megatron.types import PackedBatch
 
 _LARGEST_SHOWN = 3
@@ -78,10 +77,11 @@ def inspect_step(
     loss = cross_entropy(mesh, text.mtp_loss_weight)
     parameters = list(weights.global_parameters(chunk.module for chunk in chunks))
     own: list[MicrobatchView] = []
-    for number, batch in enumerate(batches):
+    packs = local_packs(text, mesh, [chunk.module for chunk in chunks], batches)
+    for number, (batch, pack) in enumerate(zip(batches, packs, strict=True)):
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        pack = local_pack(batch, mesh.cp, text.num_mtp_layers).to(device)
+        pack = pack.to(device)
         view = MicrobatchView(number, mesh.dp.rank, batch.sample_ids, [dist.get_rank()])
         if (sums := run_alone(chunks, pack, pack.num_stream_slots, loss)) is not None and mesh.tp.rank == 0:
             view.loss_sum, view.num_trained = sums.objective, sums.count

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mimo_megatron import platform
+from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.errors import NonFiniteError
 from mimo_megatron.loss.cross_entropy import token_losses
@@ -90,13 +91,21 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor,
 def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens)."""
     text = trainer.config.model.text
-    cp, sharing = trainer.mesh.cp, trainer.bare_chunks[0].sharing
-    packs = [local_pack(batch, cp, text.num_mtp_layers, sharing).to(trainer.device) for batch in batches]
+    packs = local_packs(text, trainer.mesh, trainer.bare_chunks, batches)
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     loss = cross_entropy(trainer.mesh, text.mtp_loss_weight)
-    return run_microbatches(trainer.chunks, packs, packs[0].num_stream_slots, loss)
+    slots = packs[0].num_stream_slots
+    return run_microbatches(trainer.chunks, packs, slots, loss, place=lambda pack: pack.to(trainer.device))
+
+
+def local_packs(
+    text: TextConfig, mesh: Mesh, chunks: Sequence[VisionLanguageModel], batches: Sequence[PackedBatch]
+) -> list[LocalPack]:
+    """What this rank's stages compute of ``batches``, still on the CPU."""
+    packs = [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
+    return packs if chunks[0].pre_process else [pack.without_media() for pack in packs]
 
 
 def train_step(

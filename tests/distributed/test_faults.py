@@ -57,7 +57,17 @@ def poisoned_step(address: RankAddress, folder: Path, parallel: ParallelConfig, 
     return str(error), same
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"cp": 2}], ids=["dp2", "tp2", "pp2", "cp2"])
+LAYOUTS = {
+    "dp2": {},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+    "tp2 balanced": {"tp": 2, "vision_placement": "balanced"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_pack_that_is_not_finite_is_named_on_every_rank_and_shows_again_in_another_layout(layout, tmp_path, capsys):
     seen = run_ranks(poisoned_step, 2, tmp_path, ParallelConfig(**layout), "pack")
     assert all(is_untouched for _, is_untouched in seen)
@@ -67,7 +77,14 @@ def test_a_pack_that_is_not_finite_is_named_on_every_rank_and_shows_again_in_ano
     assert message.startswith(f"step {STEP}: the loss is nan") and f"First in {place}: loss nan" in message
     assert "samples sample-7;" in message and "1 of 4 microbatches" in message and "before the step" not in message
     fault = tmp_path / "faults" / f"step_{STEP:06d}"
-    other = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1"] if layout else ["parallel.tp=2"]
+    alone = [
+        "parallel.tp=1",
+        "parallel.pp=1",
+        "parallel.vpp=1",
+        "parallel.cp=1",
+        "parallel.vision_placement=replicated",
+    ]
+    other = alone if layout else ["parallel.tp=2"]
     assert main(["replay", str(fault), "--ranks", "2", *other]) == 1
     said = capsys.readouterr().out
     assert said.count("loss nan") == 2 and "sample-7" in said  # the microbatch's line and the verdict
