@@ -47,3 +47,9 @@ class Interrupted(MimoError):
     """A signal asked the run to stop: it is saved, and starting it again continues it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class HungError(MimoError):
+    """The ranks stood still; the watchdog ended them."""
+
+    exit_code = HUNG_EXIT_CODE

@@ -200,6 +200,8 @@ def check_whole_together(folder: Path) -> None:
         faults = damaged_files(folder, share_of(read_manifest(folder), rank, size))
     except DamagedCheckpointError as error:
         refusal = str(error)
+    except OSError as error:  # on one rank alone, perhaps: the others wait in the next line
+        refusal = f"{folder}: rank {rank} cannot read it ({error}); look at that machine's file system"
     found: list[Any] = [None] * size
     dist.all_gather_object(found, (refusal, faults))
     for refusal, _ in found:

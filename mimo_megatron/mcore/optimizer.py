@@ -66,11 +66,13 @@ def sum_marked_over_tp(chunks: Sequence[torch.nn.Module]) -> None:
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The gradients in order, in runs of about ``BUCKET_ELEMENTS``."""
     bucket: list[Tensor] = []
+    num_elements = 0
     for grad in grads:
         bucket.append(grad)
-        if sum(one.numel() for one in bucket) >= BUCKET_ELEMENTS:
+        num_elements += grad.numel()
+        if num_elements >= BUCKET_ELEMENTS:
             yield bucket
-            bucket = []
+            bucket, num_elements = [], 0
     if bucket:
         yield bucket
 

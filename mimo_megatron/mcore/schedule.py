@@ -6,7 +6,7 @@ once by the global count.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -42,19 +42,23 @@ class StepSums:
     count: int
 
 
+def _as_it_is(pack: Pack, stage: torch.nn.Module) -> Pack:
+    return pack
+
+
 def run_microbatches(
     chunks: Sequence[DistributedDataParallel],
     packs: Sequence[Pack],
     num_slots: int,
     loss: Callable[[Tensor, Pack], LossSums],
     *,
-    place: Callable[[Pack], Pack] = lambda pack: pack,
+    place: Callable[[Pack, torch.nn.Module], Pack] = _as_it_is,
     whole_gradients: bool = False,
 ) -> StepSums:
     """The sums over all microbatches and ranks; gradients are left in the wrappers' buffers.
 
-    ``num_slots`` are those of the stream between stages. ``place`` is applied to each pack when its turn comes, to
-    bring it to the device no earlier. The distributed optimizer needs only its own shard of the
+    ``num_slots`` are those of the stream between stages. ``place(pack, stage)`` gives what the stage needs of a pack
+    when its turn comes, to bring it to the device no earlier. The distributed optimizer needs only its own shard of the
     summed gradients; with ``whole_gradients`` every rank gets all of them, to look at.
     """
     return _total(_rows(chunks, packs, num_slots, loss, place, whole_gradients))
@@ -71,16 +75,24 @@ def run_alone(
     The gradients in the buffers are this rank's own as well: of sum(objective), neither summed over ranks nor divided.
     """
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    repeats = stages if len(chunks) > 1 else 1  # the interleaved schedule takes a multiple of pp; gradients add up
+    repeats = stages if len(chunks) > 1 else 1  # the interleaved schedule takes a multiple of pp
+
+    def shared_loss(logits: Tensor, pack: Pack) -> LossSums:
+        sums = loss(logits, pack)
+        return replace(sums, objective=sums.objective / repeats)  # gradients add up over the repeats
+
     finalize = [chunk.config.finalize_model_grads_func for chunk in chunks]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = None
     try:
-        rows = _rows(chunks, [pack] * repeats, num_slots, loss, lambda pack: pack, False)
+        rows = _rows(chunks, [pack] * repeats, num_slots, shared_loss, _as_it_is, False)
     finally:
         for chunk, function in zip(chunks, finalize, strict=True):
             chunk.config.finalize_model_grads_func = function
-    return _sums(rows[0]) if rows else None
+    if not rows:
+        return None
+    sums = _sums(rows[0])
+    return replace(sums, objective=sums.objective * repeats)
 
 
 def _rows(
@@ -88,13 +100,13 @@ def _rows(
     packs: Sequence[Pack],
     num_slots: int,
     loss: Callable[[Tensor, Pack], LossSums],
-    place: Callable[[Pack], Pack],
+    place: Callable[[Pack, torch.nn.Module], Pack],
     whole_gradients: bool,
 ) -> list[Tensor]:
     """Objective, loss and count of every microbatch, on the last stage; an empty list on the others."""
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        pack = place(next(pending))
+        pack = place(next(pending), stage)
 
         def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sums = loss(logits, pack)

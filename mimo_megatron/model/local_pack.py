@@ -114,7 +114,7 @@ def _lane(batch: PackedBatch, cp: Axis, ahead: int) -> Lane:
     source = torch.where(is_inside, slots + ahead, slots)
     weights_S = batch.loss_weights_S[source] * is_inside
     rows_R = weights_S.nonzero().squeeze(-1)
-    target_M = batch.splice_M - ahead  # an image never opens a segment by more slots than its own marks
+    target_M = batch.splice_M - ahead  # of which those before the segment's start are left out
     starts_here = ends_S[target_M.clamp(min=0)] == ends_S[batch.splice_M]
     splice_slots_M = zigzag.global_to_local(num_slots, cp.rank, cp.size)[target_M]
     splice_rows_L = ((splice_slots_M >= 0) & (target_M >= 0) & starts_here).nonzero().squeeze(-1)

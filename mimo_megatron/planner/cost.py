@@ -12,7 +12,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.planner import schedule
 from mimo_megatron.planner.activations import WIDE, Setting
-from mimo_megatron.planner.hardware import Efficiency, Gpu, group_bandwidth
+from mimo_megatron.planner.hardware import LINK_FRACTION, Efficiency, Gpu, group_bandwidth
 from mimo_megatron.planner.packs import PackShape
 from mimo_megatron.planner.parameters import stage_parameters
 from mimo_megatron.train.flops import FlopCount, step_flops
@@ -155,7 +155,7 @@ def hop_seconds(setting: Setting, pack: PackShape, gpu: Gpu, dp: int) -> float:
     num_bytes = setting.stream_slots(pack) * text.width * setting.value_bytes * (1 + text.num_mtp_layers)
     stride = layout.tp * layout.cp * dp
     is_inside = stride * layout.pp <= gpu.gpus_per_node
-    return num_bytes / ((gpu.node_bandwidth if is_inside else gpu.network_bandwidth) * 0.8)
+    return num_bytes / ((gpu.node_bandwidth if is_inside else gpu.network_bandwidth) * LINK_FRACTION)
 
 
 def update_seconds(config: RunConfig, setting: Setting, gpu: Gpu, dp: int) -> float:

@@ -88,7 +88,7 @@ def _use_plain_rng_tracker() -> None:
     state recomputation (``CheckpointFunction``) saves and restores by itself.
 
     No layer of ours draws random numbers in its forward (dropout is 0), and weights are drawn by name
-    (``mcore/init.py``), so forking the generator has nothing to protect.
+    (``mcore/weights.py``), so forking the generator has nothing to protect.
     """
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -6,6 +6,7 @@ bf16 weights both come from the trainer. Errors are norms of differences relativ
 norm, of a step, beyond the rounding of the parameters themselves, to that of the update.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +84,11 @@ def errors(address: RankAddress, case: Case, reference: Path, fault: str = "") -
     update = {name: want.after[name] - want.before[name] for name in want.after}
     return Errors(
         count=abs(got.count - want.count),
-        loss=abs(got.loss / want.loss - 1),
+        loss=_apart(got.loss, want.loss),
         gradients={
             name: relative(grad - want.gradients[name], want.gradients[name]) for name, grad in got.gradients.items()
         },
-        grad_norm=abs(got.grad_norm / want.grad_norm - 1),
+        grad_norm=_apart(got.grad_norm, want.grad_norm),
         step={
             name: relative(param - want.after[name], update[name], _rounding(param))
             for name, param in got.after.items()
@@ -96,9 +97,17 @@ def errors(address: RankAddress, case: Case, reference: Path, fault: str = "") -
 
 
 def relative(difference: Tensor, scale: Tensor, rounding: float = 0.0) -> float:
-    """norm(difference) / norm(scale), of what is beyond ``rounding``; 0 where both are 0."""
-    distance = max(difference.double().norm().item() - rounding, 0.0)
-    return distance / max(scale.double().norm().item(), 1e-30)
+    """norm(difference) / norm(scale), of what is beyond ``rounding``; 0 where both are 0, infinite for what is not a
+    number: a comparison with that would be lost among others."""
+    distance = difference.double().norm().item()
+    if not math.isfinite(distance):
+        return math.inf
+    return max(distance - rounding, 0.0) / max(scale.double().norm().item(), 1e-30)
+
+
+def _apart(got: float, want: float) -> float:
+    error = abs(got / want - 1)
+    return error if math.isfinite(error) else math.inf
 
 
 def _rounding(param: Tensor) -> float:

@@ -30,6 +30,7 @@ def run_charts(run: RunData) -> list[Chart]:
     """Every curve that the run has numbers for."""
     charts = [
         loss_chart(run, is_wide=True),
+        _plain_chart(run, "Loss of multi-token prediction", "mtp_loss", (None, None)),
         _norm_chart(run),
         lr_chart(run),
         _plain_chart(run, "Useful tokens per second", "tokens_per_second", (0.0, None)),

@@ -6,6 +6,8 @@ of each data-parallel rank). Pack files hold tensors and plain values only and a
 """
 
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from mimo_megatron.config.load import dump_resolved
-from mimo_megatron.errors import DataError, NonFiniteError
+from mimo_megatron.errors import CheckpointError, DataError, NonFiniteError
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.train.agreement import name_ranks
-from mimo_megatron.train.inspection import Inspection, inspect_step
+from mimo_megatron.train.inspection import Inspection, MicrobatchView, inspect_step
 from mimo_megatron.train.provenance import provenance
 from mimo_megatron.train.run_folder import RunFolder
 from mimo_megatron.train.step import Trainer
@@ -26,7 +28,7 @@ from mimo_megatron.types import PackedBatch, VisionLayout
 
 WEIGHTS = "weights"
 CONFIG = "config.yaml"
-_FACTS = "fault.json"
+_FACTS_FILE = "fault.json"
 
 
 def keep_fault(
@@ -35,7 +37,14 @@ def keep_fault(
     """``error`` with its cause named, after all that a replay needs was written. A collective over all ranks."""
     fault, mesh = folder.fault(step), trainer.mesh
     followed = folder.newest_checkpoint()
-    checkpoint.save(fault / WEIGHTS, trainer.config.model, trainer.bare_chunks)
+    if dist.get_rank() == 0:  # what an earlier attempt, perhaps on other ranks, left of the same step
+        shutil.rmtree(fault, ignore_errors=True)
+    dist.barrier()
+    not_kept = ""
+    try:
+        checkpoint.save(fault / WEIGHTS, trainer.config.model, trainer.bare_chunks)
+    except CheckpointError as problem:  # on all ranks alike; the step's own fault matters more
+        not_kept = f" Its weights could not be kept: {problem}."
     if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
         write_packs(fault, mesh.dp.rank, batches)
     inspection = inspect_step(trainer.config, mesh, trainer.device, trainer.chunks, batches)
@@ -48,16 +57,23 @@ def keep_fault(
             "ranks": dist.get_world_size(),
             "layout": mesh.layout,
             "bad_weights": inspection.bad_weights,
-            "microbatches": [asdict(one) | {"is_finite": one.is_finite} for one in inspection.microbatches],
+            "microbatches": [_facts(one) for one in inspection.microbatches],
             **provenance(),
         }
-        (fault / _FACTS).write_text(json.dumps(facts, indent=1))
+        (fault / _FACTS_FILE).write_text(json.dumps(facts, indent=1, allow_nan=False))
     dist.barrier()  # no rank ends, and takes the others with it, before all is written
     return NonFiniteError(
-        f"{error}. {cause(inspection)} The step is kept in {fault}: "
+        f"{error}. {cause(inspection)}{not_kept} The step is kept in {fault}: "
         f"`mimo-megatron replay {fault} --ranks {dist.get_world_size()}` takes it again. "
         "Lower the learning rate, lengthen the warm-up, or look at these samples with `mimo-megatron data preview`"
     )
+
+
+def _facts(view: MicrobatchView) -> dict[str, Any]:
+    """For JSON, which has no words for what is not finite: null then."""
+    facts = asdict(view) | {"is_finite": view.is_finite}
+    facts["largest"] = [[name, norm if math.isfinite(norm) else None] for name, norm in view.largest]
+    return facts | {"loss_sum": view.loss_sum if math.isfinite(view.loss_sum) else None}
 
 
 def cause(inspection: Inspection) -> str:

@@ -1,6 +1,7 @@
 """Model FLOPs of a training step, from the real lengths of what was trained on, and the peak of the device it ran on.
 
-The published formula, in multiply-adds counted as 2. Only the work that the mathematics asks for is counted: real
+The published formula, with multi-token-prediction layers where there are some (each a decoder layer, a 2 D x D matrix
+and the head once more), in multiply-adds counted as 2. Only the work that the mathematics asks for is counted: real
 tokens and patches (no padding), attention inside each segment, window and frame (causal attention as half of the
 square), and no recomputation. Norms, softmax, activations, rotary turns and the embedding look-up are left out.
 

@@ -84,7 +84,9 @@ def inspect_step(
         pack = pack.to(device)
         view = MicrobatchView(number, mesh.dp.rank, batch.sample_ids, [dist.get_rank()])
         if (sums := run_alone(chunks, pack, pack.num_stream_slots, loss)) is not None and mesh.tp.rank == 0:
-            view.loss_sum, view.num_trained = sums.objective, sums.count
+            # Where multi-token prediction alone is not finite, its share of the objective is what there is to show.
+            view.loss_sum = sums.loss if math.isfinite(sums.objective) else sums.objective
+            view.num_trained = sums.count
         norms = {name: _gradient_norm(param) for name, param in parameters if param.requires_grad}
         view.bad_gradients = [name for name, norm in norms.items() if not math.isfinite(norm)]
         view.largest = sorted(norms.items(), key=lambda one: -one[1])[:_LARGEST_SHOWN]

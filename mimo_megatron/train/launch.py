@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mimo_megatron.errors import Interrupted, MimoError, NonFiniteError
+from mimo_megatron.errors import HungError, Interrupted, MimoError, NonFiniteError
 from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.train.signals import SIGNALS
 
@@ -52,6 +52,11 @@ def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
                     raise _BY_EXIT_CODE[int(code)](text) from None
                 if passed and -error.exit_code in passed:  # before the rank took notice of signals
                     raise Interrupted(f"{signal.Signals(passed[0]).name} before the first step; start again") from None
+                if error.exit_code == HungError.exit_code:
+                    raise HungError(
+                        "the ranks stood still for train.collective_timeout_seconds; those that held the others up are "
+                        "named above, and in faults/hang_step_*.txt of the run's folder"
+                    ) from None
                 raise
 
 

@@ -201,6 +201,7 @@ def _record(
         skipped=dict(skipped),
         model_flops=flops,
         vision_imbalance=heaviest * mesh.tp_cp.size / vision if vision else None,
+        mtp_loss=result.mtp_loss,
     )
 
 

@@ -59,6 +59,8 @@ class StepRecord:
     vision_imbalance: float | None = None
     """Where images are shared out over ranks: the heaviest rank's predicted cost over the mean; 1 is level. Ranks wait
     for each other in every pack, so both are sums over packs. None in a step without images too."""
+    mtp_loss: float | None = None
+    """Mean loss of the multi-token-prediction layers, per trained token of the decoder; None where there are none."""
 
     @property
     def fill(self) -> float:
@@ -193,6 +195,8 @@ def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
     ]
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
+    if record.mtp_loss is not None:
+        parts.insert(1, f"mtp loss {record.mtp_loss:.4f}")
     if record.vision_imbalance is not None:
         parts.append(f"vision imbalance {record.vision_imbalance:.2f}")
     if num_skipped := sum(record.skipped.values()):
@@ -204,6 +208,7 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     """A row as TensorBoard tags and values; what is unknown is left out."""
     named = {
         "train/loss": row["loss"],
+        "train/mtp_loss": row["mtp_loss"],
         "train/grad_norm": row["grad_norm"],
         "data/fill": row["fill"],
         "data/skipped": sum(row["skipped"].values()),

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,7 +38,9 @@ class Saver:
         self._trainer, self._folder = trainer, folder
         self._position, self._announce = position, announce
         self._settings = trainer.config.train.checkpoint
-        self._group = dist.new_group(backend="gloo")  # the thread's own: training's collectives never meet it
+        # The thread's own: training's collectives never meet it. It waits for the slowest rank's disk.
+        limit = timedelta(seconds=2 * trainer.config.train.collective_timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=limit)
         self._buffers = HostBuffers()
         self._write: _Write | None = None
         self._last_step: int | None = None

@@ -48,8 +48,8 @@ class Trainer:
 class StepResult:
     loss: float
     """Mean over the step's trained tokens, all ranks."""
-    objective: float
-    """What was minimised: the loss, and the weighted loss of multi-token prediction."""
+    mtp_loss: float | None
+    """Of the multi-token-prediction layers together, per trained token; None where none is trained."""
     num_trained_tokens: int
     grad_norm: float
 
@@ -97,15 +97,19 @@ def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     trainer.optimizer.zero_grad()
     loss = cross_entropy(trainer.mesh, text.mtp_loss_weight)
     slots = packs[0].num_stream_slots
-    return run_microbatches(trainer.chunks, packs, slots, loss, place=lambda pack: pack.to(trainer.device))
+
+    def place(pack: LocalPack, stage: torch.nn.Module) -> LocalPack:
+        has_encoder = stage.module.pre_process  # type: ignore[union-attr]
+        return (pack if has_encoder else pack.without_media()).to(trainer.device)
+
+    return run_microbatches(trainer.chunks, packs, slots, loss, place=place)
 
 
 def local_packs(
     text: TextConfig, mesh: Mesh, chunks: Sequence[VisionLanguageModel], batches: Sequence[PackedBatch]
 ) -> list[LocalPack]:
     """What this rank's stages compute of ``batches``, still on the CPU."""
-    packs = [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
-    return packs if chunks[0].pre_process else [pack.without_media() for pack in packs]
+    return [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
 
 
 def train_step(
@@ -130,4 +134,7 @@ def train_step(
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the {what} is {value}, before the optimizer")
     _updated, grad_norm, _zeros = trainer.optimizer.step()
-    return StepResult(loss, objective, sums.count, float(grad_norm or 0.0))
+    text = trainer.config.model.text
+    weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0
+    mtp_loss = (objective - loss) / weight if weight else None
+    return StepResult(loss, mtp_loss, sums.count, float(grad_norm or 0.0))

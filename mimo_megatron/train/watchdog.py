@@ -139,7 +139,11 @@ class Watchdog:
 
 def explain(before: Mapping[int, Place], now: Mapping[int, Place], world_size: int, timeout_seconds: float) -> str:
     """Which ranks hold the others up, from two readings of all places with some publications between them."""
-    silent = [rank for rank in range(world_size) if rank not in now or now[rank].beat == before[rank].beat]
+    silent = [
+        rank
+        for rank in range(world_size)
+        if rank not in now or (rank in before and now[rank].beat == before[rank].beat)
+    ]
     alive = {rank: place for rank, place in now.items() if rank not in silent}
     furthest = max((place.progress for place in alive.values()), default=(0, 0))
     behind = [rank for rank, place in alive.items() if place.progress < furthest]
@@ -151,6 +155,8 @@ def explain(before: Mapping[int, Place], now: Mapping[int, Place], world_size: i
         lines += [f"did not arrive: {line}" for line in _grouped({rank: alive[rank] for rank in behind})]
     elif elsewhere and len(elsewhere) < len(alive):
         lines += [f"not in a collective: {line}" for line in _grouped({rank: alive[rank] for rank in elsewhere})]
+    elif elsewhere:
+        lines.append("no rank is inside a collective: look at the disk, or at a device that does not answer")
     elif not silent:
         lines.append("all ranks wait inside collectives: look for ranks that wait in different ones")
     named = {*silent, *(behind or (elsewhere if len(elsewhere) < len(alive) else ()))}

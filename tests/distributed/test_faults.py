@@ -115,5 +115,5 @@ def test_a_weight_that_is_not_finite_is_named_by_its_checkpoint_name(tmp_path, c
 
 
 def test_a_folder_without_packs_is_refused_by_name(tmp_path):
-    with pytest.raises(Exception, match="holds no packs_dp0000"):
+    with pytest.raises(DataError, match="holds no packs_dp0000"):
         read_packs(tmp_path)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.data.loader import PackLoader
-from mimo_megatron.errors import HUNG_EXIT_CODE
+from mimo_megatron.errors import HUNG_EXIT_CODE, HungError
 from mimo_megatron.mcore.boot import RankAddress, megatron, side_store
 from mimo_megatron.train.launch import run_local
 from mimo_megatron.train.loop import pretrain
@@ -77,9 +77,8 @@ def late_on_rank_1(address: RankAddress, config: RunConfig) -> None:
 
 def test_a_training_run_whose_data_stalls_on_one_rank_names_it(tmp_path):
     config = run_of(write_data(tmp_path), tmp_path / "run", checkpoint={"every_steps": 0}, collective_timeout_seconds=8)
-    with pytest.raises(mp.ProcessExitedException) as caught:
+    with pytest.raises(HungError, match="hang_step"):
         run_local(late_on_rank_1, 2, config)
-    assert caught.value.exit_code == HUNG_EXIT_CODE
     said = (tmp_path / "run" / "faults" / "hang_step_000003.txt").read_text()
     assert "did not arrive: rank 1 in step 3, data" in said and "waiting: rank 0 in step 3, agreement" in said
 
@@ -99,6 +98,17 @@ def test_where_all_ranks_wait_in_collectives_it_says_so():
     before, now = ({rank: place(4, "optimizer", beat) for rank in range(3)} for beat in (1, 2))
     said = explain(before, now, 3, 30)
     assert "all ranks wait inside collectives" in said and "waiting: ranks 0-2 in step 4, optimizer" in said
+
+
+def test_where_no_rank_waits_in_a_collective_it_says_that_instead():
+    before, now = ({rank: place(4, "save", beat, is_waiting=False) for rank in range(3)} for beat in (1, 2))
+    said = explain(before, now, 3, 30)
+    assert "no rank is inside a collective" in said and "ranks 0-2 in step 4, save" in said
+
+
+def test_a_rank_that_speaks_up_between_the_readings_is_alive():
+    now = {0: place(4, "save", 2), 1: place(4, "save", 1)}
+    assert "no sign of life" not in explain({0: place(4, "save", 1)}, now, 2, 30)
 
 
 def test_a_run_that_moves_is_left_alone(tmp_path):

@@ -1,13 +1,11 @@
 """Ranks that would train on different things are stopped before the first update, and named."""
 
-import json
-
 import pytest
 
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.errors import MimoError
 from mimo_megatron.mcore.boot import RankAddress
-from mimo_megatron.train.agreement import divergence, name_ranks
+from mimo_megatron.train.agreement import divergence, name_ranks, recipe_digest
 from mimo_megatron.train.launch import run_local
 from mimo_megatron.train.loop import pretrain
 from tests.data_fixtures import recipe, text_sample, write_source
@@ -65,9 +63,19 @@ def test_model_parallel_ranks_that_read_other_words_under_the_same_ids_are_found
 
 
 def test_the_recipes_digest_is_over_every_key_but_the_paths(data, tmp_path):
-    from_keys = json.loads(run_of(data, tmp_path).model_dump_json())
-    assert {"dir", "start_from", "data"} <= set(from_keys)  # what agreement._PLACES leaves out still has these names
-    assert {"sources", "tokenizer"} <= set(from_keys["data"])
+    config = run_of(data, tmp_path)
+    elsewhere = config.data.model_copy(update={"tokenizer": tmp_path / "other"})
+    moved = config.model_copy(update={"dir": tmp_path / "x", "start_from": tmp_path / "y", "data": elsewhere})
+    assert recipe_digest(moved) == recipe_digest(config)
+    changes = {
+        "seed": 7,
+        "parallel": config.parallel.model_copy(update={"tp": 2}),
+        "train": config.train.model_copy(update={"steps": 99}),
+        "model": config.model.model_copy(update={"name": "other"}),
+        "data": config.data.model_copy(update={"pack_tokens": 2 * config.data.pack_tokens}),
+    }
+    digests = {recipe_digest(config.model_copy(update={key: value})) for key, value in changes.items()}
+    assert len({*digests, recipe_digest(config)}) == len(changes) + 1
 
 
 def test_the_message_groups_ranks_by_what_they_hold():

@@ -1,5 +1,6 @@
 """Where a sample is placed - pack, microbatch, data-parallel rank - changes neither loss nor gradient."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,14 @@ def test_permuting_samples_over_packs_microbatches_and_ranks_changes_nothing(dp,
         assert max(largest_error(got, as_given) for got in rank) < 1e-12
 
 
-def test_a_sample_trained_twice_is_noticed(as_given):
+def test_a_label_trained_in_anothers_place_is_noticed(as_given):
+    """As many tokens as before, one of them another."""
     (ranks,) = arrangements(1, 1)
-    twice = [[*ranks[0], [ranks[0][0][0]]]]
-    got = run_ranks(outcomes, 1, [twice])[0][0]
-    assert got[1] != as_given[1]
+    packs = [list(pack) for pack in ranks[0]]
+    first = packs[0][0]
+    mask = first.loss_mask_T.copy()
+    trained, other = int(mask.nonzero()[0][0]), int((~mask[1:]).nonzero()[0][-1]) + 1
+    mask[[trained, other]] = mask[[other, trained]]
+    packs[0][0] = replace(first, loss_mask_T=mask)
+    got = run_ranks(outcomes, 1, [[packs]])[0][0]
+    assert got[1] == as_given[1] and largest_error(got, as_given) > 1e-3

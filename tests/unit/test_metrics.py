@@ -179,6 +179,12 @@ def test_the_status_line_shows_the_vision_imbalance_where_images_are_shared_out(
     assert "fill 90.0% · vision imbalance 1.25 · skipped 2" in line
 
 
+def test_the_loss_of_multi_token_prediction_stands_beside_the_loss():
+    assert status_line(replace(RECORD, mtp_loss=3.0), None, timedelta(seconds=90)).startswith(
+        "loss 2.5000 · mtp loss 3.0000 · grad norm"
+    )
+
+
 def test_a_terminal_gets_a_bar_with_log_lines_above_it(tmp_path, capsys, monkeypatch, log_lines):
     monkeypatch.setenv("COLUMNS", "240")
     log.set_up()

@@ -15,7 +15,13 @@ SCRIPT = Path(__file__).parents[2] / "examples/slurm/pretrain.sbatch"
 LAUNCHER = SCRIPT.parents[1] / "torchrun.py"
 COMMANDS = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LOG"; fi',
-    "srun": 'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    # As the real one: a signal of its own kills the tasks at once; what scancel sends reaches the tasks alone.
+    "srun": (
+        'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done\n'
+        '"$@" & task=$!; echo $task > "$LOG.task"; trap "kill -KILL $task" TERM\n'
+        "code=0; wait $task || code=$?; exit $code"
+    ),
+    "scancel": 'echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG.task")',
     "python": (
         'trap \'echo "ranks stopped" >> "$LOG"; exit $CODE\' TERM\n'
         'echo "python $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
@@ -86,7 +92,8 @@ def test_ranks_that_were_stopped_by_a_signal_of_their_own_are_requeued(cluster: 
     assert "scontrol requeue 123456" in cluster.log.read_text()
 
 
-@pytest.mark.parametrize("code", [1, 2, NonFiniteError.exit_code, HUNG_EXIT_CODE, 137])
+# 143: what the other nodes' launchers end with when one node's ranks have ended for any reason.
+@pytest.mark.parametrize("code", [1, 2, NonFiniteError.exit_code, HUNG_EXIT_CODE, 137, 143])
 def test_a_failed_run_fails_the_job_and_is_not_requeued(code: int, cluster: Cluster) -> None:
     assert cluster.submit("r.yaml", code=code).wait(20) == code
     assert "requeue" not in cluster.log.read_text()

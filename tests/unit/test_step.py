@@ -8,11 +8,10 @@ from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import MimoError
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
-from mimo_megatron.mcore.schedule import run_microbatches
-from mimo_megatron.model.local_pack import local_pack
+from mimo_megatron.model.local_pack import LocalPack, local_pack
 from mimo_megatron.parallel.mesh import Axis
 from mimo_megatron.train.launch import run_local
-from mimo_megatron.train.step import build_trainer, cross_entropy, local_packs
+from mimo_megatron.train.step import backward, build_trainer
 from tests.harness import run_ranks
 from tests.samples import mixed_packs, run_config, tiny_model
 
@@ -46,29 +45,35 @@ def test_two_context_parallel_ranks_hold_every_trained_row_and_every_vision_toke
         assert (lane.token_ids_S[lane.splice_slots_L] == model.tokens.image_pad).all()
 
 
-def brought(address: RankAddress) -> tuple[list[tuple[int, bool]], bool]:
-    """When each pack is brought to the device, in calls of the model's forward by then, and whether it has pixels."""
-    config = run_config(tiny_model(), parallel=ParallelConfig(pp=2))
+def brought(address: RankAddress) -> list[tuple[int, bool, bool]]:
+    """Of each pack brought to the device: forwards done by then, whether it has pixels, whether the stage encodes."""
+    config = run_config(tiny_model(), parallel=ParallelConfig(pp=2, vpp=2))
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
-        packs = local_packs(
-            config.model.text, mesh, trainer.bare_chunks, [collate(pack, config.model, SLOTS) for pack in mixed_packs()]
-        )
-        forwards, seen = [0], []
-        trainer.bare_chunks[0].register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+        seen: list[tuple[int, bool, bool]] = []
+        num_forwards = 0
 
-        def place(pack):
-            seen.append((forwards[0], bool(len(pack.patches_PC))))
-            return pack
+        def count(stage: torch.nn.Module, args: tuple, _out: torch.Tensor) -> None:
+            nonlocal num_forwards
+            seen.append((num_forwards, bool(len(args[0].patches_PC)), stage.pre_process))
+            num_forwards += 1
 
-        run_microbatches(trainer.chunks, packs, SLOTS, cross_entropy(mesh), place=place)
-        return seen, mesh.is_first_stage
+        move = LocalPack.to
+        moves: list[int] = []
+        LocalPack.to = lambda pack, device: moves.append(num_forwards) or move(pack, device)
+        for chunk in trainer.bare_chunks:
+            chunk.register_forward_hook(count)
+        backward(trainer, [collate(pack, config.model, SLOTS) for pack in mixed_packs()])
+        LocalPack.to = move
+        assert moves == list(range(num_forwards))
+        return seen
 
 
-def test_a_pack_comes_to_the_device_when_its_turn_does_and_its_pixels_to_the_first_stage_only():
-    for seen, is_first_stage in run_ranks(brought, 2):
-        assert [forwards for forwards, _ in seen] == [0, 1, 2, 3]
-        assert [has_pixels for _, has_pixels in seen] == ([True, False, True, True] if is_first_stage else [False] * 4)
+def test_a_pack_comes_to_the_device_when_its_turn_does_and_its_pixels_to_the_encoders_stage_only():
+    for seen in run_ranks(brought, 2):
+        assert len(seen) == 8
+        assert not any(has_pixels for _, has_pixels, encodes in seen if not encodes)
+        assert sum(has_pixels for _, has_pixels, encodes in seen if encodes) in (0, 3)
 
 
 def refusing(address: RankAddress) -> None:
