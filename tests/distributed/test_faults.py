@@ -10,7 +10,7 @@ import torch
 from mimo_megatron.cli import main
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
-from mimo_megatron.errors import NonFiniteError
+from mimo_megatron.errors import DataError, NonFiniteError
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.train.faults import keep_fault, read_packs, write_packs
