@@ -9,6 +9,9 @@ from mimo_megatron.config.check import check
 from mimo_megatron.config.keys import explain, markdown_table
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.run import RunConfig
+from mimo_megatron.planner.hardware import efficiency_of, gpu_named
+from mimo_megatron.planner.packs import assumed_packs
+from mimo_megatron.planner.search import evaluate
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples/recipes").rglob("*.yaml"))
@@ -24,6 +27,13 @@ def test_every_recipe_loads_and_fits_its_smallest_layout(path: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_the_real_stages_fit_256_gpus(stage: int) -> None:
     check(load_recipe(MIMO / f"stage{stage}.yaml"), 256)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_the_real_stages_fit_the_memory_of_256_h100_as_far_as_the_planner_knows(stage: int) -> None:
+    config, gpu = load_recipe(MIMO / f"stage{stage}.yaml"), gpu_named("h100")
+    planned = evaluate(config, 256, assumed_packs(config.model, config.data), gpu, efficiency_of(None, None))
+    assert planned.fits, [round(peak / 2**30) for peak in planned.peaks]
 
 
 @pytest.mark.parametrize(
