@@ -1,15 +1,17 @@
 """What a checkpoint folder must hold, byte for byte: ``checksums.json``, written last, checked before all reading.
 
 Invariant, tested with planted faults: a file of a sealed folder that is missing, cut, changed or exchanged is named,
-and so is a manifest that was edited. SHA-256: 1.2 GB/s on one core here (BLAKE2b 1.0), and ``sha256sum`` can check it.
+and so is a manifest that was edited. XXH3 (128 bits): 8.9 GB/s on one core here, where SHA-256 runs at 1.2; it finds
+accidents, not forgery. ``xxh128sum`` can check it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+
+from xxhash import xxh3_128
 
 from mimo_megatron.config.description import MODEL_FILE
 from mimo_megatron.errors import DamagedCheckpointError
@@ -22,7 +24,7 @@ class Entry(NamedTuple):
     """One file of the folder."""
 
     size: int
-    sha256: str
+    xxh128: str
 
 
 Entries = Mapping[str, Entry]
@@ -40,7 +42,7 @@ def seal(folder: Path, known: Entries | None = None) -> None:
             sync(path)
             entries[name] = measure(path)
     aside = folder / f"{MANIFEST_FILE}.tmp"
-    aside.write_text(json.dumps({"files": _plain(entries), "sha256": _digest(entries)}, indent=1) + "\n")
+    aside.write_text(json.dumps({"files": _plain(entries), "xxh128": _digest(entries)}, indent=1) + "\n")
     sync(aside)
     aside.replace(folder / MANIFEST_FILE)
     for inner in {folder, *(path.parent for path in folder.rglob("*"))}:
@@ -62,8 +64,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         )
     try:
         manifest = json.loads(path.read_text())
-        entries = {name: Entry(int(one["size"]), str(one["sha256"])) for name, one in manifest["files"].items()}
-        digest = manifest["sha256"]
+        entries = {name: Entry(int(one["size"]), str(one["xxh128"])) for name, one in manifest["files"].items()}
+        digest = manifest["xxh128"]
     except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise DamagedCheckpointError(f"{path} cannot be read ({fault!r}); {_REMEDY}") from fault
     if digest != _digest(entries):
@@ -103,7 +105,7 @@ def share_of(entries: Entries, rank: int, num_ranks: int) -> dict[str, Entry]:
 
 def measure(path: Path) -> Entry:
     """The file's entry, from its bytes."""
-    digest, size = hashlib.sha256(), 0
+    digest, size = xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
@@ -135,7 +137,7 @@ def _hash_fault(path: Path, entry: Entry) -> str | None:
         found = measure(path)
     except OSError as fault:
         return f"{path.name} cannot be read ({fault.strerror})"
-    return None if found == entry else f"{path.name} holds other bytes than were written (SHA-256 differs)"
+    return None if found == entry else f"{path.name} holds other bytes than were written (their checksum differs)"
 
 
 def _plain(entries: Entries) -> dict[str, dict[str, int | str]]:
@@ -143,4 +145,4 @@ def _plain(entries: Entries) -> dict[str, dict[str, int | str]]:
 
 
 def _digest(entries: Entries) -> str:
-    return hashlib.sha256(json.dumps(_plain(entries), sort_keys=True).encode()).hexdigest()
+    return xxh3_128(json.dumps(_plain(entries), sort_keys=True).encode()).hexdigest()

@@ -45,7 +45,7 @@ _RECORD_ALIGNMENT = 64
 class CheckpointReader:
     """The model's tensors in a checkpoint folder, whole, whatever layout saved them. Optimizer state is not seen.
 
-    Opening one reads the whole folder once and refuses bytes that are not those written (1.2 GB/s on one core), unless
+    Opening one reads the whole folder once and refuses bytes that are not those written, unless
     it is about to be sealed.
     """
 

@@ -160,7 +160,7 @@ def edit_the_manifest(draw: random.Random, folder: Path, other: Path) -> str:
     if draw.random() < 0.5:
         del manifest["files"][name]
     else:
-        manifest["files"][name]["sha256"] = "0" * 64
+        manifest["files"][name]["xxh128"] = "0" * 32
     path.write_text(json.dumps(manifest))
     return MANIFEST_FILE
 
