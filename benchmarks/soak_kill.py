@@ -100,7 +100,7 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
     """Run, kill ``kills`` times, and compare. Deterministic but for timing."""
     draw = random.Random(seed)
     data = write_data(scratch)
-    steps = 12 * kills + 8  # more than the kills leave time for, so that all of them happen
+    steps = max(12 * kills, 80)  # more than the kills leave time for, so that all of them happen
     checkpoint = {"every_steps": 3, "keep": 3}
     whole, killed = (run_of(data, scratch / name, steps, checkpoint=checkpoint) for name in ("whole", "killed"))
     finish(whole, RANKS, seconds=3600)
