@@ -36,6 +36,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.processor import write_processor
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.errors import CheckpointError, DamagedCheckpointError
+from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.module import MegatronModule
 from mimo_megatron.mcore.optimizer import CONTENT, live_tensors, load_state, sharded_state
 from mimo_megatron.mcore.shard_files import HostBuffers, Part, Piece, write_part
@@ -63,20 +64,20 @@ class StagedCheckpoint:
         A collective over ``group``, which holds all ranks, and over no other: with a gloo group of its own it may run
         in a thread. ``CheckpointError`` on every rank where any failed; earlier checkpoints are untouched then.
         """
-        part, fault = None, ""
+        part, fault, cause = None, "", None
         try:
             part = write_part(self._partial, dist.get_rank(), self.pieces)
         except Exception as error:  # whatever it is, every rank must hear of it
-            fault = _last_line(error)
+            fault, cause = _last_line(error), error
         try:
             fault = self._agree(part, fault, group)
         except RuntimeError as error:
-            fault = f"another rank is gone: {_last_line(error)}"
+            fault, cause = f"another rank is gone: {_last_line(error)}", error
         if fault:
             raise CheckpointError(
                 f"{self.folder}: the checkpoint could not be written ({fault}); earlier ones are untouched. "
                 "Look at the disk's free space and rights, then start the run again"
-            )
+            ) from cause
 
     @property
     def _partial(self) -> Path:
@@ -92,7 +93,9 @@ class StagedCheckpoint:
             if not answer[0]:
                 try:
                     self._seal_and_rename([part for part, _ in told])
-                except Exception as error:
+                except Exception as error:  # as above
+                    if not isinstance(error, OSError):  # a mistake of ours: its place is needed
+                        get_logger().exception("%s was not published", self.folder)
                     answer[0] = f"rank 0: {_last_line(error)}"
         dist.broadcast_object_list(answer, src=0, group=group)
         return answer[0]
@@ -132,11 +135,17 @@ def stage(
     """
     partial = folder.with_name(folder.name + PARTIAL)
     strategy = _Stager()
-    try:
-        if dist.get_rank() == 0:
+    fault = [""]
+    if dist.get_rank() == 0:
+        try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
+        except OSError as error:
+            fault = [f"{error}"]
+    dist.broadcast_object_list(fault, src=0)  # the others wait here: they must hear of it
+    try:
+        if fault[0]:
+            raise OSError(fault[0])
         tensors = _sharded(chunks, optimizer, is_loading=False)
         dist_checkpointing.save(
             tensors, str(partial), strategy, async_sharded_save=True, content_metadata=dict(CONTENT)

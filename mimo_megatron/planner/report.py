@@ -1,6 +1,6 @@
 """What the planner found, as text of at most 120 columns and as JSON."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -154,21 +154,8 @@ def page(
     own: Candidate | str,
     best: Sequence[Candidate],
     num_layouts: int,
-) -> Group:
-    """``own`` is the recipe's layout, or why the rules refuse it."""
-    return Group(*_page(config, num_gpus, gpu, packs, efficiency, own, best, num_layouts))
-
-
-def _page(
-    config: RunConfig,
-    num_gpus: int,
-    gpu: Gpu,
-    packs: Packs,
-    efficiency: Efficiency,
-    own: Candidate | str,
-    best: Sequence[Candidate],
-    num_layouts: int,
 ) -> Iterator[RenderableType]:
+    """``own`` is the recipe's layout, or why the rules refuse it."""
     yield Text(f"Plan of {config.name} on {num_gpus} x {gpu.name}", "bold")
     for note in packs.notes:
         yield Text(f"- {note}")
@@ -197,8 +184,8 @@ def _page(
     )
 
 
-def show(group: Group, width: int | None = None) -> None:
-    Console(width=width).print(group)
+def show(parts: Iterable[RenderableType]) -> None:
+    Console().print(Group(*parts))
 
 
 def as_json(candidate: Candidate) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from mimo_megatron.config.check import check
 from mimo_megatron.config.run import ParallelConfig, Recompute, RunConfig, VisionPlacement
@@ -81,25 +82,22 @@ def with_layout(config: RunConfig, layout: ParallelConfig, recompute: Recompute)
 def layouts(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficiency: Efficiency) -> Iterator[RunConfig]:
     """Every layout worth a look, before the rules: tp inside a node, sequence parallel wherever tp is above 1, both
     placements of vision, equal stages and stages balanced by their predicted cost."""
-    for tp in _powers(min(gpu.gpus_per_node, num_gpus)):
-        for cp in _powers(num_gpus // tp):
-            for pp in range(1, min(num_gpus // (tp * cp), config.model.text.num_layers + 1) + 1):
-                if num_gpus % (tp * cp * pp):
-                    continue
-                most_vpp = min(_MOST_VPP, config.model.text.num_layers // pp) if pp > 1 else 1
-                for vpp in range(1, max(most_vpp, 1) + 1):
-                    for placement in _placements(config, tp * cp):
-                        grid = ParallelConfig(
-                            tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=tp > 1, vision_placement=placement
-                        )
-                        for recompute in _RECOMPUTE:
-                            plain = with_layout(config, grid, recompute)
-                            balanced = _balanced(plain, packs.typical, gpu, efficiency)
-                            yield from _distinct(plain, balanced)
+    for grid, recompute in product(_grids(config, num_gpus, gpu), _RECOMPUTE):
+        plain = with_layout(config, grid, recompute)
+        yield from _distinct(plain, _balanced(plain, packs.typical, gpu, efficiency))
 
 
-def _placements(config: RunConfig, num_sharing: int) -> tuple[VisionPlacement, ...]:
-    return ("replicated", "balanced") if num_sharing > 1 and config.model.vision is not None else ("replicated",)
+def _grids(config: RunConfig, num_gpus: int, gpu: Gpu) -> Iterator[ParallelConfig]:
+    num_layers = config.model.text.num_layers
+    for tp, cp in product(_powers(min(gpu.gpus_per_node, num_gpus)), _powers(num_gpus)):
+        shares = tp * cp > 1 and config.model.vision is not None
+        placements: tuple[VisionPlacement, ...] = ("replicated", "balanced") if shares else ("replicated",)
+        for pp in range(1, min(num_gpus // (tp * cp), num_layers + 1) + 1):
+            if num_gpus % (tp * cp * pp):
+                continue
+            most_vpp = max(min(_MOST_VPP, num_layers // pp), 1) if pp > 1 else 1
+            for vpp, placement in product(range(1, most_vpp + 1), placements):
+                yield ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sequence_parallel=tp > 1, vision_placement=placement)
 
 
 def _powers(most: int) -> Iterator[int]:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.errors import CheckpointError, DataError, NonFiniteError
 from mimo_megatron.mcore import checkpoint
+from mimo_megatron.mcore.boot import world
+from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.train.agreement import name_ranks
 from mimo_megatron.train.inspection import Inspection, MicrobatchView, inspect_step
 from mimo_megatron.train.provenance import provenance
@@ -40,31 +42,35 @@ def keep_fault(
     if dist.get_rank() == 0:  # what an earlier attempt, perhaps on other ranks, left of the same step
         shutil.rmtree(fault, ignore_errors=True)
     dist.barrier()
-    not_kept = ""
+    inspection = inspect_step(trainer.config, mesh, trainer.device, trainer.chunks, batches)
+    problem = ""
     try:
         checkpoint.save(fault / WEIGHTS, trainer.config.model, trainer.bare_chunks)
-    except CheckpointError as problem:  # on all ranks alike; the step's own fault matters more
-        not_kept = f" Its weights could not be kept: {problem}."
-    if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
-        write_packs(fault, mesh.dp.rank, batches)
-    inspection = inspect_step(trainer.config, mesh, trainer.device, trainer.chunks, batches)
-    if dist.get_rank() == 0:
-        dump_resolved(trainer.config, fault / CONFIG)
-        facts = {
-            "step": step,
-            "error": str(error),
-            "newest_checkpoint": followed.name if followed else None,
-            "ranks": dist.get_world_size(),
-            "layout": mesh.layout,
-            "bad_weights": inspection.bad_weights,
-            "microbatches": [_facts(one) for one in inspection.microbatches],
-            **provenance(),
-        }
-        (fault / _FACTS_FILE).write_text(json.dumps(facts, indent=1, allow_nan=False))
-    dist.barrier()  # no rank ends, and takes the others with it, before all is written
+        if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
+            write_packs(fault, mesh.dp.rank, batches)
+        if dist.get_rank() == 0:
+            dump_resolved(trainer.config, fault / CONFIG)
+            facts = {
+                "step": step,
+                "error": str(error),
+                "newest_checkpoint": followed.name if followed else None,
+                "ranks": dist.get_world_size(),
+                "layout": mesh.layout,
+                "bad_weights": inspection.bad_weights,
+                "microbatches": [_facts(one) for one in inspection.microbatches],
+                **provenance(),
+            }
+            (fault / _FACTS_FILE).write_text(json.dumps(facts, indent=1, allow_nan=False))
+    except (CheckpointError, OSError) as failed:  # what is wrong with the step matters more; it is said below
+        problem = str(failed)
+    # No rank ends, and takes the others with it, before all is written.
+    problems = list(dict.fromkeys(filter(None, gather_objects(problem, world()))))
+    again = f"mimo-megatron replay {fault} --ranks {dist.get_world_size()}"
+    kept = f"The step is kept in {fault}: `{again}` takes it again. "
+    if problems:
+        kept = f"The step could not be kept whole in {fault}: {'; '.join(problems)}. "
     return NonFiniteError(
-        f"{error}. {cause(inspection)}{not_kept} The step is kept in {fault}: "
-        f"`mimo-megatron replay {fault} --ranks {dist.get_world_size()}` takes it again. "
+        f"{error}. {cause(inspection)} {kept}"
         "Lower the learning rate, lengthen the warm-up, or look at these samples with `mimo-megatron data preview`"
     )
 

@@ -90,6 +90,19 @@ def test_a_pack_that_is_not_finite_is_named_on_every_rank_and_shows_again_in_ano
     assert said.count("loss nan") == 2 and "sample-7" in said  # the microbatch's line and the verdict
 
 
+def test_where_the_step_cannot_be_kept_every_rank_still_says_what_was_wrong_with_it(tmp_path):
+    (tmp_path / "faults").write_text("a file where the folder should be")
+    for message, is_untouched in run_ranks(poisoned_step, 2, tmp_path, ParallelConfig(), "pack"):
+        assert message.startswith(f"step {STEP}: the loss is nan") and "samples sample-7" in message
+        assert "could not be kept whole" in message and "replay" not in message and is_untouched
+
+
+def test_a_step_kept_again_on_fewer_ranks_leaves_no_pack_of_the_first_time(tmp_path):
+    for num_ranks in (2, 1):
+        run_ranks(poisoned_step, num_ranks, tmp_path, ParallelConfig(), "pack")
+    assert len(read_packs(tmp_path / "faults" / f"step_{STEP:06d}")) == len(mixed_packs())
+
+
 def test_a_mended_pack_replays_as_finite(tmp_path, capsys):
     run_ranks(poisoned_step, 2, tmp_path, ParallelConfig(), "pack")
     fault = tmp_path / "faults" / f"step_{STEP:06d}"

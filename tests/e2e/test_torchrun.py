@@ -12,7 +12,7 @@ import pytest
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.train.run_folder import RunFolder
-from tests.data_fixtures import TINY, mixed_samples, recipe, write_source, write_tokenizer
+from tests.data_fixtures import TINY
 from tests.e2e.faults_run import events_of, rows_of, run_of, write_data
 from tests.repository import ROOT
 from tests.samples import run_config
@@ -20,10 +20,7 @@ from tests.samples import run_config
 
 @pytest.mark.slow
 def test_the_door_trains_under_torchrun(tmp_path):
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    limits = {"max_pixels": 100_000, "video": {"max_total_tokens": 128}}
-    data = recipe(tmp_path / "source", tokenizer, pack_patches=1024, window_samples=8, **limits)
-    write_source(tmp_path / "source", mixed_samples(12), data)
+    data = write_data(tmp_path, count=12)
     config = run_config(TINY, steps=2, packs_per_step=2, parallel=ParallelConfig(tp=2))
     config = config.model_copy(update={"dir": tmp_path / "run", "data": data})
     dump_resolved(config, tmp_path / "recipe.yaml")

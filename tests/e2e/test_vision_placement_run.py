@@ -8,16 +8,14 @@ import pytest
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.train.launch import run_local
 from mimo_megatron.train.loop import pretrain
-from tests.data_fixtures import TINY, mixed_samples, recipe, write_source, write_tokenizer
+from tests.data_fixtures import TINY
+from tests.e2e.faults_run import write_data
 from tests.samples import run_config
 
 
 @pytest.mark.slow
 def test_a_run_with_images_shared_out_loses_as_the_replicated_one_and_states_its_imbalance(tmp_path):
-    tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    limits = {"max_pixels": 100_000, "video": {"max_total_tokens": 128}}
-    data = recipe(tmp_path / "source", tokenizer, pack_patches=1024, window_samples=8, **limits)
-    write_source(tmp_path / "source", mixed_samples(24), data)
+    data = write_data(tmp_path)
     rows = {}
     for placement in ("replicated", "balanced"):
         parallel = ParallelConfig(tp=2, vision_placement=placement)

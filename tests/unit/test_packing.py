@@ -219,3 +219,5 @@ def test_pack_command_prints_the_figures_and_draws_them(tmp_path: Path, capsys: 
 def test_plot_of_no_samples_and_of_one_length_is_drawn(tmp_path: Path) -> None:
     for lengths in ([], [0, 0], [7, 7]):
         plot(report(np.array(lengths, np.int64), 8), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
