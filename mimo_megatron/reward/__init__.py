@@ -1,0 +1,1 @@
+"""Rewards: pure rules for verifiable tasks, the service that serves them, its client. Never imports torch."""
