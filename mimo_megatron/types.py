@@ -72,6 +72,9 @@ class EncodedSample:
     token_ids_T: NDArray[np.int64]
     loss_mask_T: NDArray[np.bool_]
     media: tuple[EncodedMedia, ...] = ()
+    reads_reward: bool = False
+    """For a reward model: the head reads the last token, and ``loss_mask_T`` has no meaning. Of a pair, the chosen
+    response comes first and the rejected one directly after it."""
 
     @property
     def num_tokens(self) -> int:
@@ -115,9 +118,10 @@ class PackedBatch:
     token_ids_S: torch.Tensor
     """int64 [S]"""
     labels_S: torch.Tensor
-    """int64 [S] the next token of the same segment; 0 where ``loss_weights_S`` is 0."""
+    """int64 [S] the next token of the same segment, for a reward model the number of the row among those of the pack; 0
+    where ``loss_weights_S`` is 0."""
     loss_weights_S: torch.Tensor
-    """float32 [S] 1 where the prediction of ``labels_S`` is trained, else 0."""
+    """float32 [S] 1 where the prediction of ``labels_S`` is trained, or a reward is read, else 0."""
     positions_3S: torch.Tensor
     """int64 [3, S] temporal, height and width position; restarts at 0 in every segment."""
     segment_bounds: tuple[int, ...]

@@ -45,6 +45,15 @@ def check_description(folder: Path, wanted: ModelConfig) -> None:
     check_same_model(read_description(folder), wanted, str(folder))
 
 
+def check_body(folder: Path, wanted: ModelConfig) -> None:
+    """Refuse a checkpoint of which all but head and multi-token-prediction layers is not that of ``wanted``."""
+    found = read_description(folder)
+    parts = ("head", "tie_embeddings", "num_mtp_layers")
+    head = {name: getattr(wanted.text, name) for name in parts}
+    body = found.model_copy(update={"text": found.text.model_copy(update=head)})
+    check_same_model(body, wanted, str(folder))
+
+
 def check_same_model(found: ModelConfig, wanted: ModelConfig, where: str) -> None:
     """Nothing where both describe the same weights; else a ``CheckpointError`` with every field that differs."""
     there, here = _leaves(found.model_dump()), _leaves(wanted.model_dump())

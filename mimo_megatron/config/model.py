@@ -78,9 +78,23 @@ class TextConfig(Strict):
     )
     norm_eps: float = Field(gt=0, description="Added to the mean square in every norm.")
     max_positions: int = Field(32_768, gt=0, description="Longest sample the positions are meant for, in tokens.")
+    head: Literal["vocabulary", "reward"] = Field(
+        "vocabulary",
+        description="vocabulary: the next token's logits; reward: one number, read at the last token of a response "
+        "(a Bradley-Terry reward model, trained on preference pairs).",
+    )
     tie_embeddings: bool = Field(False, description="The head uses the embedding's weight.")
     num_mtp_layers: int = Field(0, ge=0, description="Multi-token-prediction layers (MiMo-7B-Base has one).")
     mtp_loss_weight: float = Field(0.1, ge=0, description="Weight of their loss beside the main loss.")
+
+    @property
+    def head_rows(self) -> int:
+        """Numbers that the head gives for a token."""
+        return 1 if self.head == "reward" else self.vocab_size
+
+    @property
+    def ties_head(self) -> bool:
+        return self.tie_embeddings and self.head == "vocabulary"
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> "TextConfig":
@@ -91,6 +105,10 @@ class TextConfig(Strict):
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"text.num_heads ({self.num_heads}) % num_kv_heads ({self.num_kv_heads}) != 0")
+        if self.head == "reward" and self.num_mtp_layers:
+            raise ValueError(
+                f"text.num_mtp_layers is {self.num_mtp_layers}, but a reward model predicts no tokens: set it to 0"
+            )
         return self
 
 

@@ -32,10 +32,14 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
     bounds = [0]
     for sample in samples:
         start, end = bounds[-1], bounds[-1] + sample.num_tokens
-        is_trained = sample.loss_mask_T[1:]
         token_ids_S[start:end] = sample.token_ids_T
-        labels_S[start : end - 1] = np.where(is_trained, sample.token_ids_T[1:], 0)
-        loss_weights_S[start : end - 1] = is_trained
+        if sample.reads_reward:
+            labels_S[end - 1] = np.count_nonzero(loss_weights_S)
+            loss_weights_S[end - 1] = 1
+        else:
+            is_trained = sample.loss_mask_T[1:]
+            labels_S[start : end - 1] = np.where(is_trained, sample.token_ids_T[1:], 0)
+            loss_weights_S[start : end - 1] = is_trained
         positions_3S[:, start:end] = mrope_positions(sample.token_ids_T, sample.media, model)
         bounds.append(end)
     while bounds[-1] < num_slots:

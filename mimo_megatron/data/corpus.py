@@ -9,7 +9,8 @@ import itertools
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
-from mimo_megatron.data.encode import encode_sample, length_settings
+from mimo_megatron.data.encode import length_settings
+from mimo_megatron.data.pairs import encode_stored
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.source import DataSource, IndexedSource
@@ -55,16 +56,20 @@ class Corpus:
         source, index = self._locate(number)
         return source.read(index)
 
-    def encode(self, number: int) -> EncodedSample:
-        """The sample ready to be packed. ``SampleError`` if it is damaged or no longer what the index measured."""
+    def encode(self, number: int) -> tuple[EncodedSample, ...]:
+        """What the stored sample puts into a pack: one segment, or the two of a pair.
+
+        ``SampleError`` if it is damaged or no longer what the index measured.
+        """
         raw = self.read(number)
-        sample = encode_sample(raw, self.tokenizer, self.model, self.data)
-        found, planned = (sample.num_tokens, sample.num_patches), self.planned_lengths(number)
+        samples = encode_stored(raw, self.tokenizer, self.model, self.data)
+        found = sum(one.num_tokens for one in samples), sum(one.num_patches for one in samples)
+        planned = self.planned_lengths(number)
         if found != planned:
             raise SampleError(
                 raw.id, "lengths_changed", f"has (tokens, patches) {found}, but the index says {planned}; index again"
             )
-        return sample
+        return samples
 
     def _locate(self, number: int) -> tuple[DataSource, int]:
         place = bisect.bisect_right(self._starts, number) - 1

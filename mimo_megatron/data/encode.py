@@ -43,7 +43,9 @@ class MediaShape:
 def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig) -> dict[str, Any]:
     """All that a sample's lengths depend on besides the sample, as plain JSON values."""
     vision = model.vision
+    pairs = {"pairs": True} if model.text.head == "reward" else {}
     return {
+        **pairs,
         "encoding_version": ENCODING_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "system_prompt": data.system_prompt,
@@ -70,12 +72,17 @@ def measure_sample(
     raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
 ) -> tuple[int, int]:
     """(tokens, patches) that ``encode_sample`` will give. ``contents`` are the bytes of its media."""
-    with blame(raw.id, "media"):
-        shapes = [
-            measure_media(content, ref.kind, model, data) for ref, content in zip(raw.media, contents, strict=True)
-        ]
+    shapes = measure_all_media(raw, contents, model, data)
     token_ids_T, _ = encode_text(raw, shapes, tokenizer, model, data)
     return len(token_ids_T), sum(shape.num_patches for shape in shapes)
+
+
+def measure_all_media(
+    raw: RawSample, contents: Sequence[bytes], model: ModelConfig, data: EncodingConfig
+) -> list[MediaShape]:
+    """The shapes of a sample's media, from their bytes."""
+    with blame(raw.id, "media"):
+        return [measure_media(content, ref.kind, model, data) for ref, content in zip(raw.media, contents, strict=True)]
 
 
 def encode_sample(
@@ -87,16 +94,24 @@ def encode_sample(
     add_generation_prompt: bool = False,
 ) -> EncodedSample:
     """The sample ready to be packed; media are read and decoded here."""
+    media, shapes = encode_media(raw, model, data)
+    token_ids_T, loss_mask_T = encode_text(
+        raw, shapes, tokenizer, model, data, add_generation_prompt=add_generation_prompt
+    )
+    return EncodedSample(raw.id, token_ids_T, loss_mask_T, media)
+
+
+def encode_media(
+    raw: RawSample, model: ModelConfig, data: EncodingConfig
+) -> tuple[tuple[EncodedMedia, ...], list[MediaShape]]:
+    """The sample's images and videos, read and decoded, and what its text needs to know of them."""
     media, shapes = [], []
     with blame(raw.id, "media"):
         for ref in raw.media:
             one, frame = _encode_media(read_media(ref), ref.kind, model, data)
             media.append(one)
             shapes.append(MediaShape(one.grid, frame))
-    token_ids_T, loss_mask_T = encode_text(
-        raw, shapes, tokenizer, model, data, add_generation_prompt=add_generation_prompt
-    )
-    return EncodedSample(raw.id, token_ids_T, loss_mask_T, tuple(media))
+    return tuple(media), shapes
 
 
 def encode_text(

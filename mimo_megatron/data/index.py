@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
-from mimo_megatron.data.encode import length_settings, measure_sample
+from mimo_megatron.data.encode import length_settings
+from mimo_megatron.data.pairs import measure_stored
 from mimo_megatron.data.records import SampleError, parse_record
 from mimo_megatron.data.shards import JSON_NAME, Member, scan_samples
 from mimo_megatron.data.source import INDEX_FILE, INDEX_VERSION, SIDECAR_FILE, read_bytes
@@ -165,7 +166,7 @@ class _Indexer:
             for kind, name in record.media
         )
         raw = RawSample(record.id, self._source, record.messages, media, record.meta)
-        num_tokens, num_patches = measure_sample(
+        num_tokens, num_patches = measure_stored(
             raw, [contents[name] for _, name in record.media], self._tokenizer, self._model, self._data
         )
         self._seen.add(record.id)

@@ -23,7 +23,7 @@ from mimo_megatron.data.plan import Position
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.log import get_logger
-from mimo_megatron.types import PackedBatch
+from mimo_megatron.types import EncodedSample, PackedBatch
 
 
 def short_digest(digest: bytes) -> int:
@@ -145,10 +145,10 @@ class PackLoader:
         return short_digest(content.digest())
 
     def _collate(self, pack: NDArray[np.int64], faults: list[SampleError]) -> PackedBatch:
-        samples = []
+        samples: list[EncodedSample] = []
         for number in pack.tolist():
             try:
-                samples.append(self.corpus.encode(number))
+                samples += self.corpus.encode(number)
             except SampleError as fault:
                 faults.append(fault)
         return collate(samples, self._model, self._num_slots)

@@ -144,7 +144,7 @@ def _pack_view(corpus: Corpus, number: int, members: Sequence[int]) -> dict[str,
     samples, faults = [], []
     for member in members:
         try:
-            samples.append(_sample_view(corpus, corpus.read(member), corpus.encode(member)))
+            samples += [_sample_view(corpus, corpus.read(member), one) for one in corpus.encode(member)]
         except SampleError as fault:
             faults.append(str(fault))
     slots, patch_slots = corpus.data.pack_tokens, corpus.data.pack_patches

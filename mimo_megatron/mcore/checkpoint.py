@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from mimo_megatron.config.description import STATE_FILE, check_description, write_description
+from mimo_megatron.config.description import STATE_FILE, check_body, check_description, write_description
 from mimo_megatron.config.manifest import damaged_files, read_manifest, refuse_damage, seal, share_of, sync
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.processor import write_processor
@@ -42,6 +42,7 @@ from mimo_megatron.mcore.optimizer import CONTENT, live_tensors, load_state, sha
 from mimo_megatron.mcore.shard_files import HostBuffers, Part, Piece, write_part
 
 _FAULTS = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
+_HEAD = "text.output_layer.weight"
 PARTIAL, REPLACED = ".partial", ".replaced"
 """Endings of what a killed save may leave behind: the new folder, and the old one of the same name."""
 
@@ -179,23 +180,31 @@ def load(
     model_config: ModelConfig,
     chunks: Sequence[MegatronModule],
     optimizer: MegatronOptimizer | None = None,
+    *,
+    keeps_head: bool = False,
 ) -> dict[str, Any]:
     """Fill this rank's ``chunks`` (and ``optimizer``) from ``folder`` and give its state. A collective over all ranks.
 
+    With ``keeps_head`` the head stays as it is, and the checkpoint may be that of a model with another one.
     ``DamagedCheckpointError`` names the files that are not what was written, ``CheckpointError`` what is missing or
     belongs to another model; nothing is loaded then.
     """
     check_whole_together(folder)
-    check_description(folder, model_config)
+    (check_body if keeps_head else check_description)(folder, model_config)
+    wanted = _sharded(chunks, optimizer, is_loading=True)
+    heads = [chunk.pop(_HEAD, None) for chunk in wanted["model"].values()] if keeps_head else []
     try:
-        loaded = dist_checkpointing.load(_sharded(chunks, optimizer, is_loading=True), str(folder))
+        loaded = dist_checkpointing.load(wanted, str(folder))
     except _FAULTS as error:
         raise CheckpointError(
             f"{folder}: cannot be read as a checkpoint of {model_config.name}: {_last_line(error)}. "
             "Take an earlier checkpoint, or convert the weights again"
         ) from error
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model"][f"chunk{number}"], strict=True)
+        tensors = loaded["model"][f"chunk{number}"]
+        if heads and heads[number] is not None:
+            tensors[_HEAD] = heads[number].data
+        chunk.load_state_dict(tensors, strict=True)
     if optimizer is not None:
         load_state(optimizer, loaded)
     return json.loads((folder / STATE_FILE).read_text())

@@ -30,7 +30,9 @@ class LossSums:
     loss: Tensor
     """Scalar: the same without terms of other kinds, for the loss curve."""
     count: Tensor
-    """Scalar: trained tokens."""
+    """Scalar: trained tokens; of a reward model, pairs."""
+    num_right: Tensor | None = None
+    """Scalar: pairs of which the chosen response has the higher reward. None where tokens are predicted."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class StepSums:
     objective: float
     loss: float
     count: int
+    num_right: int = 0
 
 
 def _as_it_is(pack: Pack, stage: torch.nn.Module) -> Pack:
@@ -103,15 +106,16 @@ def _rows(
     place: Callable[[Pack, torch.nn.Module], Pack],
     whole_gradients: bool,
 ) -> list[Tensor]:
-    """Objective, loss and count of every microbatch, on the last stage; an empty list on the others."""
+    """Objective, loss, count and pairs ranked right of every microbatch, on the last stage; else an empty list."""
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         pack = place(next(pending), stage)
 
         def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sums = loss(logits, pack)
-            row_3 = torch.stack((sums.objective.detach().double(), sums.loss.detach().double(), sums.count.double()))
-            return sums.objective, sums.count.to(torch.int), row_3
+            num_right = torch.zeros_like(sums.count) if sums.num_right is None else sums.num_right
+            row = (sums.objective.detach(), sums.loss.detach(), sums.count, num_right)
+            return sums.objective, sums.count.to(torch.int), torch.stack([one.double() for one in row])
 
         return stage(pack), reduce_loss
 
@@ -152,14 +156,14 @@ def run_forward(
 def _total(rows: Sequence[Tensor]) -> StepSums:
     """Sum the last stage's rows over dp x cp, and tell every stage. One host sync."""
     device = torch.cuda.current_device()
-    total_3 = torch.stack(list(rows)).sum(0) if rows else torch.zeros(3, dtype=torch.float64, device=device)
-    dist.all_reduce(total_3, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    total_4 = torch.stack(list(rows)).sum(0) if rows else torch.zeros(4, dtype=torch.float64, device=device)
+    dist.all_reduce(total_4, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast(total_3, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    return _sums(total_3)
+    dist.broadcast(total_4, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return _sums(total_4)
 
 
-def _sums(row_3: Tensor) -> StepSums:
-    objective, loss, count = row_3.tolist()
+def _sums(row_4: Tensor) -> StepSums:
+    objective, loss, count, num_right = row_4.tolist()
     # A loss weight that is not finite makes the objective so too, which is what callers judge by.
-    return StepSums(objective, loss, int(count) if math.isfinite(count) else 0)
+    return StepSums(objective, loss, int(count) if math.isfinite(count) else 0, int(num_right))

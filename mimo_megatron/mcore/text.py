@@ -103,6 +103,21 @@ def rotary_cos_sin(text: TextConfig, positions_3T: Tensor, dtype: torch.dtype) -
     return angles.cos().to(wide), angles.sin().to(wide)
 
 
+class RewardHead(torch.nn.Module):
+    """``forward(hidden [R, D])``: one fp32 number for each row, [R, 1]. Whole on every tp rank, which all compute the
+    same, so that its gradient is complete on each."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, width, dtype=dtype))
+
+    def forward(self, hidden_RD: Tensor, weight: Tensor | None = None) -> tuple[Tensor, None]:
+        """``weight`` is what megatron's head takes when it is tied; here it never is."""
+        assert weight is None
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        return torch.nn.functional.linear(hidden_RD.to(wide), self.weight.to(wide)), None
+
+
 class TextDecoder(GPTModel):
     """One stage of the decoder; see ``embed`` and ``decode``. ``chunk`` counts the stages of this pipeline rank.
 
@@ -120,7 +135,7 @@ class TextDecoder(GPTModel):
             max_sequence_length=text.max_positions,
             pre_process=mesh.is_first_stage and chunk == 0,
             post_process=mesh.is_last_stage and chunk == (stages_of_rank or 1) - 1,
-            share_embeddings_and_output_weights=text.tie_embeddings,
+            share_embeddings_and_output_weights=text.ties_head,
             position_embedding_type="none",  # core attention turns queries and keys (``rotary_cos_sin``)
             scatter_embedding_sequence_parallel=False,  # image features are spliced into the whole slice first
             vp_stage=vp_stage,
@@ -128,11 +143,13 @@ class TextDecoder(GPTModel):
         self.text_config = text
         self.mtp: PredictionLayers | None = None
         self._received: Tensor | None = None
-        if self.post_process:
+        if self.post_process and text.head == "reward":
+            self.output_layer = RewardHead(text.width, config.params_dtype)
+        elif self.post_process:
             # The head sees gathered rows, so it must not gather again under sequence parallelism, and must sum its
             # input gradient over tp itself.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = mesh.tp.size > 1
+            head: Any = self.output_layer
+            head.sequence_parallel, head.allreduce_dgrad = False, mesh.tp.size > 1
             if text.num_mtp_layers:
                 self.mtp = PredictionLayers(config, text.num_mtp_layers, vp_stage)
 
@@ -141,7 +158,7 @@ class TextDecoder(GPTModel):
         return self.embedding(input_ids=token_ids_S.unsqueeze(0), position_ids=None)
 
     def decode(self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]) -> Tensor:
-        """The stream, each part [S, 1, D], on inner stages; logits [R + R1 + ..., V / tp] on the last.
+        """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] or [R, 1] on the last.
 
         ``rows`` are the local slots whose logits are wanted: of the decoder, then of each prediction layer that the
         stream has a part for. ``positions_3S`` are those of the whole pack. ``stream`` is None where the schedule has

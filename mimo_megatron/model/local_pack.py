@@ -54,6 +54,8 @@ class LocalPack:
     """Those this rank encodes: where images are shared out over ranks, its own, perhaps none."""
     vision: VisionLayout | None
     """Of these patches; None where the whole pack has no images."""
+    num_rows: int = 0
+    """Rows of the decoder's lane on all cp ranks together."""
     share: VisionShare | None = None
     """Where images are shared out: the way from every rank's features to the pack's."""
     cache: KVCache | None = None
@@ -102,6 +104,7 @@ def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0, sharing: Vision
         merge_order_S=zigzag.merge_order(num_slots, cp.size) if cp.size > 1 else None,
         patches_PC=patches_PC,
         vision=vision,
+        num_rows=batch.num_trained,
         share=share,
     )
 

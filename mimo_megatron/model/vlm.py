@@ -35,7 +35,8 @@ def build_chunks(
 
 
 class VisionLanguageModel(MegatronModule):
-    """``forward(pack)``: the decoder's stream on inner stages, on the last the logits of the lanes' rows, [R, V / tp].
+    """``forward(pack)``: the decoder's stream on inner stages, on the last the logits of the lanes' rows, [R, V / tp],
+    or their rewards, [R, 1].
 
     A model without a vision configuration is the text decoder alone.
     """
@@ -58,7 +59,7 @@ class VisionLanguageModel(MegatronModule):
                 sum_gradients_over_tp([*self.vision.parameters(), *self.projector.parameters()])
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
         self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
-        self.share_embeddings_and_output_weights = model.text.tie_embeddings
+        self.share_embeddings_and_output_weights = model.text.ties_head
         self.model_type = self.text.model_type
         self.vp_stage = self.text.vp_stage
 

@@ -72,6 +72,26 @@ def gather_shared(local_XD: Tensor, order_M: Tensor, block: int, mesh: Mesh) -> 
     return _GatherShared.apply(local_XD, order_M, block, mesh)
 
 
+class _SumShared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        total = local_x.clone()
+        dist.all_reduce(total, group=axis.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.axis.group)
+        return total, None
+
+
+def sum_shared(local_x: Tensor, axis: Axis) -> Tensor:
+    """The sum of every rank's ``local_x``. Gradient: the sum over the axis of the output's gradients."""
+    return local_x if axis.size == 1 else _SumShared.apply(local_x, axis)
+
+
 def sum_over(values: Sequence[int], axis: Axis, device: torch.device | None = None) -> list[int]:
     """Element by element, the sum of every rank's ``values`` over the axis. One host sync where its size is above 1."""
     if axis.size == 1:

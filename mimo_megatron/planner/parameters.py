@@ -37,7 +37,9 @@ def stage_parameters(model: ModelConfig, layout: ParallelConfig) -> tuple[StageP
             sizes += (embedding,)
         if stage == last:
             sizes += (text.width,)  # the final norm
-            if not (text.tie_embeddings and last == 0):  # a tied head on another stage is a copy of the embedding
+            if text.head == "reward":
+                sizes += (text.width,)
+            elif not (text.tie_embeddings and last == 0):  # a tied head on another stage is a copy of the embedding
                 sizes += (embedding,)
             sizes += prediction_layer(text, tp) * text.num_mtp_layers
         has_vision = stage == 0 and model.vision is not None

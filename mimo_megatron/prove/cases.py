@@ -125,7 +125,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("tp2 sp pp2 cp2 balanced", 8, dict(tp=2, pp=2, cp=2, sequence_parallel=True) | BALANCED),
 )
 CORE = frozenset({
-    "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "bf16",
+    "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model", "bf16",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -146,6 +146,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("full recompute", "all layers computed again", "several_images", train=dict(recompute="full")),
     Feature("mtp, tied, full recompute", "together", text=dict(num_mtp_layers=1, tie_embeddings=True),
             train=dict(recompute="full")),
+    Feature("reward model", "pairs of responses, one number at the last token of each", "pairs",
+            text=dict(head="reward")),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
 )  # fmt: skip
 
@@ -153,7 +155,9 @@ QUICK = frozenset({
     "tp2 sp", "pp2 vpp2", "cp2", "dp2", "tp2 sp pp2 vpp2", "tp2 sp cp2 balanced",
 })  # fmt: skip
 """Layouts of ``--quick``, each with the features below."""
-QUICK_FEATURES = frozenset({"mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute"})
+QUICK_FEATURES = frozenset({
+    "mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute", "reward model",
+})  # fmt: skip
 
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(Layout("tp8", 8, dict(tp=8)), "model.text.num_kv_heads"),

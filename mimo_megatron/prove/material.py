@@ -1,6 +1,7 @@
 """What is proven on: random samples with every shape of input that a pack can hold, the same on every call."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -93,7 +94,22 @@ def odd_segments() -> Packs:
     ]
 
 
+def pairs() -> Packs:
+    """Two responses to each prompt, side by side: one pair, two, none, and one whose members differ in length most."""
+
+    def pair(seed: int, lengths: tuple[int, int], media: Sequence[EncodedMedia] = ()) -> list[EncodedSample]:
+        members = [random_sample(seed + 100 * place, length, media) for place, length in enumerate(lengths)]
+        return [replace(one, reads_reward=True) for one in members]
+
+    return [
+        [*pair(70, (12, 9), [image(6, 6, 70)]), *pair(71, (20, 5))],
+        pair(72, (31, 17), [image(4, 10, 71)]),
+        [],
+        pair(73, (2, 77)),
+    ]
+
+
 PACKS: Mapping[str, Packs] = {
     make.__name__: make()
-    for make in (mixed, several_images, video, text_only, zero_image_ranks, giant_image, odd_segments)
+    for make in (mixed, several_images, video, text_only, zero_image_ranks, giant_image, odd_segments, pairs)
 }

@@ -27,7 +27,7 @@ from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.prove.cases import SLOTS, Case, run_config
 from mimo_megatron.prove.faults import planted
 from mimo_megatron.prove.material import PACKS
-from mimo_megatron.train.step import build_trainer, cross_entropy, local_packs, train_step
+from mimo_megatron.train.step import build_trainer, local_packs, loss_of, train_step
 from mimo_megatron.types import PackedBatch
 
 Named = dict[str, Tensor]
@@ -145,7 +145,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})
     wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
     packs = local_packs(text, mesh, chunks, batches)
-    loss = cross_entropy(mesh, text.mtp_loss_weight)
+    loss = loss_of(text, mesh)
     sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
     named = {name: _whole(name, gradient_of(param), param, mesh) for name, param in _trained(chunks)}
     return sums.objective, sums.count, named

@@ -95,7 +95,7 @@ def step_flops(
     return FlopCount(
         text_linear=text_products * 2 * num_tokens * _text_weights(text),
         text_attention=(1 + 2 * text_needs_grad) * 2 * text.num_heads * text.head_width * squares,
-        head=text_products * 2 * num_rows * text.width * text.vocab_size * (1 + text.num_mtp_layers),
+        head=text_products * 2 * num_rows * text.width * text.head_rows * (1 + text.num_mtp_layers),
         vision_linear=vision_linear,
         vision_attention=vision_attention,
         projector=projector,

@@ -15,7 +15,7 @@ from mimo_megatron.mcore.optimizer import DistributedDataParallel
 from mimo_megatron.mcore.schedule import run_alone
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.parallel.mesh import Mesh
-from mimo_megatron.train.step import cross_entropy, local_packs
+from mimo_megatron.train.step import local_packs, loss_of
 from mimo_megatron.types import PackedBatch
 
 _LARGEST_SHOWN = 3
@@ -74,7 +74,7 @@ def inspect_step(
 ) -> Inspection:
     """Run ``batches`` one by one. A collective over all ranks; the gradient buffers are empty afterwards."""
     text = config.model.text
-    loss = cross_entropy(mesh, text.mtp_loss_weight)
+    loss = loss_of(text, mesh)
     parameters = list(weights.global_parameters(chunk.module for chunk in chunks))
     own: list[MicrobatchView] = []
     packs = local_packs(text, mesh, [chunk.module for chunk in chunks], batches)

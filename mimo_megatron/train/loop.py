@@ -192,7 +192,7 @@ def _record(
         grad_norm=result.grad_norm,
         lrs={str(name): rate for name, rate in rates.items()},
         num_tokens=tokens,
-        num_trained_tokens=result.num_trained_tokens,
+        num_trained_tokens=result.num_trained,
         num_slots=slots,
         num_patches=patches,
         num_images=images,
@@ -201,6 +201,7 @@ def _record(
         skipped=dict(skipped),
         model_flops=flops,
         vision_imbalance=heaviest * mesh.tp_cp.size / vision if vision else None,
+        pair_accuracy=result.pair_accuracy,
         mtp_loss=result.mtp_loss,
     )
 

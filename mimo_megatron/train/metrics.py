@@ -38,14 +38,14 @@ class StepRecord:
 
     step: int
     loss: float
-    """Mean over the trained tokens."""
+    """Mean over the trained tokens, or pairs."""
     grad_norm: float
     lrs: Mapping[str, float]
     """Learning rate of each trained module; a frozen one is left out."""
     num_tokens: int
     """Slots that held real tokens: the useful ones."""
     num_trained_tokens: int
-    """Tokens with a loss weight above 0."""
+    """Tokens with a loss weight above 0; of a reward model, pairs."""
     num_slots: int
     """Capacity of the step's packs."""
     num_patches: int
@@ -59,6 +59,8 @@ class StepRecord:
     vision_imbalance: float | None = None
     """Where images are shared out over ranks: the heaviest rank's predicted cost over the mean; 1 is level. Ranks wait
     for each other in every pack, so both are sums over packs. None in a step without images too."""
+    pair_accuracy: float | None = None
+    """Of a reward model: share of the step's pairs that it ranks right."""
     mtp_loss: float | None = None
     """Mean loss of the multi-token-prediction layers, per trained token of the decoder; None where there are none."""
 
@@ -195,6 +197,8 @@ def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
     ]
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
+    if record.pair_accuracy is not None:
+        parts.insert(1, f"pairs right {record.pair_accuracy:.1%}")
     if record.mtp_loss is not None:
         parts.insert(1, f"mtp loss {record.mtp_loss:.4f}")
     if record.vision_imbalance is not None:
@@ -209,6 +213,7 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     named = {
         "train/loss": row["loss"],
         "train/mtp_loss": row["mtp_loss"],
+        "train/pair_accuracy": row["pair_accuracy"],
         "train/grad_norm": row["grad_norm"],
         "data/fill": row["fill"],
         "data/skipped": sum(row["skipped"].values()),

@@ -34,9 +34,13 @@ def read_encoding(source: Path, tokenizer: Path | None = None) -> EncodingConfig
 
 
 def load_weights(source: Path, model_config: ModelConfig, chunks: Sequence[VisionLanguageModel], scratch: Path) -> None:
-    """Fill ``chunks`` from ``source``. A collective over all ranks; a conversion passes through ``scratch``."""
+    """Fill ``chunks`` from ``source``. A collective over all ranks; a conversion passes through ``scratch``.
+
+    A reward model may begin with a model that predicts tokens: its own head stays as it was drawn.
+    """
+    keeps_head = model_config.text.head == "reward" and model_in(source).text.head == "vocabulary"
     if not _is_hugging_face(source):
-        checkpoint.load(source, model_config, chunks)
+        checkpoint.load(source, model_config, chunks, keeps_head=keeps_head)
         return
     converted = scratch / "converted"
     if dist.get_rank() == 0:
@@ -44,7 +48,7 @@ def load_weights(source: Path, model_config: ModelConfig, chunks: Sequence[Visio
         scratch.mkdir(parents=True, exist_ok=True)
         from_hf(source, converted)
     dist.barrier()
-    checkpoint.load(converted, model_config, chunks)
+    checkpoint.load(converted, model_config, chunks, keeps_head=keeps_head)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(converted)

@@ -15,6 +15,7 @@ from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.errors import NonFiniteError
 from mimo_megatron.loss.cross_entropy import token_losses
+from mimo_megatron.loss.preference import pair_losses
 from mimo_megatron.mcore import optimizer as mcore_optimizer
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.optimizer import DistributedDataParallel, MegatronOptimizer
@@ -47,11 +48,14 @@ class Trainer:
 @dataclass(frozen=True)
 class StepResult:
     loss: float
-    """Mean over the step's trained tokens, all ranks."""
+    """Mean over the step's trained tokens, or pairs of responses, of all ranks."""
     mtp_loss: float | None
     """Of the multi-token-prediction layers together, per trained token; None where none is trained."""
-    num_trained_tokens: int
+    num_trained: int
+    """Tokens; pairs where a reward model is trained."""
     grad_norm: float
+    pair_accuracy: float | None = None
+    """Share of pairs whose chosen response has the higher reward; None where tokens are predicted."""
 
 
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
@@ -88,6 +92,21 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor,
     return loss
 
 
+def preference(mesh: Mesh) -> Callable[[Tensor, LocalPack], LossSums]:
+    """The loss of a reward model: the sum over pairs of responses (``loss/preference.py``)."""
+
+    def loss(rewards_R1: Tensor, pack: LocalPack) -> LossSums:
+        found = pair_losses(rewards_R1.squeeze(-1), pack.lanes[0].labels_R, pack.num_rows, mesh.cp)
+        return LossSums(found.loss, found.loss, found.count, found.num_right)
+
+    return loss
+
+
+def loss_of(text: TextConfig, mesh: Mesh) -> Callable[[Tensor, LocalPack], LossSums]:
+    """What a model with this head is trained by."""
+    return preference(mesh) if text.head == "reward" else cross_entropy(mesh, text.mtp_loss_weight)
+
+
 def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens)."""
     text = trainer.config.model.text
@@ -95,7 +114,7 @@ def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    loss = cross_entropy(trainer.mesh, text.mtp_loss_weight)
+    loss = loss_of(text, trainer.mesh)
     slots = packs[0].num_stream_slots
 
     def place(pack: LocalPack, stage: torch.nn.Module) -> LocalPack:
@@ -137,4 +156,5 @@ def train_step(
     text = trainer.config.model.text
     weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0
     mtp_loss = (objective - loss) / weight if weight else None
-    return StepResult(loss, mtp_loss, sums.count, float(grad_norm or 0.0))
+    accuracy = sums.num_right / max(sums.count, 1) if text.head == "reward" else None
+    return StepResult(loss, mtp_loss, sums.count, float(grad_norm or 0.0), accuracy)
