@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from mimo_megatron.config.base import Strict
 
+Head = Literal["vocabulary", "reward"]
+
 
 class VisionConfig(Strict):
     """A Qwen2.5-VL vision encoder: window attention, a few full-attention layers, 2-D rotary positions."""
@@ -78,7 +80,7 @@ class TextConfig(Strict):
     )
     norm_eps: float = Field(gt=0, description="Added to the mean square in every norm.")
     max_positions: int = Field(32_768, gt=0, description="Longest sample the positions are meant for, in tokens.")
-    head: Literal["vocabulary", "reward"] = Field(
+    head: Head = Field(
         "vocabulary",
         description="vocabulary: the next token's logits; reward: one number, read at the last token of a response "
         "(a Bradley-Terry reward model, trained on preference pairs).",

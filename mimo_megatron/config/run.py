@@ -9,6 +9,7 @@ from mimo_megatron.config.base import Strict
 from mimo_megatron.config.model import ModelConfig
 
 ModuleName = Literal["vision", "projector", "text"]
+Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
 
@@ -112,7 +113,7 @@ class CheckpointConfig(Strict):
 class TrainConfig(Strict):
     steps: int = Field(gt=0, description="Optimizer updates of the whole run.")
     packs_per_step: int = Field(gt=0, description="Global batch, in packs.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Of weights and activations; updates are in fp32.")
+    precision: Precision = Field("bf16", description="Of weights and activations; updates are in fp32.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")
     vision: ModuleTraining = Field(ModuleTraining(), description="The vision encoder.")

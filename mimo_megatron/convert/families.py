@@ -1,8 +1,9 @@
 """The tensors of a model under both names: Hugging Face's released ones, and those of our checkpoints.
 
 Hugging Face side: Qwen2.5-VL and MiMo-VL (``visual.*``, ``model.*``, ``lm_head.weight``), MiMo-7B-Base (adds
-``model.mtp_layers.*``) and Qwen2. Our side: the keys of the model's ``sharded_state_dict`` with layers not stacked,
-in which megatron puts a layer's norms beside the linear layer that follows them.
+``model.mtp_layers.*``) and Qwen2; a reward model has ``score.weight`` in place of ``lm_head.weight``. Our side: the
+keys of the model's ``sharded_state_dict`` with layers not stacked, in which megatron puts a layer's norms beside the
+linear layer that follows them.
 """
 
 from mimo_megatron.config.model import ModelConfig, TextConfig, VisionConfig
@@ -34,14 +35,16 @@ def _text_rules(text: TextConfig) -> list[Rule]:
     table = (text.vocab_size, text.width)
     embedding = ("text.embedding.word_embeddings.weight", "model.embed_tokens.weight")
     rules = [
-        tied(*embedding, "lm_head.weight", table) if text.tie_embeddings else rename(*embedding, table),
+        tied(*embedding, "lm_head.weight", table) if text.ties_head else rename(*embedding, table),
         rename("text.decoder.final_layernorm.weight", "model.norm.weight", (text.width,)),
     ]
     for i in range(text.num_layers):
         rules += _decoder_layer(text, f"text.decoder.layers.{i}", f"model.layers.{i}")
     for i in range(text.num_mtp_layers):
         rules += _mtp_layer(text, f"text.mtp.layers.{i}", f"model.mtp_layers.{i}")
-    if not text.tie_embeddings:
+    if text.head == "reward":
+        rules.append(rename("text.output_layer.weight", "score.weight", (1, text.width)))
+    elif not text.tie_embeddings:
         rules.append(rename("text.output_layer.weight", "lm_head.weight", table))
     return rules
 

@@ -31,6 +31,8 @@ _TOKEN_KEYS = {
     "video_pad": "video_token_id",
     "pad": "pad_token_id",
 }
+_REWARD_CLASS = "ForSequenceClassification"
+"""transformers has no such class of Qwen2.5-VL; vLLM makes one from the name, with the weight ``score.weight``."""
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -65,9 +67,12 @@ def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     if model.vision is not None:
         own["video_advance"] = model.vision.video_advance
     common = {"tie_word_embeddings": model.text.tie_embeddings, "torch_dtype": str(dtype).removeprefix("torch.")}
+    is_reward = model.text.head == "reward"
+    if is_reward:
+        common |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     text = _hf_text(model)
     if model.vision is None:
-        kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        kind = {"architectures": ["Qwen2" + (_REWARD_CLASS if is_reward else "ForCausalLM")], "model_type": "qwen2"}
         if model.text.num_mtp_layers:
             kind = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
             text["num_nextn_predict_layers"] = model.text.num_mtp_layers
@@ -75,7 +80,7 @@ def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     text["rope_scaling"] = {"type": "mrope", "mrope_section": model.text.mrope_section}
     tokens = {key: getattr(model.tokens, name) for name, key in _TOKEN_KEYS.items() if name != "pad"}
     return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "architectures": ["Qwen2_5_VL" + (_REWARD_CLASS if is_reward else "ForConditionalGeneration")],
         "model_type": "qwen2_5_vl",
         "text_config": {"model_type": "qwen2_5_vl_text", **text, **common},
         "vision_config": _hf_vision(model.vision, model.text.width),
@@ -202,6 +207,7 @@ def _hf_vision(vision: VisionConfig, out_width: int) -> dict[str, Any]:
 def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], own: Mapping[str, Any]) -> TextConfig:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     width, heads = text["hidden_size"], text["num_attention_heads"]
+    is_reward = any(one.endswith(_REWARD_CLASS) for one in config.get("architectures") or ())
     head_width = text.get("head_dim") or width // heads
     # transformers wrote this key inside text_config before version 5, and beside it since; either may say so
     ties_embeddings = any(place.get("tie_word_embeddings", False) for place in (config, text))
@@ -217,6 +223,7 @@ def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], own: Mappin
         mrope_section=tuple(rope.get("mrope_section") or own.get("mrope_section") or _usual_section(head_width)),
         norm_eps=text["rms_norm_eps"],
         max_positions=text["max_position_embeddings"],
+        head="reward" if is_reward else "vocabulary",
         tie_embeddings=ties_embeddings,
         num_mtp_layers=text.get("num_nextn_predict_layers", 0) if config["model_type"] == "mimo" else 0,
         **{key: own[key] for key in ("mtp_loss_weight",) if key in own},

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mimo_megatron.config.calibration import copy_calibration
 from mimo_megatron.config.description import check_same_model
 from mimo_megatron.config.manifest import MANIFEST_FILE, seal
 from mimo_megatron.config.model import ModelConfig
@@ -42,6 +43,7 @@ def from_hf(hf_dir: Path, ckpt_dir: Path, dtype: torch.dtype | None = None) -> M
         for key in object_keys(source.model):
             writer.add_object(key, None)
         _copy_processor(hf_dir, folder)
+        copy_calibration(hf_dir, folder)
     return source.model
 
 
@@ -70,6 +72,7 @@ def to_hf(
     scratch = Scratch()
     with new_folder(hf_dir) as folder:
         write_hf_companions(folder, reader.model, written, _encoding(ckpt_dir, tokenizer_from))
+        copy_calibration(ckpt_dir, folder)
         with SafetensorsWriter(folder, specs, written, shard_bytes) as writer:
             for rule in rules:
                 ours = reader.read(rule.ours.name)

@@ -9,7 +9,8 @@ import torch
 
 from mimo_megatron import log, platform
 from mimo_megatron.config.check import check_layout
-from mimo_megatron.config.run import EncodingConfig, ParallelConfig
+from mimo_megatron.config.model import Head
+from mimo_megatron.config.run import EncodingConfig, ParallelConfig, Precision
 from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from mimo_megatron.errors import ConfigError
@@ -18,6 +19,7 @@ from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.train.start import load_weights, model_in
+from mimo_megatron.train.step import DTYPES
 from mimo_megatron.types import EncodedSample, RawSample
 
 
@@ -42,11 +44,27 @@ class OpenModel:
 
 @contextlib.contextmanager
 def opened(
-    source: Path, parallel: ParallelConfig, encoding: EncodingConfig, address: RankAddress, scratch: Path
+    source: Path,
+    parallel: ParallelConfig,
+    encoding: EncodingConfig,
+    address: RankAddress,
+    scratch: Path,
+    *,
+    head: Head = "vocabulary",
+    precision: Precision = "fp32",
 ) -> Iterator[OpenModel]:
-    """The model of ``source`` (a checkpoint of ours or a Hugging Face folder), in fp32, while the block lasts."""
+    """The model of ``source`` (a checkpoint of ours or a Hugging Face folder) while the block lasts.
+
+    ``ConfigError`` where its head is another one: a reward model writes no answers, a language model gives no rewards.
+    """
     log.set_up(address.rank)
     model_config = model_in(source)
+    if model_config.text.head != head:
+        others = {"vocabulary": "`reward-model evaluate` and `serve-reward-model`", "reward": "`score` and `generate`"}
+        raise ConfigError(
+            f"{source} holds a model with the head {model_config.text.head!r}, {head!r} is needed here; "
+            f"{others[head]} take this one"
+        )
     check_layout(model_config, parallel, address.world_size)
     if parallel.vpp > 1:
         raise ConfigError(
@@ -56,6 +74,6 @@ def opened(
     tokenizer = load_tokenizer(encoding.tokenizer, model_config.tokens, model_config.text.vocab_size)
     with megatron(parallel, address) as mesh:
         device = platform.current().device(address.local_rank)
-        model = VisionLanguageModel(model_config, parallel, Numerics(), mesh).to(device).eval()
+        model = VisionLanguageModel(model_config, parallel, Numerics(DTYPES[precision]), mesh).to(device).eval()
         load_weights(source, model_config, [model], scratch)
         yield OpenModel(model, mesh, device, tokenizer, encoding)

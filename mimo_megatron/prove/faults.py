@@ -97,6 +97,15 @@ def _times_tp(gather_shared: Any) -> Any:
     return gather
 
 
+def _without_the_others_gradient(sum_shared: Any) -> Any:
+    """A reward's gradient comes from the losses of other ranks' pairs as well."""
+
+    def summed(local_x: Tensor, axis: Any) -> Tensor:
+        return local_x + (sum_shared(local_x, axis) - local_x).detach()
+
+    return summed
+
+
 def _always(_original: Any) -> Any:
     return lambda *_, **__: True
 
@@ -118,7 +127,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "mean of microbatch means",
-        ("mimo_megatron.prove.measure:cross_entropy", "mimo_megatron.train.step:cross_entropy"),
+        ("mimo_megatron.prove.measure:loss_of", "mimo_megatron.train.step:loss_of"),
         _mean_of_microbatch_means,
         "dp2 · mixed",
         "what is divided by",
@@ -158,6 +167,13 @@ FAULTS: tuple[Fault, ...] = (
         _times_tp,
         "tp2 sp balanced · mixed",
         "how the encoder's gradient is summed over ranks",
+    ),
+    Fault(
+        "gradient of a pair whose responses end on different ranks dropped",
+        ("mimo_megatron.loss.preference:sum_shared",),
+        _without_the_others_gradient,
+        "cp2 · reward model",
+        "every gradient",
     ),
     Fault(
         "replicated weights counted on every tp rank in the gradient norm",

@@ -182,7 +182,7 @@ def test_an_interrupted_rebuild_leaves_no_index(tmp_path, data, monkeypatch):
     folder = tmp_path / "source"
     write_source(folder, mixed_samples(4), data, samples_per_shard=2)
     IndexedSource(folder, "train")
-    monkeypatch.setattr(index, "measure_sample", interrupt)
+    monkeypatch.setattr(index, "measure_stored", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_source(folder, [], data)
     with pytest.raises(ConfigError, match=r"has no index\.json"):
