@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*BASIS, *_TRAINING, "convert", "report"},
     "rl": {*BASIS, *_TRAINING, "train", "reward", "report"},
     "prove": {*BASIS, *_TRAINING, "train"},
+    "reward_model": {*BASIS, *_TRAINING, "train", "evaluation", "reward"},
     "planner": {*BASIS, "config", "parallel", "data", "train"},
     "evaluation": {*BASIS, *_TRAINING, "train", "report", "reward"},
     "kernels": set(),
@@ -54,7 +55,7 @@ NEVER_IN: dict[str, set[str]] = {
 SEAMS: dict[str, tuple[str, ...]] = {
     **{
         f"mimo_megatron/cli/{name}.py": ("",)
-        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert")
+        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert", "reward_model")
     },
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),

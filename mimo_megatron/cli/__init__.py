@@ -9,14 +9,23 @@ import argparse
 from collections.abc import Sequence
 
 from mimo_megatron import __version__
-from mimo_megatron.cli import convert, data, inspect, plan, prove, run
+from mimo_megatron.cli import convert, data, inspect, plan, prove, reward_model, run
 from mimo_megatron.cli.verb import Values, Verb
 from mimo_megatron.errors import MimoError
 
-VERBS: tuple[Verb, ...] = (*inspect.VERBS, *data.VERBS, *plan.VERBS, *run.VERBS, *prove.VERBS, *convert.VERBS)
+VERBS: tuple[Verb, ...] = (
+    *inspect.VERBS,
+    *data.VERBS,
+    *plan.VERBS,
+    *run.VERBS,
+    *prove.VERBS,
+    *convert.VERBS,
+    *reward_model.VERBS,
+)
 _GROUPS = {
     "config": "recipes: show, explain",
     "data": "data sets: index, preview",
+    "reward-model": "reward models: evaluate",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
 }
 
