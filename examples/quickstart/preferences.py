@@ -3,10 +3,11 @@
 The checkpoint is asked with sampling; where it is wrong, the pair is kept. Training pairs go into tars, held-out pairs,
 about digits and photographs that no model has seen, into a JSONL file with its pictures beside it.
 
-    python -m examples.quickstart.preferences CHECKPOINT OUT --kind text|multimodal [--train 3000] [--held-out 300]
+    python -m examples.quickstart.preferences CHECKPOINT OUT --kind text|multimodal [--train 8000] [--held-out 600]
 """
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ FAMILIES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "text": (("text", "one"),),
     "multimodal": (("question", "few"), ("question", "some")),
 }
+SUBJECT = {"text": "digit", "multimodal": ""}
+"""In every question that is asked. Arithmetic on coordinates, the other text questions, is beyond this tiny decoder as a
+judge too: trained on all of them, it ranks 60 to 67 % of those pairs right, and 88 % of the pairs about digits."""
 WRONG_BELOW = 0.5
 """Of the task's score: all that is not exactly right, and boxes with less overlap than this."""
 HELD_OUT_FILE = "held_out.jsonl"
@@ -50,7 +54,7 @@ def build_pairs(protocol: Protocol, checkpoint: Path, out: Path, kind: str, num_
     for split, num_questions in (("train", num_train), ("held_out", num_held_out)):
         folder = out / split
         folder.mkdir(parents=True)
-        asked = list(_questions(kind, split, num_questions))
+        asked = list(itertools.islice(_questions(kind, split), num_questions))
         answers = _ask(protocol, checkpoint, folder, asked)
         pairs = [
             (one, answer)
@@ -67,11 +71,14 @@ def build_pairs(protocol: Protocol, checkpoint: Path, out: Path, kind: str, num_
         protocol.found(f"{split}: {len(pairs)} pairs of {num_questions} questions; the others were answered right")
 
 
-def _questions(kind: str, split: str, count: int) -> Iterator[Asked]:
+def _questions(kind: str, split: str) -> Iterator[Asked]:
+    """Without end."""
     assets, families = load_assets(split), FAMILIES[kind]
-    for number in range(count):
+    for number in itertools.count():
         family, level = families[number % len(families)]
-        yield Asked(f"{family}-{level}-{number:06d}", draw_sample(family, level, assets, seed=_SEED, number=number))
+        sample = draw_sample(family, level, assets, seed=_SEED, number=number)
+        if SUBJECT[kind] in sample.questions[0].prompt:
+            yield Asked(f"{family}-{level}-{number:06d}", sample)
 
 
 def _ask(protocol: Protocol, checkpoint: Path, folder: Path, asked: Sequence[Asked]) -> list[str]:
@@ -105,8 +112,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="answers the questions, partly wrong")
     parser.add_argument("out", type=Path)
     parser.add_argument("--kind", choices=list(FAMILIES), required=True)
-    parser.add_argument("--train", type=int, default=3000, help="questions asked for training pairs")
-    parser.add_argument("--held-out", type=int, default=300, help="questions asked for held-out pairs")
+    parser.add_argument("--train", type=int, default=8000, help="questions asked for training pairs")
+    parser.add_argument("--held-out", type=int, default=600, help="questions asked for held-out pairs")
     given = parser.parse_args()
     build_pairs(Protocol(), given.checkpoint, given.out, given.kind, given.train, given.held_out)
 
