@@ -1,7 +1,8 @@
 """Boxes by generalised IoU: one where one is asked for, else the best matching of all.
 
-The default reward is max(0, GIoU). (1 + GIoU) / 2 pays any box that holds the true one at least 0.5, so that a box around
-the whole image earns 0.56 on uniform boxes (measured; max(0, GIoU) pays it 0.12); it stays as the mode ``linear``.
+The default reward is max(0, GIoU). (1 + GIoU) / 2 pays any box that holds the true one at least 0.5, so that a
+box around the whole image earns 0.56 on uniform boxes (measured; max(0, GIoU) pays it 0.12); it stays as the mode
+``linear``.
 """
 
 import re
@@ -52,13 +53,12 @@ def doubts(gold: BoxGold, meta: Meta) -> list[str]:
     return []
 
 
-def read_boxes(response: str, meta: Meta) -> list[Box]:
-    """The boxes that the response ends with, in pixels of the stored image; at least one.
+def read_boxes(answer: str, meta: Meta) -> list[Box]:
+    """The boxes of a ``readable_answer``, in pixels of the stored image; at least one.
 
     Accepted: ``[{"bbox_2d": [x1, y1, x2, y2], "label": ...}, ...]``, one such object, one box, a list of boxes, or
     ``<|box_start|>(x1,y1),(x2,y2)<|box_end|>``. Keys besides ``bbox_2d`` may hold text and are not judged.
     """
-    answer = readable_answer(response, meta)
     image = image_of(meta)
     boxes = [read_box(value, image) for value in _box_values(answer)]
     if not boxes:
@@ -68,13 +68,14 @@ def read_boxes(response: str, meta: Meta) -> list[Box]:
 
 @scoring
 def score(response: str, gold: BoxGold, meta: Meta) -> Verdict:
-    said = read_boxes(response, meta)
+    answer = readable_answer(response, meta)
+    said = read_boxes(answer, meta)
     if len(said) > (1 if gold.is_one_asked else 2 * len(gold.boxes) + 2):
-        raise Unscorable(Reason.SEVERAL, str(said))
-    return _judge(said, gold, meta)
+        raise Unscorable(Reason.SEVERAL, answer)
+    return _judge(answer, said, gold, meta)
 
 
-def _judge(said: list[Box], gold: BoxGold, meta: Meta) -> Verdict:
+def _judge(answer: str, said: list[Box], gold: BoxGold, meta: Meta) -> Verdict:
     """Sum of the matched boxes' rewards over max(said, true), so that superfluous and missing boxes cost alike."""
     overlaps = np.array([[overlap(one, true) for true in gold.boxes] for one in said])
     ious, gious = overlaps[..., 0], overlaps[..., 1]
@@ -89,9 +90,8 @@ def _judge(said: list[Box], gold: BoxGold, meta: Meta) -> Verdict:
     }[meta.box_mode]
     count = max(len(said), len(gold.boxes))
     reward = min(1.0, max(0.0, float(rewards.sum()) / count))
-    shown = str([[round(side, 1) for side in box] for box in said])
     return judged(
-        reward, shown, iou=float(ious.sum()) / count, giou=float(gious.sum()) / len(rows), num_boxes=len(said)
+        reward, answer, iou=float(ious.sum()) / count, giou=float(gious.sum()) / len(rows), num_boxes=len(said)
     )
 
 

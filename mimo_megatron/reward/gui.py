@@ -1,7 +1,7 @@
 """One step of a graphical interface: the twelve actions of one space for phones, desktops and the web.
 
-The gold is the right action with a box in place of each point (``start_box``, ``end_box``, in pixels of the stored image).
-The reward is 1 where the type and everything that the gold holds agree, else 0; ``parts`` tell which did.
+The gold is the right action with a box in place of each point (``start_box``, ``end_box``, in pixels of the stored
+image). The reward is 1 where the type and everything that the gold holds agree, else 0; ``parts`` tell which did.
 """
 
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class Action:
 
 def read_gold(gold: Any, meta: Meta) -> Action:
     """``{"action": ..., ...}``: the required arguments of its form, and those optional ones that shall be judged."""
-    if not isinstance(gold, dict) or gold.get("action") not in FORMS:
+    if not isinstance(gold, dict) or not isinstance(gold.get("action"), str) or gold["action"] not in FORMS:
         raise GoldError(f"{gold!r} is not an action: give an object whose action is one of {', '.join(FORMS)}")
     form = FORMS[gold["action"]]
     names = {_BOX_OF.get(name, name): name for name in (*form.required, *form.optional)}
@@ -77,9 +77,11 @@ def read_gold(gold: Any, meta: Meta) -> Action:
     return Action(gold["action"], {}, boxes, words)
 
 
-def read_action(response: str, meta: Meta) -> Action:
-    """The one action of the response, as an object or a list of one; unknown actions and arguments are unreadable."""
-    answer = readable_answer(response, meta)
+def read_action(answer: str, meta: Meta) -> Action:
+    """The one action of a ``readable_answer``, as an object or a list of one.
+
+    Unknown actions, unknown arguments and missing ones are unreadable.
+    """
     value = one_json(answer)
     if isinstance(value, list):
         if len(value) > 1:
@@ -99,18 +101,19 @@ def read_action(response: str, meta: Meta) -> Action:
 
 @scoring
 def score(response: str, gold: Action, meta: Meta) -> Verdict:
-    said = read_action(response, meta)
+    answer = readable_answer(response, meta)
+    said = read_action(answer, meta)
     parts = {"type": said.name == gold.name}
     if said.name == gold.name:
         for name, box in gold.boxes.items():
             parts[name] = name in said.points and contains(box, said.points[name])
         parts |= {name: said.words.get(name) == texts for name, texts in gold.words.items()}
-    return judged(float(all(parts.values())), _shown(said), **{name: float(part) for name, part in parts.items()})
+    return judged(float(all(parts.values())), answer, **{name: float(part) for name, part in parts.items()})
 
 
 def _words(action: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """``Unscorable`` where a text is none, a direction is unknown, or a distance is no number."""
-    words = {}
+    words: dict[str, tuple[str, ...]] = {}
     for name in _TEXTS:
         if name in action:
             words[name] = (_folded(action[name]),)
@@ -134,8 +137,3 @@ def _folded(value: object) -> str:
     if not isinstance(value, str):
         raise Unscorable(Reason.UNREADABLE, "a text is not a string")
     return " ".join(plain(value).casefold().split())
-
-
-def _shown(said: Action) -> str:
-    points = [f"{name} ({x:.1f}, {y:.1f})" for name, (x, y) in said.points.items()]
-    return ", ".join([said.name, *points, *(f"{name} {' + '.join(texts)}" for name, texts in said.words.items())])

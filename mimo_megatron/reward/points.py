@@ -24,12 +24,11 @@ def doubts(gold: Box, meta: Meta) -> list[str]:
     return []
 
 
-def read_answer(response: str, meta: Meta) -> Point:
-    """The one point of the response, in pixels of the stored image.
+def read_point_answer(answer: str, meta: Meta) -> Point:
+    """The one point of a ``readable_answer``, in pixels of the stored image.
 
     Accepted: ``{"point_2d": [x, y], "label": ...}``, a list of one such object, or ``[x, y]``. A box is no point.
     """
-    answer = readable_answer(response, meta)
     value = one_json(answer)
     if isinstance(value, list) and value and isinstance(value[0], list | dict):
         if len(value) > 1:
@@ -42,5 +41,6 @@ def read_answer(response: str, meta: Meta) -> Point:
 
 @scoring
 def score(response: str, gold: Box, meta: Meta) -> Verdict:
-    x, y = read_answer(response, meta)
-    return judged(float(contains(gold, (x, y))), f"[{x:.1f}, {y:.1f}]", x=x, y=y)
+    answer = readable_answer(response, meta)
+    x, y = read_point_answer(answer, meta)
+    return judged(float(contains(gold, (x, y))), answer, x=x, y=y)
