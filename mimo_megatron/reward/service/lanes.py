@@ -29,12 +29,9 @@ class Queue:
         self._max_items, self._max_bytes = max_items, max_bytes
         self._since: dict[int, float] = {}  # in order of arrival
         self._next = 0
-        self.num_bytes = 0
+        self.num_items = self.num_bytes = 0
         self._seconds_each = 0.01
         self._last_finish = time.monotonic()
-
-    def __len__(self) -> int:
-        return len(self._since)
 
     @property
     def oldest_seconds(self) -> float:
@@ -42,26 +39,29 @@ class Queue:
 
     def check_room(self, num_items: int, num_bytes: int) -> None:
         """``Overloaded`` where these items do not fit; whatever comes to an empty queue fits."""
-        too_many = len(self) + num_items > self._max_items or self.num_bytes + num_bytes > self._max_bytes
+        too_many = self.num_items + num_items > self._max_items or self.num_bytes + num_bytes > self._max_bytes
         if self._since and num_items and too_many:
-            seconds = math.ceil(len(self) * self._seconds_each / 2)  # until about half of it is done
+            seconds = math.ceil(self.num_items * self._seconds_each / 2)  # until about half of it is done
             raise Overloaded(self.lane, min(max(seconds, 1), MAX_RETRY_SECONDS))
 
     @contextmanager
-    def holds(self, num_bytes: int) -> Iterator[None]:
-        """Within it an item counts as unfinished."""
+    def holds(self, num_bytes: int, num_items: int = 1) -> Iterator[None]:
+        """Within it the items count as unfinished."""
         number, self._next = self._next, self._next + 1
+        began = time.monotonic()
         if not self._since:
-            self._last_finish = time.monotonic()  # idle time says nothing about speed
-        self._since[number] = time.monotonic()
+            self._last_finish = began  # idle time says nothing about speed
+        self._since[number] = began
+        self.num_items += num_items
         self.num_bytes += num_bytes
         try:
             yield
         finally:
             del self._since[number]
+            self.num_items -= num_items
             self.num_bytes -= num_bytes
             now = time.monotonic()
-            self._seconds_each += 0.02 * (now - self._last_finish - self._seconds_each)  # the mean of some 50 finishes
+            self._seconds_each += 0.02 * ((now - self._last_finish) / max(num_items, 1) - self._seconds_each)
             self._last_finish = now
 
 
