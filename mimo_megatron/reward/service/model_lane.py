@@ -111,7 +111,7 @@ class ModelLane:
                 replica = self._choose(attempts)
                 if replica is None:
                     break
-                attempts[asyncio.create_task(self._attempt(replica, items, images))] = replica
+                attempts[self._begin(replica, items, images)] = replica
                 if (verdicts := await _first(attempts, self._hedge_seconds())) is not None:
                     return verdicts
                 self.events["second_attempts"] += len(attempts) == 1
@@ -123,10 +123,22 @@ class ModelLane:
         self.events["unanswered"] += 1
         return [unknown(Reason.MODEL_UNAVAILABLE)] * len(items)
 
-    async def _attempt(self, replica: AnyReplica, items: list[ModelItem], images: dict[str, bytes]) -> list[Verdict]:
-        began = time.monotonic()
+    def _begin(
+        self, replica: AnyReplica, items: list[ModelItem], images: dict[str, bytes]
+    ) -> asyncio.Task[list[Verdict]]:
+        """An attempt that counts as in flight from now on, so that the next choice sees it."""
+
+        def end(_: object) -> None:
+            replica.in_flight -= 1
+
         replica.in_flight += 1
         replica.breaker.begin()
+        attempt = asyncio.create_task(self._attempt(replica, items, images))
+        attempt.add_done_callback(end)
+        return attempt
+
+    async def _attempt(self, replica: AnyReplica, items: list[ModelItem], images: dict[str, bytes]) -> list[Verdict]:
+        began = time.monotonic()
         try:
             verdicts = await replica.rewards(items, images)
             self.version = self.version or replica.version
@@ -141,8 +153,6 @@ class ModelLane:
             is_slow = time.monotonic() - began >= self._hedge_seconds()
             replica.breaker.fail() if is_slow else replica.breaker.drop()
             raise
-        finally:
-            replica.in_flight -= 1
         replica.breaker.succeed()
         self._seconds.append(time.monotonic() - began)
         return verdicts
