@@ -6,7 +6,7 @@ two sizes that were kept with the sample: whether numbers look like shares of 1 
 
 from typing import Any
 
-from mimo_megatron.reward.answer import Unscorable, finite_number
+from mimo_megatron.reward.answer import MAX_NUMBER, Unscorable, finite_number
 from mimo_megatron.reward.verdict import Reason
 from mimo_megatron.reward.wire import ImageMeta
 
@@ -56,13 +56,16 @@ def read_box(value: Any, image: ImageMeta) -> Box:
     return _scaled((x1, y1, x2, y2), image.shown, image.size)
 
 
-def read_point(value: Any, image: ImageMeta) -> Point:
-    """A JSON list of two numbers in shown pixels, inside the image -> stored pixels."""
+def read_point(value: Any, image: ImageMeta | None) -> Point:
+    """A JSON list of two numbers in shown pixels, inside the image -> stored pixels.
+
+    Without an image it is as given: a point that is asked for by no gold must still not make the verdict ``unknown``.
+    """
     x, y = _numbers(value, 2)
-    width, height = image.shown
+    width, height = (MAX_NUMBER, MAX_NUMBER) if image is None else image.shown
     if not (0 <= x <= width and 0 <= y <= height):
         raise Unscorable(Reason.OUT_OF_RANGE, str(value))
-    return x * image.size[0] / width, y * image.size[1] / height
+    return (x, y) if image is None else (x * image.size[0] / width, y * image.size[1] / height)
 
 
 def labelled(value: dict[str, Any], key: str) -> Any:

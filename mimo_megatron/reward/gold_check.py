@@ -154,7 +154,7 @@ def _constant_rewards(rows: Sequence[Checked]) -> dict[str, float]:
 
 
 def _mean_reward(rows: Sequence[Checked], answer: Callable[[Meta], str]) -> float:
-    verdicts = (score(row.task, answer(row.meta), row.gold, row.meta) for row in rows)
+    verdicts = (score(row.task, f"</think>{answer(row.meta)}", row.gold, row.meta) for row in rows)
     return statistics.fmean(verdict.reward or 0.0 for verdict in verdicts)
 
 

@@ -95,7 +95,7 @@ def read_action(answer: str, meta: Meta) -> Action:
     form, given = FORMS[name], set(value) - {"action"}
     if not set(form.required) <= given <= {*form.required, *form.optional}:
         raise Unscorable(Reason.UNREADABLE, answer)
-    points = {key: read_point(value[key], image_of(meta)) for key in _BOX_OF if key in value}
+    points = {key: read_point(value[key], meta.image) for key in _BOX_OF if key in value}
     return Action(name, points, {}, _words(value))
 
 
