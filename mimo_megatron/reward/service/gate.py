@@ -20,7 +20,7 @@ Answered = Callable[[str, int], None]
 
 OPEN_PATHS = {"/healthz", "/readyz"}
 """What a load balancer asks, without a token."""
-_DRAIN_BYTES, _DRAIN_SECONDS = 64 << 20, 5.0
+_DRAIN_BYTES, _DRAIN_SECONDS = 64 << 20, 2.0
 
 
 class Rejected(Exception):
