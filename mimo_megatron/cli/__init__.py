@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from mimo_megatron import __version__
-from mimo_megatron.cli import convert, data, inspect, plan, prove, reward_model, run
+from mimo_megatron.cli import convert, data, inspect, plan, prove, reward_model, run, serve
 from mimo_megatron.cli.verb import Values, Verb
 from mimo_megatron.errors import MimoError
 
@@ -21,6 +21,7 @@ VERBS: tuple[Verb, ...] = (
     *prove.VERBS,
     *convert.VERBS,
     *reward_model.VERBS,
+    *serve.VERBS,
 )
 _GROUPS = {
     "config": "recipes: show, explain",

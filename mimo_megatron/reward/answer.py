@@ -3,6 +3,7 @@
 Limits are those of docs/rewards.md. ``Unscorable`` carries the reason code of the verdict ``invalid``.
 """
 
+import itertools
 import json
 import math
 import re
@@ -16,9 +17,11 @@ MAX_ANSWER_CHARS = 8192
 MAX_JSON_DEPTH = 4
 MAX_JSON_ITEMS = 16
 MAX_NUMBER = 1e5
+MAX_MARKS = 30
 
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 class Unscorable(Exception):
@@ -71,25 +74,69 @@ def plain(text: str) -> str:
     return "".join(sign for sign in text if unicodedata.category(sign) != "Cf").strip()
 
 
+def readable_answer(response: str, meta: Meta) -> str:
+    """``final_answer`` within the limits, ``plain``: what tasks with short answers read."""
+    answer = final_answer(response, meta)
+    check_length(answer)
+    return plain(answer)
+
+
+def check_length(text: str, most: int = MAX_ANSWER_CHARS) -> None:
+    """``Unscorable`` beyond ``most`` characters, and beyond the 30 combining marks in a row of Unicode's stream-safe
+    format: NFKC sorts such a run in quadratic time (8,192 marks: 90 ms)."""
+    if len(text) > most:
+        raise Unscorable(Reason.TOO_LARGE, text)
+    if not text.isascii():
+        runs = itertools.groupby(text, lambda sign: unicodedata.combining(sign) > 0)
+        if any(is_mark and len(list(run)) > MAX_MARKS for is_mark, run in runs):
+            raise Unscorable(Reason.TOO_LARGE, text)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
+
+
 def strict_json(text: str) -> Any:
     """The JSON value in ``text``: finite numbers, no key twice, bounded depth and length. ``Unscorable`` otherwise."""
-    if len(text) > MAX_ANSWER_CHARS:
-        raise Unscorable(Reason.TOO_LARGE, text)
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
+    check_length(text)
     try:
-        tree = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=once)
+        tree = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise Unscorable(Reason.UNREADABLE, text) from error
     _check_size(tree, text, MAX_JSON_DEPTH)
     return tree
+
+
+def one_json(text: str) -> Any:
+    """The one JSON object or list that stands in ``text``, as strict as ``strict_json``.
+
+    Words and a code fence may stand around it, brackets and braces may not: nothing is picked out of an answer of
+    which another part cannot be read. The same value twice counts once; two that differ are ``several``.
+    """
+    check_length(text)
+    values: list[Any] = []
+    place = 0
+    while (bracket := _BRACKET.search(text, place)) is not None:
+        try:
+            value, place = _DECODER.raw_decode(text, bracket.start())
+        except (ValueError, RecursionError) as error:
+            raise Unscorable(Reason.UNREADABLE, text) from error
+        _check_size(value, text, MAX_JSON_DEPTH)
+        values.append(value)
+    if not values:
+        raise Unscorable(Reason.NO_ANSWER, text)
+    if any(value != values[0] for value in values):
+        raise Unscorable(Reason.SEVERAL, text)
+    return values[0]
 
 
 def finite_number(value: object) -> bool:

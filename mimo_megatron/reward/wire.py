@@ -52,6 +52,8 @@ class Meta(Wire):
     image: ImageMeta | None = None
     """Of box, point and gui tasks; for several pictures, the one that is asked about."""
     box_mode: Literal["relu", "linear", "iou", "threshold"] = "relu"
+    all_boxes: bool = False
+    """Of box tasks: the question asks for all boxes, however many. Otherwise a gold of one box asks for one."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.5
     duration_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Of the video, for time tasks."""

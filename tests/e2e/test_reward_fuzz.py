@@ -1,0 +1,79 @@
+"""Strangers' bytes: whatever comes, the service answers by its OpenAPI page or refuses, and goes on."""
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import settings
+
+from tests.reward_harness import SCRIPTED, Service, running
+
+NUM_FRAMES = 10_000
+EXAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running(pool=SCRIPTED, limits={"seconds": 1.0}, body_seconds=1.0) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def schema(service: Service) -> schemathesis.BaseSchema:
+    return schemathesis.openapi.from_url(service.url + "/openapi.json")
+
+
+lazy = schemathesis.pytest.from_fixture("schema")
+
+
+@lazy.parametrize()
+@settings(max_examples=EXAMPLES)
+def test_every_answer_is_one_that_the_openapi_page_names(case: schemathesis.Case) -> None:
+    answer = case.call()
+    assert answer.status_code < 500 or case.path == "/readyz"
+    checks = schemathesis.checks
+    case.validate_response(
+        answer, checks=[checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance]
+    )
+
+
+@pytest.mark.slow
+def test_ten_thousand_random_requests_do_not_harm_it(service: Service) -> None:
+    rng = random.Random(1)
+    port = int(service.url.rpartition(":")[2])
+    before = {one.pid for one in service.workers()}
+    body = json.dumps({"batch_id": "b", "items": [{"id": "i", "task": "math", "response": "a", "gold": "a"}]}).encode()
+    codes: set[int] = set()
+    with httpx.Client() as client:
+        for number in range(NUM_FRAMES):
+            if number % 20 == 0:
+                with socket.create_connection(("127.0.0.1", port)) as raw:
+                    raw.sendall(rng.randbytes(rng.randint(1, 400)) + b"\r\n\r\n")
+                continue
+            headers = {"content-type": "application/json"}
+            path = rng.choice(["/v1/score", "/v1/cancel"])
+            codes.add(client.post(service.url + path, content=_damaged(rng, body), headers=headers).status_code)
+    assert codes <= {200, 413, 422} and {200, 422} <= codes
+    assert {one.pid for one in service.workers()} == before
+    assert httpx.get(service.url + "/readyz").status_code == 200
+
+
+def _damaged(rng: random.Random, body: bytes) -> bytes:
+    if rng.random() < 0.2:
+        return rng.randbytes(rng.randint(0, 300))
+    damaged = bytearray(body)
+    for _ in range(rng.randint(0, 6)):
+        place = rng.randrange(len(damaged))
+        match rng.randrange(3):
+            case 0:
+                damaged[place] = rng.randrange(256)
+            case 1:
+                del damaged[place : place + rng.randint(1, 9)]
+            case _:
+                damaged[place:place] = rng.choice([b"[", b"{", b'"', b"1e999", b"NaN", b"\\ud800", b"\x00", b"," * 9])
+        damaged = damaged or bytearray(b"x")
+    return bytes(damaged)
