@@ -24,6 +24,10 @@ Timed = Callable[[Callable[[Any, Meta], Any], Any, Meta], Any]
 """Calls a ``read_gold`` with its gold and meta within a time limit; ``TimeoutError`` where it takes longer."""
 
 
+MOST_CONSTANT_REWARD = 0.2
+"""Golds that pay an answer that never looks more than this teach that answer."""
+
+
 class GoldRow(Wire):
     """A row to check: a ``ScoreItem`` that needs no response; other keys are not looked at."""
 
@@ -124,7 +128,11 @@ def write_findings(report: GoldReport, out: Path) -> None:
 
 def _row_findings(number: int, row: Checked, timed: Timed) -> list[Finding]:
     if row.task not in RULES:  # a reward model's: nothing to read
-        return [] if row.gold is None else [Finding(number, row.id, row.task, "bad", "a reward model takes no gold")]
+        return (
+            []
+            if row.gold is None
+            else [Finding(number, row.id, row.task, "bad", f"no rule reads a gold of task {row.task}")]
+        )
     rule = RULES[row.task]
     try:
         gold = (timed if rule.lane == "math" else _directly)(rule.read_gold, row.gold, row.meta)
