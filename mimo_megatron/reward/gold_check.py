@@ -155,7 +155,8 @@ def _constant_rewards(rows: Sequence[Checked]) -> dict[str, float]:
         found["box: the whole image"] = _mean_reward(boxes, _whole_image)
         found["box: the middle quarter"] = _mean_reward(boxes, _middle)
     if times := [row for row in of_task.get("time", []) if row.meta.duration_seconds is not None]:
-        found["time: the whole video"] = _mean_reward(times, _whole_video)
+        found["time: the whole video"] = _mean_reward(times, lambda meta: _span(meta, 0.0, 1.0))
+        found["time: the middle half"] = _mean_reward(times, lambda meta: _span(meta, 0.25, 0.75))
     if points := of_task.get("point"):
         found["point: the middle"] = _mean_reward(points, _middle_point)
     return found
@@ -185,5 +186,6 @@ def _middle_point(meta: Meta) -> str:
     return json.dumps([width / 2, height / 2])
 
 
-def _whole_video(meta: Meta) -> str:
-    return f"[00:00, {clock((meta.duration_seconds or 0.0) + 0.5)}]"
+def _span(meta: Meta, start: float, end: float) -> str:
+    duration = meta.duration_seconds or 0.0
+    return f"[{clock(start * duration + 0.5)}, {clock(end * duration + 0.5)}]"

@@ -151,6 +151,7 @@ def test_what_constant_answers_earn_is_measured_on_the_good_golds() -> None:
         "box: the whole image": 0.5,
         "box: the middle quarter": pytest.approx(1 / 30),
         "time: the whole video": 0.25,
+        "time: the middle half": 0.0,
         "point: the middle": 1.0,
     }
 
