@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from mimo_megatron import __version__
-from mimo_megatron.cli import convert, data, inspect, plan, prove, reward_model, run, serve
+from mimo_megatron.cli import convert, data, inspect, plan, prove, reward_model, rewards, run, serve
 from mimo_megatron.cli.verb import Values, Verb
 from mimo_megatron.errors import MimoError
 
@@ -22,12 +22,14 @@ VERBS: tuple[Verb, ...] = (
     *convert.VERBS,
     *reward_model.VERBS,
     *serve.VERBS,
+    *rewards.VERBS,
 )
 _GROUPS = {
     "config": "recipes: show, explain",
     "data": "data sets: index, preview",
     "reward-model": "reward models: evaluate",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
+    "rewards": "rewards: check, inspect",
 }
 
 
