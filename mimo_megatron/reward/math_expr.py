@@ -14,7 +14,8 @@ from typing import Any
 Tree = tuple[Any, ...]
 
 _TOKEN = re.compile(
-    r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\d.]))?)|(?P<cmd>\\[A-Za-z]+|\\[{}|%])|(?P<sign>\S)"
+    r"(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?)|(?P<cmd>\\[A-Za-z]+|\\[{}|%])|(?P<sign>\S)",
+    re.ASCII,
 )
 _GREEK_NAMES = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
@@ -38,6 +39,10 @@ def read_tree(text: str) -> Tree:
     if reader.peek():
         raise Unread(text)
     return tree
+
+
+def _is_number(token: str) -> bool:
+    return token[0] in "0123456789" or (token[0] == "." and len(token) > 1)
 
 
 class _Reader:
@@ -84,7 +89,7 @@ class _Reader:
                 self.take()
                 tree = ("/", tree, self.signed())
             else:
-                if token[0].isdigit() or token[0] == ".":
+                if _is_number(token):
                     raise Unread("a number right after a factor")
                 tree = ("*", tree, self.factor())
         return ("neg", tree) if signs % 2 else tree
@@ -147,7 +152,7 @@ class _Reader:
         token = self.peek()
         if not token:
             raise Unread("ends early")
-        if token[0].isdigit() or token[0] == ".":
+        if _is_number(token):
             return self.number()
         if token in ("(", "[", "{"):
             return self.enclosed({"(": ")", "[": "]", "{": "}"}[token])
@@ -280,7 +285,7 @@ class _Reader:
         """Factors up to the next sign or function: ``\\sin 2x \\cos x`` is a product of two."""
         tree = self.signed()
         while (token := self.peek()) not in _STOPS and token not in ("/", "*", r"\cdot", r"\times", "|"):
-            if token[1:] in FUNCTIONS or token[0].isdigit():
+            if token[1:] in FUNCTIONS or _is_number(token):
                 break
             tree = ("*", tree, self.factor())
         return tree

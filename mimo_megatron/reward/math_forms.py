@@ -135,8 +135,9 @@ def _read_one(text: str) -> Form:
         return EMPTY
     if text == r"\mathbb{R}":
         return REALS
-    if (choice := _CHOICE.fullmatch(text)) and not choice.group(3).startswith(("+", "-", "(", "^", "_", "/", "=")):
-        rest = choice.group(3)
+    choice = _CHOICE.fullmatch(text)
+    rest = choice.group(3) if choice else ""
+    if choice and not rest.startswith(("+", "-", "(", "^", "_", "/", "=")) and not _CHOICE.fullmatch(rest):
         return Choice((choice.group(1) or choice.group(2)).upper(), read_form(rest) if rest else None)
     for separator, join in ((frozenset({r"\cup"}), Union), (frozenset({r"\setminus", r"\backslash"}), None)):
         parts = [part for part, _ in split_top(text, separator)]

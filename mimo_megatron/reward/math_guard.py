@@ -16,6 +16,10 @@ MAX_DIGITS = 40
 MAX_TOWER = 2
 """``2^{3^2}`` is a tower of two; one more only where the gold has as many."""
 MAX_FACTORIAL = 50
+MAX_SCIENTIFIC = 999
+MAX_LIBRARY_CHARS = 256
+MAX_LIBRARY_BARS = 8
+"""The grammar tries every pairing of bars: 300 of them take seconds."""
 MAX_LIBRARY_EXPONENT = 200
 """Of what is given to the computer algebra system, which expands powers of sums."""
 
@@ -28,6 +32,7 @@ _DIGITS = re.compile(r"\d(?:[\d,. ]*\d)?")
 _FACTORIALS = re.compile(r"!\s*\)*\s*!|[)}\]]\s*!")
 _FACTORIAL = re.compile(r"(\d+)\s*!")
 _EXPONENT = re.compile(r"\^\s*\{?\s*-?\s*(\d+)")
+_SCIENTIFIC = re.compile(r"[\d.][eE][+-]?(\d+)")
 _BINOMIAL = re.compile(r"\\binom\s*\{?\s*(\d+)")
 _NEVER = frozenset({r"\Gamma", r"\gammafn", r"\xrightarrow", r"\input", r"\include", r"\def", r"\newcommand"})
 
@@ -59,8 +64,9 @@ def check(text: str, gold: str = "") -> None:
         raise Unscorable(Reason.REFUSED, text)
     if tower(text) > max(MAX_TOWER, tower(gold)):
         raise Unscorable(Reason.REFUSED, text)
-    if any(_above(found.group(1), MAX_FACTORIAL) for found in _FACTORIAL.finditer(text)):
-        raise Unscorable(Reason.TOO_LARGE, text)
+    for pattern, limit in ((_FACTORIAL, MAX_FACTORIAL), (_SCIENTIFIC, MAX_SCIENTIFIC)):
+        if any(_above(found.group(1), limit) for found in pattern.finditer(text)):
+            raise Unscorable(Reason.TOO_LARGE, text)
 
 
 def check_library(text: str) -> None:
@@ -68,8 +74,10 @@ def check_library(text: str) -> None:
     for pattern, limit in ((_EXPONENT, MAX_LIBRARY_EXPONENT), (_BINOMIAL, 1000)):
         if any(_above(found.group(1), limit) for found in pattern.finditer(text)):
             raise Unscorable(Reason.TOO_LARGE, text)
-    if tower(text) > MAX_TOWER or text.count("&") > 64:
-        raise Unscorable(Reason.REFUSED, text)
+    if len(text) > MAX_LIBRARY_CHARS or text.count("|") > MAX_LIBRARY_BARS or text.count("&") > 64:
+        raise Unscorable(Reason.TOO_LARGE, text)
+    if any(text.count(opening) != text.count(closing) for opening, closing in ("{}", "()", "[]")):
+        raise Unscorable(Reason.UNREADABLE, text)
 
 
 def tower(text: str) -> int:

@@ -27,6 +27,7 @@ from mimo_megatron.reward.math_forms import (
 from mimo_megatron.reward.math_guard import check
 from mimo_megatron.reward.math_leaves import check_readable
 from mimo_megatron.reward.math_library import LibraryError
+from mimo_megatron.reward.math_probes import PROBES, library_problems
 from mimo_megatron.reward.math_text import answer_text, clean
 from mimo_megatron.reward.math_value import ARITHMETIC, NoValue
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, judged, unknown
@@ -125,3 +126,14 @@ def _best(text: str, gold: MathGold, answer: str) -> Verdict:
     if fault is not None and not wrong:
         raise fault
     return judged(0.0, answer)
+
+
+def self_test() -> list[str]:
+    """What is wrong with the libraries or with verdicts that are known; empty where the rule may judge."""
+    with ARITHMETIC:
+        problems = list(library_problems())
+    for gold, response, is_right in PROBES:
+        verdict = score(response, read_gold(gold, Meta()), Meta())
+        if (verdict.reward == 1.0) is not is_right:
+            problems.append(f"{response!r} for {gold!r} is judged {verdict.reason.value}")
+    return problems

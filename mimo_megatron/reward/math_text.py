@@ -7,11 +7,15 @@ Every function here is linear in the length of its input: responses reach it unc
 import re
 import unicodedata
 from collections.abc import Iterator
+from itertools import islice
 
 from mimo_megatron.reward.answer import Unscorable, final_answer, last_boxed, plain
 from mimo_megatron.reward.math_guard import check_characters
 from mimo_megatron.reward.verdict import Reason
 from mimo_megatron.reward.wire import Meta
+
+MAX_MARKS = 64
+"""Dollar signs in an answer without a box."""
 
 _HAS_BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _DOLLARS = re.compile(r"(?<!\\)\$\$?")
@@ -104,7 +108,9 @@ def _only_formula(text: str) -> str:
 
 def _formulas(text: str) -> Iterator[str]:
     r"""What stands between ``$``, ``$$``, ``\(...\)`` or ``\[...\]``; each sign is looked at once."""
-    marks = [found.span() for found in _DOLLARS.finditer(text)]
+    marks = [found.span() for found in islice(_DOLLARS.finditer(text), MAX_MARKS + 1)]
+    if len(marks) > MAX_MARKS:
+        raise Unscorable(Reason.SEVERAL)
     for (_, start), (end, _) in zip(marks[::2], marks[1::2], strict=False):
         yield text[start:end]
     for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
@@ -119,6 +125,7 @@ def clean(text: str) -> str:
     check_characters(text)
     text = _SIGN.sub(lambda found: _SIGNS[found.group()], text)
     text = _ascii_digits(plain(text))
+    check_characters(text)  # again: NFKC makes 18 characters of one
     dollars = [found.start() for found in _DOLLARS.finditer(text)]
     text = "\\" + text if dollars == [0] else _DOLLARS.sub(" ", text)  # one at the start is a currency
     for pattern, replacement in _SPELLINGS:
