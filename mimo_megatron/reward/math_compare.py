@@ -28,6 +28,7 @@ from mimo_megatron.reward.math_spans import is_symbol, spans, spans_equal
 from mimo_megatron.reward.math_units import DEGREE, RADIAN, read_unit
 
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BARE_QUANTITY = re.compile(r"(-?\d+(?:\.\d+)?) ?([A-Za-zΩ])")
 _BASES = {"two": "2", "three": "3", "eight": "8", "ten": "10", "sixteen": "16"}
 _EQUALS = frozenset({"=", r"\approx"})
@@ -36,6 +37,8 @@ _ORDERED = ("()", "<>", "[]")
 
 def texts_match(gold: str, answer: str) -> bool:
     """The verdict on two cleaned texts; raises as ``leaf_equal`` does."""
+    if same_signs(_TEXT.sub(r"\1", gold), _TEXT.sub(r"\1", answer)):
+        return True
     form = read_form(gold)
     if isinstance(form, Value) and _DECIMAL_COMMA.fullmatch(answer):
         return leaf_equal(gold, answer.replace(",", "."))
@@ -259,6 +262,8 @@ def _relation(gold: Relation, answer: Form) -> bool:
     if len(gold.sides) == len(answer.sides) == 2:
         sign = proportional_sides(gold.sides, answer.sides)
         return bool(sign) and answer.signs[0] == (gold.signs[0] if sign > 0 else _FLIPPED.get(gold.signs[0]))
+    if gold.signs != answer.signs:  # a < b < c and c > b > a
+        answer = Relation(answer.sides[::-1], tuple(_FLIPPED.get(sign, sign) for sign in answer.signs[::-1]))
     return gold.signs == answer.signs and all(map(leaf_equal, gold.sides, answer.sides))
 
 
