@@ -27,8 +27,8 @@ FAMILIES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "multimodal": (("question", "few"), ("question", "some")),
 }
 SUBJECT = {"text": "digit", "multimodal": ""}
-"""In every question that is asked. Arithmetic on coordinates, the other text questions, is beyond this tiny decoder as a
-judge too: trained on all of them, it ranks 60 to 67 % of those pairs right, and 88 % of the pairs about digits."""
+"""In every question that is asked. Arithmetic on coordinates, the other text questions, is beyond this tiny decoder as
+a judge too: trained on all of them, it ranks 60 to 67 % of those pairs right, and 88 % of the pairs about digits."""
 WRONG_BELOW = 0.5
 """Of the task's score: all that is not exactly right, and boxes with less overlap than this."""
 HELD_OUT_FILE = "held_out.jsonl"

@@ -46,6 +46,13 @@ def encode_stored(
     )
 
 
+def encode_response(
+    raw: RawSample, tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
+) -> EncodedSample:
+    """One chat with its response, to be scored: encoded as a member of a pair is."""
+    return replace(encode_sample(raw, tokenizer, model, data), reads_reward=True)
+
+
 def pair_of(raw: RawSample) -> tuple[RawSample, RawSample]:
     """The two chats of a stored pair. ``SampleError`` (reason ``pair``) where it is none."""
     chosen, rejected = (_response(raw, key) for key in KEYS)
@@ -57,15 +64,20 @@ def pair_of(raw: RawSample) -> tuple[RawSample, RawSample]:
 
 
 def with_response(raw: RawSample, response: str, id_suffix: str = "") -> RawSample:
-    """The chat of ``raw`` with this response as its last turn."""
-    turn: Mapping[str, Any] = {"role": "assistant", "content": response}
+    """The chat of ``raw`` with this response as its last turn, less its reasoning."""
+    turn: Mapping[str, Any] = {"role": "assistant", "content": answer_of(response)}
     return replace(raw, id=raw.id + id_suffix, messages=(*raw.messages, turn), meta={})
+
+
+def answer_of(response: str) -> str:
+    """What a reward model sees of a response."""
+    return response.rpartition(_THINK_CLOSE)[2].strip()
 
 
 def _response(raw: RawSample, key: str) -> str:
     match raw.meta.get(key):
         case str(text) | [{"role": "assistant", "content": str(text)}]:
-            answer = text.rpartition(_THINK_CLOSE)[2].strip()
+            answer = answer_of(text)
         case other:
             raise SampleError(
                 raw.id,

@@ -51,6 +51,8 @@ class Reason(StrEnum):
     OVERLOADED = "overloaded"
     MODEL_UNAVAILABLE = "model_unavailable"
     MEDIA_MISSING = "media_missing"
+    BAD_PROMPT = "bad_prompt"
+    """The chat before the response cannot be read by the reward model."""
     INTERNAL = "internal"
 
 

@@ -1,0 +1,100 @@
+"""One reward model that judges chats as they come over the wire: encoded as in training, scored in packs, calibrated.
+
+Invariant: what is wrong with one item is said of that item; the others are scored as if it had not been there.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from xxhash import xxh3_128
+
+from mimo_megatron.config.calibration import Calibration
+from mimo_megatron.config.manifest import measure
+from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.data.encode import encode_sample
+from mimo_megatron.data.pairs import answer_of, encode_response, with_response
+from mimo_megatron.errors import DataError
+from mimo_megatron.evaluation.opened import OpenModel
+from mimo_megatron.reward.service.images import MediaMissing, read_image
+from mimo_megatron.reward.verdict import Reason
+from mimo_megatron.reward.wire import Message, ModelItem, ModelResult
+from mimo_megatron.reward_model.scoring import scores_of
+from mimo_megatron.types import EncodedSample, MediaRef, RawSample
+
+
+class Judge:
+    """``results`` runs in one thread at a time; the model belongs to a process of one rank."""
+
+    def __init__(
+        self, open_model: OpenModel, calibration: Calibration, image_root: Path | None, version: str, pack_tokens: int
+    ) -> None:
+        self._open_model, self._calibration = open_model, calibration
+        self._image_root, self._pack_tokens = image_root, pack_tokens
+        self.version = version
+
+    @property
+    def kind(self) -> str:
+        return "text" if self._open_model.model.model_config.vision is None else "multimodal"
+
+    def results(self, items: Sequence[ModelItem]) -> list[ModelResult]:
+        """One for every item, in order."""
+        encoded = [self._encode(item) for item in items]
+        good = [one for one in encoded if isinstance(one, EncodedSample)]
+        scores = iter(scores_of(self._open_model, ParallelConfig(), good, self._pack_tokens))
+        found = []
+        for item, one in zip(items, encoded, strict=True):
+            if isinstance(one, Reason):
+                found.append(ModelResult(id=item.id, score=None, reward=None, reason=one))
+            else:
+                score = next(scores)
+                reward = self._calibration.reward(score)
+                found.append(ModelResult(id=item.id, score=score, reward=reward, reason=Reason.PARTIAL))
+        return found
+
+    def _encode(self, item: ModelItem) -> EncodedSample | Reason:
+        if not answer_of(item.response):
+            return Reason.NO_ANSWER
+        try:
+            raw = self._raw(item)
+        except MediaMissing:
+            return Reason.MEDIA_MISSING
+        model, tokenizer, data = self._open_model.model.model_config, self._open_model.tokenizer, self._open_model.encoding
+        try:
+            sample = encode_response(with_response(raw, item.response), tokenizer, model, data)
+        except DataError:
+            try:
+                encode_sample(raw, tokenizer, model, data)
+            except DataError:
+                return Reason.BAD_PROMPT
+            return Reason.UNREADABLE
+        return sample if sample.num_tokens <= model.text.max_positions else Reason.TOO_LARGE
+
+    def _raw(self, item: ModelItem) -> RawSample:
+        names = [name for message in item.messages for name in _images(message)]
+        media = tuple(self._media(name) for name in names)
+        return RawSample(item.id, "wire", tuple(map(_as_stored, item.messages)), media)
+
+    def _media(self, name: str) -> MediaRef:
+        num_bytes = len(read_image(self._image_root, name))
+        assert self._image_root is not None
+        return MediaRef("image", str(self._image_root / name), 0, num_bytes, name)
+
+
+def version_of(folder: Path) -> str:
+    """Changes with any byte of the model's folder."""
+    digest = xxh3_128()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {measure(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _images(message: Message) -> Iterator[str]:
+    if not isinstance(message.content, str):
+        yield from (part.get("image", "") for part in message.content if part.get("type") == "image")
+
+
+def _as_stored(message: Message) -> dict[str, object]:
+    content = message.content
+    if not isinstance(content, str):
+        content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+    return {"role": message.role, "content": content}

@@ -1,0 +1,123 @@
+"""``serve-reward-model``: one reward model behind HTTP, as the reward service asks for it (``reward/wire.py``).
+
+Requests that wait while the model is busy are scored together in the next packs; what is in a pack does not change a
+score.
+"""
+
+import asyncio
+from collections import deque
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+
+from mimo_megatron import __version__
+from mimo_megatron.config.calibration import read_calibration
+from mimo_megatron.config.run import EncodingConfig, ParallelConfig, Precision
+from mimo_megatron.evaluation.opened import opened
+from mimo_megatron.log import get_logger
+from mimo_megatron.mcore.boot import RankAddress
+from mimo_megatron.reward.service.gate import Gate, error_body
+from mimo_megatron.reward.service.http_server import check_address, serve_app
+from mimo_megatron.reward.wire import ModelItem, ModelRequest, ModelResponse, ModelResult
+from mimo_megatron.reward_model.judge import Judge, version_of
+
+MAX_WAITING_ITEMS = 2048
+MAX_ITEMS_AT_ONCE = 64
+_HELD_BYTES, _BODY_SECONDS = 128 << 20, 30.0
+_Waiting = tuple[list[ModelItem], "asyncio.Future[list[ModelResult]]"]
+
+
+def serve_reward_model(
+    source: Path,
+    encoding: EncodingConfig,
+    scratch: Path,
+    *,
+    host: str,
+    port: int,
+    token: str | None = None,
+    image_root: Path | None = None,
+    precision: Precision = "fp32",
+    pack_tokens: int = 8192,
+) -> None:
+    """Until SIGTERM or SIGINT. One line of JSON on stdout says the address, once the model is loaded.
+
+    ``CheckpointError`` where the model has no calibration, ``ConfigError`` where others could reach it without a token.
+    """
+    check_address(host, port, token)
+    calibration, version = read_calibration(source), version_of(source)
+    alone = RankAddress(0, 1, 0, "")
+    with opened(source, ParallelConfig(), encoding, alone, scratch, head="reward", precision=precision) as model:
+        judge = Judge(model, calibration, image_root, version, pack_tokens)
+        asyncio.run(serve_app(lambda: build_app(judge, token), host, port))
+
+
+def build_app(judge: Judge, token: str | None = None) -> Gate:
+    app = FastAPI(title="mimo-megatron reward model", version=__version__, docs_url="/docs", redoc_url=None)
+    batcher = _Batcher(judge)
+
+    @app.post("/v1/rewards", response_model=ModelResponse)
+    async def rewards(request: Request) -> Response:
+        """Score and reward of every item, in order."""
+        try:
+            asked = ModelRequest.model_validate_json(await request.body())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            return _error(422, "invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        if batcher.num_waiting + len(asked.items) > MAX_WAITING_ITEMS:
+            return _error(429, "too_busy", f"{batcher.num_waiting} items are waiting", {"retry-after": "1"})
+        results = await batcher.ask(asked.items)
+        body = ModelResponse(model_version=judge.version, results=results)
+        return Response(body.model_dump_json(), media_type="application/json")
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, bool]:
+        return {"ok": True}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str | bool]:
+        return {"ready": True, "kind": judge.kind, "model_version": judge.version}
+
+    return Gate(app, token, _HELD_BYTES, _BODY_SECONDS, lambda path, status: None)
+
+
+class _Batcher:
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._waiting: deque[_Waiting] = deque()
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(items) for items, _ in self._waiting)
+
+    async def ask(self, items: list[ModelItem]) -> list[ModelResult]:
+        answer: asyncio.Future[list[ModelResult]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((items, answer))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            requests = [self._waiting.popleft()]
+            while self._waiting and sum(len(one) for one, _ in (*requests, self._waiting[0])) <= MAX_ITEMS_AT_ONCE:
+                requests.append(self._waiting.popleft())
+            requests = [one for one in requests if not one[1].done()]  # the others have gone
+            items = [item for some, _ in requests for item in some]
+            try:
+                results = iter(await asyncio.to_thread(self._judge.results, items))
+            except Exception as error:  # a fault of ours: each caller hears of it, and the next batch is tried
+                get_logger().exception("a batch of %d items was not scored", len(items))
+                for _, answer in requests:
+                    if not answer.done():
+                        answer.set_exception(RuntimeError(f"the model failed: {error}"))
+                continue
+            for some, answer in requests:
+                own = [next(results) for _ in some]
+                if not answer.done():
+                    answer.set_result(own)
+
+
+def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(error_body(code, message), status, headers, "application/json")
