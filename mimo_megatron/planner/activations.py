@@ -275,7 +275,7 @@ def _head_rows(setting: Setting, pack: PackShape) -> int:
 def _head(setting: Setting, pack: PackShape) -> Part:
     """Keeps the gathered rows. Its logits are kept by nobody, but live until the loss has been taken."""
     text, b = setting.model.text, setting.value_bytes
-    rows, local_vocabulary = _head_rows(setting, pack), text.vocab_size // setting.layout.tp
+    rows, local_vocabulary = _head_rows(setting, pack), max(text.head_rows // setting.layout.tp, 1)
     whole = setting.local_slots(pack) * text.width * b * _streams(setting)
     d_logits = rows * local_vocabulary * b
     return Part(
@@ -290,7 +290,7 @@ def _head(setting: Setting, pack: PackShape) -> Part:
 
 def _loss(setting: Setting, pack: PackShape) -> Part:
     """Log-probabilities in 4 bytes, over which the gradient of the logits is written."""
-    cells = _head_rows(setting, pack) * setting.model.text.vocab_size // setting.layout.tp
+    cells = _head_rows(setting, pack) * setting.model.text.head_rows // setting.layout.tp
     b = setting.value_bytes
     widened = cells * WIDE if setting.device == "cpu" and b < WIDE else 0
     return Part("loss", cells * WIDE, forward=cells * b + widened, backward=cells * b if b < WIDE else 0)

@@ -131,7 +131,7 @@ def test_a_calibrated_checkpoint_is_sealed_again_and_can_be_calibrated_anew(expo
         check_whole(folder)
         assert read_calibration(folder).mu == mu
     (folder / "reward_model.json").write_text('{"mu": 7}')
-    with pytest.raises(CheckpointError, match="reward_model.json"):
+    with pytest.raises(CheckpointError, match="reward_model"):
         check_whole(folder)
     with pytest.raises(CheckpointError, match="is no calibration"):
         read_calibration(folder)
@@ -171,12 +171,12 @@ def save_body(address: RankAddress, model: ModelConfig, folder: Path) -> None:
 def test_another_body_is_refused_by_the_fields_that_differ(tmp_path: Path) -> None:
     other = MODELS["text"].model_copy(update={"text": tiny_model(num_layers=2).text})
     run_ranks(save_body, 1, other, tmp_path / "body")
-    with pytest.raises(Exception, match="model.text.num_layers: found 2, wanted 4"):
+    with pytest.raises(Exception, match=r"model\.text\.num_layers: found 2, wanted 4"):
         run_ranks(starts, 1, tmp_path / "body", MODELS["text"], tmp_path / "scratch")
 
 
 def test_a_reward_model_writes_no_answers_and_a_language_model_gives_no_rewards(exported, tmp_path: Path) -> None:
-    kind, folder, _, _ = exported
+    _, folder, _, _ = exported
     encoding, alone = EncodingConfig(tokenizer=folder.parent / "tokenizer"), RankAddress(0, 1, 0, "")
     with (
         pytest.raises(ConfigError, match="reward-model evaluate"),
