@@ -54,7 +54,7 @@ NEVER_IN: dict[str, set[str]] = {
 SEAMS: dict[str, tuple[str, ...]] = {
     **{
         f"mimo_megatron/cli/{name}.py": ("",)
-        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert", "serve")
+        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert", "rewards", "serve")
     },
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),

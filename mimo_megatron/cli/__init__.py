@@ -9,15 +9,25 @@ import argparse
 from collections.abc import Sequence
 
 from mimo_megatron import __version__
-from mimo_megatron.cli import convert, data, inspect, plan, prove, run, serve
+from mimo_megatron.cli import convert, data, inspect, plan, prove, rewards, run, serve
 from mimo_megatron.cli.verb import Values, Verb
 from mimo_megatron.errors import MimoError
 
-VERBS: tuple[Verb, ...] = (*inspect.VERBS, *data.VERBS, *plan.VERBS, *run.VERBS, *prove.VERBS, *convert.VERBS, *serve.VERBS)
+VERBS: tuple[Verb, ...] = (
+    *inspect.VERBS,
+    *data.VERBS,
+    *plan.VERBS,
+    *run.VERBS,
+    *prove.VERBS,
+    *convert.VERBS,
+    *rewards.VERBS,
+    *serve.VERBS,
+)
 _GROUPS = {
     "config": "recipes: show, explain",
     "data": "data sets: index, preview",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
+    "rewards": "rewards: check, inspect",
 }
 
 

@@ -90,9 +90,7 @@ def _judge(answer: str, said: list[Box], gold: BoxGold, meta: Meta) -> Verdict:
     }[meta.box_mode]
     count = max(len(said), len(gold.boxes))
     reward = min(1.0, max(0.0, float(rewards.sum()) / count))
-    return judged(
-        reward, answer, iou=float(ious.sum()) / count, giou=float(gious.sum()) / len(rows), num_boxes=len(said)
-    )
+    return judged(reward, answer, iou=float(ious.mean()), giou=float(gious.mean()), num_boxes=len(said))
 
 
 def _box_values(answer: str) -> list[Any]:

@@ -24,6 +24,10 @@ Timed = Callable[[Callable[[Any, Meta], Any], Any, Meta], Any]
 """Calls a ``read_gold`` with its gold and meta within a time limit; ``TimeoutError`` where it takes longer."""
 
 
+MOST_CONSTANT_REWARD = 0.2
+"""Golds that pay an answer that never looks more than this teach that answer."""
+
+
 class GoldRow(Wire):
     """A row to check: a ``ScoreItem`` that needs no response; other keys are not looked at."""
 
@@ -124,7 +128,11 @@ def write_findings(report: GoldReport, out: Path) -> None:
 
 def _row_findings(number: int, row: Checked, timed: Timed) -> list[Finding]:
     if row.task not in RULES:  # a reward model's: nothing to read
-        return [] if row.gold is None else [Finding(number, row.id, row.task, "bad", "a reward model takes no gold")]
+        return (
+            []
+            if row.gold is None
+            else [Finding(number, row.id, row.task, "bad", f"no rule reads a gold of task {row.task}")]
+        )
     rule = RULES[row.task]
     try:
         gold = (timed if rule.lane == "math" else _directly)(rule.read_gold, row.gold, row.meta)
@@ -147,7 +155,8 @@ def _constant_rewards(rows: Sequence[Checked]) -> dict[str, float]:
         found["box: the whole image"] = _mean_reward(boxes, _whole_image)
         found["box: the middle quarter"] = _mean_reward(boxes, _middle)
     if times := [row for row in of_task.get("time", []) if row.meta.duration_seconds is not None]:
-        found["time: the whole video"] = _mean_reward(times, _whole_video)
+        found["time: the whole video"] = _mean_reward(times, lambda meta: _span(meta, 0.0, 1.0))
+        found["time: the middle half"] = _mean_reward(times, lambda meta: _span(meta, 0.25, 0.75))
     if points := of_task.get("point"):
         found["point: the middle"] = _mean_reward(points, _middle_point)
     return found
@@ -177,5 +186,6 @@ def _middle_point(meta: Meta) -> str:
     return json.dumps([width / 2, height / 2])
 
 
-def _whole_video(meta: Meta) -> str:
-    return f"[00:00, {clock((meta.duration_seconds or 0.0) + 0.5)}]"
+def _span(meta: Meta, start: float, end: float) -> str:
+    duration = meta.duration_seconds or 0.0
+    return f"[{clock(start * duration + 0.5)}, {clock(end * duration + 0.5)}]"

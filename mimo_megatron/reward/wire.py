@@ -71,7 +71,8 @@ class ScoreItem(Wire):
     response: str
     gold: Any = None
     """By task: math a string or list of strings; box ``[[x1, y1, x2, y2], ...]``; point the box it must fall into;
-    count a whole number; time ``"[mm:ss, mm:ss]"`` or ``[start, end]`` in seconds; gui an action; models none."""
+    count a whole number; time ``"[mm:ss, mm:ss]"`` or ``[start, end]`` in seconds; gui an action
+    with a box in place of each point; models none."""
     meta: Meta = Meta()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mimo_megatron.reward.gold_check import GoldRow, check_golds
 from mimo_megatron.reward.rules import score
 from mimo_megatron.reward.wire import ImageMeta, Meta
 
@@ -44,6 +45,13 @@ def moment(draw: random.Random) -> list[float]:
     """Like QVHighlights: 150 s of video, moments of 24.6 s on average, mostly shorter, from 3 s on."""
     length = min(150.0, max(3.0, draw.lognormvariate(2.9, 0.8)))
     start = draw.uniform(0, 150 - length)
+    return [start, start + length]
+
+
+def short_moment(draw: random.Random) -> list[float]:
+    """Like Charades-STA: 30 s of video, moments of 8 s on average."""
+    length = min(30.0, max(2.0, draw.lognormvariate(2.0, 0.4)))
+    start = draw.uniform(0, 30 - length)
     return [start, start + length]
 
 
@@ -180,3 +188,22 @@ def test_constant_intervals_earn_little(response: str) -> None:
 def test_constant_actions_earn_little(response: str) -> None:
     draw = random.Random(17)
     assert mean("gui", [step(draw) for _ in range(NUM_GOLDS)], response, META) <= MOST
+
+
+def test_short_videos_pay_constant_intervals_more_and_the_check_of_golds_says_so() -> None:
+    draw = random.Random(16)
+    golds = [short_moment(draw) for _ in range(NUM_GOLDS)]
+    assert 7.5 < statistics.fmean(end - start for start, end in golds) < 8.5
+    rows = [
+        GoldRow(id=str(row), task="time", gold=gold, meta=Meta(duration_seconds=30)) for row, gold in enumerate(golds)
+    ]
+    earned = check_golds(enumerate(rows, start=1)).constant_rewards
+    assert MOST < earned["time: the whole video"] < earned["time: the middle half"] < 0.36
+
+
+def test_the_check_of_golds_measures_what_these_policies_earn() -> None:
+    draw = random.Random(11)
+    golds = [[uniform_box(draw)] for _ in range(NUM_GOLDS)]
+    rows = [GoldRow(id=str(row), task="box", gold=gold, meta=META) for row, gold in enumerate(golds)]
+    earned = check_golds(enumerate(rows, start=1)).constant_rewards
+    assert earned["box: the whole image"] == mean("box", golds, json.dumps(BOX_POLICIES["whole image"]), META)

@@ -1,9 +1,13 @@
 """Points, counts and intervals: what is read, what is refused, and what is paid."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mimo_megatron.reward.rules import RULES, score
 from mimo_megatron.reward.wire import Meta
+from tests.repository import ROOT
 from tests.rule_cases import judge, meta_with, outcome
 
 TARGET = [200, 160, 600, 480]  # stored pixels; 100, 80, 300, 240 as shown
@@ -200,3 +204,10 @@ def test_a_fault_of_a_rule_is_unknown_and_logged(
 def test_a_bad_gold_is_unknown_whatever_was_answered() -> None:
     for task in RULES:
         assert judge(task, "[1, 1]", {"no": "gold"}).reason == "bad_gold"
+
+
+def test_rules_checks_and_console_never_load_torch() -> None:
+    modules = ("rules", "gold_check", "console.page", "console.table")
+    code = "; ".join(f"import mimo_megatron.reward.{module}" for module in modules)
+    code += "; import sys; assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -59,7 +59,10 @@ def _serve(control: socket.socket, job: worker.Job, limits: worker.Limits, paren
                 _say(control, {"exit": children.pop(ready), "signal": signal})
                 os.close(ready)
                 continue
-            message, handles, _, _ = socket.recv_fds(control, 16, 1)
+            try:
+                message, handles, _, _ = socket.recv_fds(control, 16, 1)
+            except ConnectionResetError:
+                return
             if not message:
                 return
             (handle,) = handles
@@ -92,7 +95,7 @@ def _named(target: str) -> Any:
 def _say(control: socket.socket, message: dict[str, Any], *handles: int) -> None:
     try:
         socket.send_fds(control, [json.dumps(message).encode()], handles)
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
 
 
