@@ -22,6 +22,8 @@ MAX_MARKS = 30
 _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACKET = re.compile(r"[\[\]{}]")
+_TO_BRACE = re.compile(r"(?:[^\\{}]|\\.)*+([{}])", re.DOTALL)
+"""Up to the next brace; an escaped one is text."""
 
 
 class Unscorable(Exception):
@@ -55,15 +57,11 @@ def last_boxed(text: str) -> str | None:
         return None
     depth = 1
     place = found.end()
-    while place < len(text):
-        sign = text[place]
-        if sign == "\\":
-            place += 1  # an escaped brace is text
-        elif sign in "{}":
-            depth += 1 if sign == "{" else -1
-            if depth == 0:
-                return text[found.end() : place]
-        place += 1
+    while brace := _TO_BRACE.match(text, place):
+        place = brace.end()
+        depth += 1 if brace.group(1) == "{" else -1
+        if depth == 0:
+            return text[found.end() : place - 1]
     return None
 
 
