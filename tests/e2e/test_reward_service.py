@@ -56,7 +56,14 @@ def test_items_of_all_lanes_are_answered_in_their_order(service: Service) -> Non
     tree["items"].append({"id": "g", "task": "box", "response": "", "gold": "none", "meta": box})
     answer = post(service, tree).json()
     got = [(one["id"], one["status"], one["reward"]) for one in answer["results"]]
-    assert got == [("m0", "ok", 1), ("c", "ok", 1), ("m1", "ok", 1), ("w0", "ok", 0), ("x", "ok", 1), ("g", "unknown", None)]
+    assert got == [
+        ("m0", "ok", 1),
+        ("c", "ok", 1),
+        ("m1", "ok", 1),
+        ("w0", "ok", 0),
+        ("x", "ok", 1),
+        ("g", "unknown", None),
+    ]
     assert answer["batch_id"] == "b" and len(answer["reward_version"]) == 16
 
 
@@ -192,7 +199,9 @@ def test_64_threads_and_asyncio_get_the_same_verdicts_to_the_bit(service: Servic
         for place in range(200)
     ]  # fmt: skip
     some += items(100, "eq") + items(100, "ne", gold="b")
-    bits = [(one.status, one.reward, one.reason, tuple(one.parts.items())) for one in asyncio.run(by_asyncio(service, some))]
+    bits = [
+        (one.status, one.reward, one.reason, tuple(one.parts.items())) for one in asyncio.run(by_asyncio(service, some))
+    ]
     with SyncRewardClient(service.url, TOKEN, batch_items=16) as client, ThreadPoolExecutor(64) as threads:
         for got in threads.map(lambda number: client.score_all(some[number % 4 :: 4]), range(64)):
             wanted = {one.id: bit for one, bit in zip(some, bits, strict=True)}

@@ -28,7 +28,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: ServiceSettings) -> None:
-    """Until SIGTERM or SIGINT. One line of JSON on stdout says the address, once it is bound and the self-test passed."""
+    """Until SIGTERM or SIGINT. One line of JSON on stdout gives the address, after the self-test has passed."""
     settings.check()
     asyncio.run(_serve(settings))
 
@@ -68,7 +68,9 @@ def _bound(host: str, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise ConfigError(f"{host} port {port} cannot be bound: {error}; choose another, or 0 for a free one") from error
+        raise ConfigError(
+            f"{host} port {port} cannot be bound: {error}; choose another, or 0 for a free one"
+        ) from error
     return sock
 
 
