@@ -1,9 +1,9 @@
 """The service's client, for event loops and plain code. Every item gets a result; what cannot be had is ``unknown``.
 
-A restart of the service, a full queue or a lost connection is waited out and asked again (the service works each verdict
-out once); at the deadline the rest is ``unknown``. Only a caller's own mistake raises: a wrong token, items that break
-the wire format. How many items are under way follows the service: a few more with every answer, half as many after a
-refusal or a lost connection (AIMD, as in TCP).
+A restart of the service, a full queue or a lost connection is waited out and asked again, which is free: the service
+works each verdict out once. At the deadline the rest is ``unknown``. Only a caller's own mistake raises: a wrong token,
+items that break the wire format. How many items are under way follows the service: a few more with every answer, half
+as many after a refusal or a lost connection (AIMD, as in TCP).
 """
 
 import asyncio

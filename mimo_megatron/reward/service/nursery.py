@@ -93,7 +93,7 @@ class Worker:
 
 
 class Nursery:
-    """One zygote. ``target`` and ``warm`` are functions, ``module:name``; ``warm() -> list[str]`` says what is wrong."""
+    """One zygote. ``target`` and ``warm`` name functions as ``module:name``; ``warm()`` lists what is wrong."""
 
     def __init__(self, target: str, warm: str, limits: Limits) -> None:
         self._arguments = [target, warm, str(limits.memory_bytes), str(limits.seconds)]

@@ -4,8 +4,8 @@ milliseconds, and nothing else: neither torch nor the HTTP server.
     python -P -m mimo_megatron.reward.service.zygote FD TARGET WARM MEMORY_BYTES SECONDS
 
 Its only input is the socket FD (messages with boundaries). ``{"ready", "isolated", "problems"}`` is the first thing it
-says. Each message it receives holds the socket of a worker to fork; it answers ``{"pid"}`` with that worker's pidfd,
-and later ``{"exit": pid, "signal"}``. It ends, and all workers by their parent-death signal with it, when the socket ends
+says. Each message it receives holds the socket of a worker to fork; it answers ``{"pid"}`` with its pidfd, and
+later ``{"exit": pid, "signal"}``. It ends, and all workers by their parent-death signal with it, when the socket ends
 or its own parent has changed.
 """
 
