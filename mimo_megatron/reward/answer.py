@@ -80,13 +80,18 @@ def readable_answer(response: str, meta: Meta) -> str:
 
 
 def check_length(text: str, most: int = MAX_ANSWER_CHARS) -> None:
-    """``Unscorable`` beyond ``most`` characters, and beyond the 30 combining marks in a row of Unicode's stream-safe
-    format: NFKC sorts such a run in quadratic time (8,192 marks: 90 ms)."""
+    """``Unscorable`` beyond ``most`` characters, as they are and after NFKC, which makes 18 of one.
+
+    Also beyond the 30 combining marks in a row of Unicode's stream-safe format: NFKC sorts such a run in quadratic time
+    (8,192 marks: 90 ms).
+    """
     if len(text) > most:
         raise Unscorable(Reason.TOO_LARGE, text)
     if not text.isascii():
         runs = itertools.groupby(text, lambda sign: unicodedata.combining(sign) > 0)
         if any(is_mark and len(list(run)) > MAX_MARKS for is_mark, run in runs):
+            raise Unscorable(Reason.TOO_LARGE, text)
+        if len(unicodedata.normalize("NFKC", text)) > most:
             raise Unscorable(Reason.TOO_LARGE, text)
 
 
