@@ -88,6 +88,7 @@ _CHOICE = re.compile(
     r"(?:\\text\s*)?\{?\s*(?:\(\s*(?:\\text\{)?([A-Ja-j])\}?\s*\)|([A-J])(?=\s*[.:)]))\s*\}?\s*[.:)]?\s*(.*)", re.DOTALL
 )
 _MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_BUILDER = re.compile(r"\s*[a-z](?:\s*\\in\s*\\mathbb\{R\})?\s*[|:]\s*(.*[<>=\\].*)", re.DOTALL)
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BASED = re.compile(r"([0-9A-Za-z]+)_(?:\{\s*(?:\\text\{)?\s*(\w+)\s*\}?\s*\}|(\d))")
 _MEASURED = re.compile(
@@ -183,6 +184,8 @@ def _read_brackets(text: str) -> Form | None:
     if end is None:
         return None
     inner = text[first[2] : len(text) - len(end)]
+    if first[0] == r"\{" and (builder := _BUILDER.fullmatch(inner)):
+        return read_form(builder.group(1))
     parts = [part for part, _ in split_top(inner, frozenset({",", ";"}))]
     if len(parts) == 1 and first[0] != r"\{":
         return None
@@ -203,8 +206,9 @@ def _read_words(text: str) -> Form | None:
     if not is_marked and len(bare) == 2:
         return None  # ab is a product of two variables
     word = bare.lower()
-    if word in _NUMBERS:
-        return Value(str(_NUMBERS.index(word)))
+    sign, _, digits = word.rpartition(" ")
+    if digits in _NUMBERS and sign in ("", "minus", "negative"):
+        return Value(f"{'-' if sign else ''}{_NUMBERS.index(digits)}")
     return Words(_SAME_WORDS.get(word, word))
 
 

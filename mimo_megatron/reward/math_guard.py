@@ -29,7 +29,8 @@ _OPERATORS = frozenset({"gcd", "lcm", "arsinh", "arcosh", "artanh", "floor", "ce
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _OPERATOR = re.compile(r"\\operatorname\s*\*?\s*(\{\s*\\?\w*\s*\}|.)?")
 _DIGITS = re.compile(r"\d(?:[\d,. ]*\d)?")
-_FACTORIALS = re.compile(r"!\s*\)*\s*!|[)}\]]\s*!")
+_FACTORIALS = re.compile(r"!\s*[)}\]]*\s*!")
+_NUMBERS_FACTORIAL = re.compile(r"[({\[][^()a-zA-Z]*[)}\]]\s*!")
 _FACTORIAL = re.compile(r"(\d+)\s*!")
 _EXPONENT = re.compile(r"\^\s*\{?\s*-?\s*(\d+)")
 _SCIENTIFIC = re.compile(r"[\d.][eE][+-]?(\d+)")
@@ -76,6 +77,8 @@ def check_library(text: str) -> None:
             raise Unscorable(Reason.TOO_LARGE, text)
     if len(text) > MAX_LIBRARY_CHARS or text.count("|") > MAX_LIBRARY_BARS or text.count("&") > 64:
         raise Unscorable(Reason.TOO_LARGE, text)
+    if _NUMBERS_FACTORIAL.search(text):
+        raise Unscorable(Reason.REFUSED, text)
     if any(text.count(opening) != text.count(closing) for opening, closing in ("{}", "()", "[]")):
         raise Unscorable(Reason.UNREADABLE, text)
 

@@ -5,6 +5,7 @@ reader, the rest by Math-Verify. Pure functions; time is bounded by the guard ex
 callers that face models run this in a process they can kill. Safe from any thread: a lock covers the arithmetic.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -55,6 +56,8 @@ def read_gold(gold: Any, meta: Meta) -> MathGold:
 def _read_one(gold: Any) -> str:
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
         raise GoldError(f"a gold of type {type(gold).__name__}; give a string, a number, or a list of strings")
+    if isinstance(gold, float) and not math.isfinite(gold):
+        raise GoldError(f"the gold {gold} is not a number; correct it or drop the sample")
     shown = str(gold)[:80]
     try:
         text = _cleaned_gold(str(gold))

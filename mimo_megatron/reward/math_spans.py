@@ -8,7 +8,8 @@ from mimo_megatron.reward.math_forms import REALS, Form, Relation, Sequence, Uni
 from mimo_megatron.reward.math_leaves import leaf_equal, number
 
 _SYMBOL = re.compile(
-    r"(?:\\text\s*\{[^{}]*\}|[A-Za-z][A-Za-z ]{0,40}|\\(?!sum|int|prod|lim|frac|sqrt|sin|cos|tan|ln|log)[A-Za-z]+)"
+    r"(?:\([a-z](?:, ?[a-z])+\)|\\text\s*\{[^{}]*\}"
+    r"|[A-Za-z][A-Za-z ]{0,40}|\\(?!sum|int|prod|lim|frac|sqrt|sin|cos|tan|ln|log)[A-Za-z]+)"
     r"(?:_(?:\w|\{[^{}]*\}))?'*(?:\([^()=]{1,20}\))?(?:\s?[A-Z]{1,4})?"
 )
 _LOWER = r"-\infty"
@@ -17,7 +18,7 @@ _UPPER = r"\infty"
 
 def is_symbol(text: str) -> bool:
     r"""A name that a value may be given to: ``x``, ``x_1``, ``f(2)``, ``\angle ABC``, ``\text{Area}``."""
-    return bool(_SYMBOL.fullmatch(text.strip()))
+    return bool(_SYMBOL.fullmatch(text.strip())) and not re.search(r"\b(?:not|or|never)\b", text)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,10 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\d?overline\s*(\d)", r"\\overline{\1}"),
         (r"\\text\{\s?(?:positive )?infinity\s?\}|(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
         (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])", r"\\\1 "),
+        (r"\b(?:[Oo]ption|[Cc]hoice)\s+(?=\(?[A-J]\b)", ""),
+        (r"^\s*\\text\s*\{(?![^{}]*\bnot\b)[^{}]*\b(?:is|are|equals|be)\s?:?\s*\}", ""),
+        (r"^\s*(?:=|\\approx(?![A-Za-z]))", ""),
+        (r"\)\s*\^\s?\{?\s?(?:T|\\top|\\intercal)\s?\}?\s*$", ")"),  # a row that is transposed is a vector
         (r"\s+", " "),
         (r"(?<![\d.}])(\d+) (\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
     ]

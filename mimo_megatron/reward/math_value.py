@@ -325,12 +325,18 @@ def _root(degree: Any, base: Any, is_real: bool) -> Any:
     return context.root(_number(base), order)
 
 
-def _count(kind: str, parts: list[Any]) -> Fraction:
-    """Factorials, binomials and permutations of whole numbers of bounded size."""
-    if not all(isinstance(part, Fraction) and part.denominator == 1 and part >= 0 for part in parts):
+def _count(kind: str, parts: list[Any]) -> Any:
+    """Factorials, binomials and permutations of bounded size; between whole numbers by the gamma function."""
+    context = _context()
+    if not all(isinstance(part, Fraction | context.mpf) for part in parts):
         raise Unread(kind)
-    if parts[0] > 200:
+    if any(abs(part) > 200 for part in parts):
         raise Unscorable(Reason.TOO_LARGE)
+    if not all(isinstance(part, Fraction) and part.denominator == 1 and part >= 0 for part in parts):
+        above, *below = [context.gamma(_number(part) + 1) for part in parts]
+        if kind == "!":
+            return above
+        return above / context.gamma(_number(parts[0] - parts[1]) + 1) / (below[0] if kind == "binom" else 1)
     whole = [int(part) for part in parts]
     if kind == "!":
         return Fraction(math.factorial(whole[0]))

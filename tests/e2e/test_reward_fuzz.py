@@ -13,7 +13,7 @@ import pytest
 from tests.reward_harness import SCRIPTED, Service, running
 
 NUM_FRAMES = 10_000
-EXAMPLES = 60
+EXAMPLES = 200
 
 
 @pytest.fixture(scope="module")

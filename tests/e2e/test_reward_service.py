@@ -224,10 +224,9 @@ async def by_asyncio(service: Service, some: list[ScoreItem]) -> list[Any]:
 
 
 def test_leaving_the_stream_early_cancels_the_rest(service: Service) -> None:
-    some = items(1, "quick") + items(60, "left", gold={"do": "sleep", "seconds": 0.9}, response="right")
+    some = items(60, "left", gold={"do": "sleep", "seconds": 0.9}, response="right")
     with SyncRewardClient(service.url, TOKEN, batch_items=1) as client:
-        for result in client.score(some):
-            assert result.id == "quick0"
+        for _ in client.score(some):
             break
     wait_until(lambda: service.metric("reward_queue_items", lane="math") == 0, 4)
 

@@ -1,4 +1,4 @@
-"""Pictures by content hash under one folder. Nothing a caller says becomes a path but 64 hexadecimal digits."""
+"""Pictures by content hash under one folder, or in its two-letter folders. Nothing a caller says becomes a path but 64 hexadecimal digits."""
 
 import base64
 import hashlib
@@ -18,6 +18,8 @@ def read_image(root: Path | None, sha256: str) -> bytes:
     if root is None or not _SHA256.fullmatch(sha256):
         raise MediaMissing(sha256)
     path = root / sha256
+    if not path.exists():
+        path = root / sha256[:2] / sha256
     try:
         if path.is_symlink() or path.stat().st_size > MAX_IMAGE_BYTES:
             raise MediaMissing(sha256)
