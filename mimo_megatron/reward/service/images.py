@@ -1,5 +1,5 @@
-"""Pictures by content hash, as the console finds them: ``<sha256>`` or ``<sha256>.<ext>`` in one folder, or in its folder
-named by the first two digits. Nothing a caller says becomes a path but 64 hexadecimal digits.
+"""Pictures by content hash, as the console finds them: ``<sha256>`` or ``<sha256>.<ext>`` in one folder, or in
+its folder named by the first two digits. Nothing a caller says becomes a path but 64 hexadecimal digits.
 """
 
 import base64
