@@ -1,11 +1,11 @@
 """The math rule against bare Math-Verify on the same answers, in one process and run.
 
-    python benchmarks/bench_math_rule.py              # 2,000 items, every gold new; about two minutes, nearly all the peer
+    python benchmarks/bench_math_rule.py     # 2,000 items, every gold new; two minutes, nearly all the peer's
     python benchmarks/bench_math_rule.py --items 8192 --group 16
 
 Times are CPU seconds of one thread, so that a busy machine changes them little. Items are those of ``math_items``: 19
 kinds with known verdicts. A warm-up on other items comes first (grammar tables). Math-Verify runs as it comes, timeouts
-included, with the whole response as it was written. Both tables of verdicts are counted: items and tests/math_pairs.tsv.
+included, on the whole response. False verdicts are counted on the items and on tests/math_pairs.tsv.
 """
 
 import argparse

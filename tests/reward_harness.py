@@ -54,7 +54,7 @@ class Service:
         return code
 
     def metric(self, name: str, **labels: str) -> float:
-        wanted = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        wanted = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
         for line in httpx.get(self.url + "/metrics", headers=self.headers).text.splitlines():
             if line.startswith((f"{name} ", f"{name}{{{wanted}}} ")):
                 return float(line.rpartition(" ")[2])

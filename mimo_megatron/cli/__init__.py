@@ -21,8 +21,8 @@ VERBS: tuple[Verb, ...] = (
     *prove.VERBS,
     *convert.VERBS,
     *reward_model.VERBS,
-    *serve.VERBS,
     *rewards.VERBS,
+    *serve.VERBS,
 )
 _GROUPS = {
     "config": "recipes: show, explain",

@@ -1,9 +1,9 @@
-"""The service's client, for event loops and for plain code. Every item gets a result; what cannot be had is ``unknown``.
+"""The service's client, for event loops and plain code. Every item gets a result; what cannot be had is ``unknown``.
 
-A restart of the service, a full queue or a lost connection is waited out and asked again (the service works each verdict
-out once); at the deadline the rest is ``unknown``. Only a caller's own mistake raises: a wrong token, items that break
-the wire format. How many items are under way follows the service: a little more with every answer, half as many after
-a refusal or a lost connection (AIMD, as in TCP).
+A restart of the service, a full queue or a lost connection is waited out and asked again, which is free: the service
+works each verdict out once. At the deadline the rest is ``unknown``. Only a caller's own mistake raises: a wrong token,
+items that break the wire format. How many items are under way follows the service: a few more with every answer, half
+as many after a refusal or a lost connection (AIMD, as in TCP).
 """
 
 import asyncio
@@ -11,10 +11,10 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from pydantic import ValidationError
@@ -120,7 +120,7 @@ class RewardClient:
 
     async def score(
         self, items: Sequence[ScoreItem], deadline_seconds: float | None = None
-    ) -> AsyncIterator[ScoreResult]:
+    ) -> AsyncGenerator[ScoreResult, None]:
         """Results as they come, one for each item. Leaving the loop early cancels the rest at the service.
 
         Raises ``RewardError`` where the caller must mend something; faults of the service are ``unknown`` results.
@@ -140,7 +140,7 @@ class RewardClient:
             while call.todo or running:
                 self._start(call, running)
                 room = asyncio.create_task(self._room(call)) if call.todo else None
-                waiting = {*running, room} if room else running
+                waiting: set[asyncio.Task[Any]] = {*running, room} if room else {*running}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if room:
                     room.cancel()
@@ -148,9 +148,9 @@ class RewardClient:
                     for item in call.todo:
                         yield _result(item, unknown(Reason.DEADLINE))
                     call.todo.clear()
-                for task in [task for task in running if task.done()]:
-                    running.discard(task)
-                    for result in task.result():
+                for done in [one for one in running if one.done()]:
+                    running.discard(done)
+                    for result in done.result():
                         yield result
         finally:
             for task in (*running, *([room] if room else [])):
@@ -268,13 +268,12 @@ class _AskAgain(Exception):
         self.retry_after = retry_after
 
 
-async def _next(stream: AsyncIterator[ScoreResult]) -> ScoreResult | None:
+async def _next(stream: AsyncGenerator[ScoreResult, None]) -> ScoreResult | None:
     return await anext(stream, None)
 
 
-async def _close(stream: AsyncIterator[ScoreResult]) -> None:
-    async with aclosing(stream):  # type: ignore[type-var]
-        pass
+async def _close(stream: AsyncGenerator[ScoreResult, None]) -> None:
+    await stream.aclose()
 
 
 def _too_large(item: ScoreItem) -> ScoreResult | None:

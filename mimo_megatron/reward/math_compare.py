@@ -6,7 +6,7 @@ not: a border, a sign, the order of a tuple, percent.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from mimo_megatron.reward.math_forms import (
     REALS,
@@ -78,6 +78,8 @@ def _number_of(gold: str, answer: Quantity) -> bool:
     """A quantity beside a bare number: its unit was left out of the gold; million and degree are part of the number."""
     if not answer.unit.dimension:
         return leaf_equal(gold, _scaled(answer))
+    if "%" in gold:
+        return False
     return leaf_equal(gold, answer.text) or (answer.unit.dimension == DEGREE and leaf_equal(gold, _radians(answer)))
 
 
@@ -155,7 +157,8 @@ def _sequence(gold: Sequence, answer: Form) -> bool:
     if gold.brackets == "":
         return _list(gold, answer)
     if isinstance(answer, Matrix):
-        return _in_order(gold.parts, _vector(answer))
+        is_vector = gold.brackets in ("()", "<>") or (gold.brackets == "[]" and len(gold.parts) != 2)
+        return is_vector and _in_order(gold.parts, _vector(answer))
     if isinstance(answer, Sequence):
         if gold.brackets in ("()", "<>") and answer.brackets in ("()", "<>", ""):
             return answer.joint == "," and _in_order(gold.parts, answer.parts)
@@ -167,7 +170,7 @@ def _sequence(gold: Sequence, answer: Form) -> bool:
 def _set(gold: Sequence, answer: Form) -> bool:
     if not isinstance(answer, Sequence):
         return len(gold.parts) == 1 and matches(gold.parts[0], answer)
-    if answer.brackets not in ("{}", ""):
+    if answer.brackets not in ("{}", "") or len(_symbols(answer)) > 1:
         return False
     return _in_any_order(_once(gold.parts), _once(_unassigned(answer)))
 
@@ -190,30 +193,33 @@ def _list(gold: Sequence, answer: Form) -> bool:
     if named and said:
         return named.keys() == said.keys() and all(matches(named[name], said[name]) for name in named)
     parts = tuple(named.values()) if named else _unassigned(gold)
-    if named or gold.is_ordered or answer.is_ordered or answer.brackets in ("()", "<>"):
+    is_tuple = answer.brackets in ("()", "<>")
+    if (named and _symbols(answer)) or (is_tuple and not named and (_symbols(gold) or gold.joint != ",")):
+        return False  # other names than the gold's; a pair for two solutions of one unknown
+    if named or gold.is_ordered or answer.is_ordered or is_tuple or len(_symbols(answer)) > 1:
         return answer.brackets in ("", "()", "<>") and _in_order(parts, answer.parts)
     return answer.brackets in ("", "{}") and _in_any_order(parts, _unassigned(answer))
 
 
 def _unassigned(answer: Sequence) -> tuple[Form, ...]:
     """``x = 1 or x = 2`` and ``x = 1, 2`` as 1 and 2, where one symbol is meant."""
-    symbols, parts = set(), []
-    for part in answer.parts:
-        if isinstance(part, Relation) and part.signs == ("=",) and is_symbol(part.sides[0]):
-            symbols.add(re.sub(r"_(?:\w|\{\w+\})$", "", part.sides[0]))  # x_1 = 1, x_2 = 2
-            parts.append(read_form(part.sides[1]))
-        else:
-            parts.append(part)
-    return tuple(parts) if len(symbols) == 1 else answer.parts
+    if len(_symbols(answer)) != 1:
+        return answer.parts
+    return tuple(read_form(part.sides[1]) if _is_assignment(part) else part for part in answer.parts)
+
+
+def _is_assignment(part: Form) -> TypeGuard[Relation]:
+    return isinstance(part, Relation) and part.signs == ("=",) and is_symbol(part.sides[0])
+
+
+def _symbols(one: Sequence) -> set[str]:
+    """That values are given to; ``x_1`` and ``x_2`` are one unknown."""
+    return {re.sub(r"_(?:\w|\{\w+\})$", "", part.sides[0]) for part in one.parts if _is_assignment(part)}
 
 
 def _by_symbol(one: Sequence) -> dict[str, Form] | None:
     """Values by name, where every part is ``symbol = value`` with a name of its own."""
-    pairs = {
-        part.sides[0]: read_form(part.sides[1])
-        for part in one.parts
-        if isinstance(part, Relation) and part.signs == ("=",) and is_symbol(part.sides[0])
-    }
+    pairs = {part.sides[0]: read_form(part.sides[1]) for part in one.parts if _is_assignment(part)}
     return pairs if len(pairs) == len(one.parts) else None
 
 
@@ -315,7 +321,7 @@ def _families(gold: Sequence, bound: str, answer: Form) -> bool:
 def _formulas(parts: tuple[Form, ...]) -> list[str]:
     texts: list[str] = []
     for part in parts:
-        if isinstance(part, Relation) and part.signs == ("=",) and is_symbol(part.sides[0]):
+        if _is_assignment(part):
             part = read_form(part.sides[1])
         texts.extend(_formulas(part.parts) if isinstance(part, Sequence) else [getattr(part, "text", "")])
     return texts

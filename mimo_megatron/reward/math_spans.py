@@ -18,7 +18,7 @@ _UPPER = r"\infty"
 
 def is_symbol(text: str) -> bool:
     r"""A name that a value may be given to: ``x``, ``x_1``, ``f(2)``, ``\angle ABC``, ``\text{Area}``."""
-    return bool(_SYMBOL.fullmatch(text.strip()))
+    return bool(_SYMBOL.fullmatch(text.strip())) and not re.search(r"\b(?:not|or|never)\b", text)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
 # Words of a sentence, behind which a second answer or a doubt may hide, are no unit.
 _PROSE_WORDS = (
     "or and not maybe perhaps possibly if between to is are was about approximately roughly less more than at least "
-    "most either but then so no another also else instead respectively when where for all any"
+    "most either but then so no another also else instead respectively when where for all any "
+    "one two three four five six seven eight nine ten zero wrong right false true"
 )
 _PROSE = frozenset(_PROSE_WORDS.split())
 MAX_WORDS = 4

@@ -1,8 +1,10 @@
 """The service over HTTP: who is answered what. A real server in a process of its own, with scripted workers."""
 
+import argparse
 import asyncio
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from benchmarks.math_items import math_items
+from mimo_megatron.cli import serve
 from mimo_megatron.reward.client import RewardClient, SyncRewardClient
 from mimo_megatron.reward.wire import MAX_BODY_BYTES, MAX_ITEM_BYTES, ScoreItem
 from tests.repository import ROOT
 from tests.reward_harness import SCRIPTED, Service, running, wait_until
 
+PAGE = (ROOT / "docs/rewards.md").read_text()
 TOKEN = "a-token-for-tests-only"
 
 
@@ -56,7 +62,14 @@ def test_items_of_all_lanes_are_answered_in_their_order(service: Service) -> Non
     tree["items"].append({"id": "g", "task": "box", "response": "", "gold": "none", "meta": box})
     answer = post(service, tree).json()
     got = [(one["id"], one["status"], one["reward"]) for one in answer["results"]]
-    assert got == [("m0", "ok", 1), ("c", "ok", 1), ("m1", "ok", 1), ("w0", "ok", 0), ("x", "ok", 1), ("g", "unknown", None)]
+    assert got == [
+        ("m0", "ok", 1),
+        ("c", "ok", 1),
+        ("m1", "ok", 1),
+        ("w0", "ok", 0),
+        ("x", "ok", 1),
+        ("g", "unknown", None),
+    ]
     assert answer["batch_id"] == "b" and len(answer["reward_version"]) == 16
 
 
@@ -192,7 +205,9 @@ def test_64_threads_and_asyncio_get_the_same_verdicts_to_the_bit(service: Servic
         for place in range(200)
     ]  # fmt: skip
     some += items(100, "eq") + items(100, "ne", gold="b")
-    bits = [(one.status, one.reward, one.reason, tuple(one.parts.items())) for one in asyncio.run(by_asyncio(service, some))]
+    bits = [
+        (one.status, one.reward, one.reason, tuple(one.parts.items())) for one in asyncio.run(by_asyncio(service, some))
+    ]
     with SyncRewardClient(service.url, TOKEN, batch_items=16) as client, ThreadPoolExecutor(64) as threads:
         for got in threads.map(lambda number: client.score_all(some[number % 4 :: 4]), range(64)):
             wanted = {one.id: bit for one, bit in zip(some, bits, strict=True)}
@@ -209,12 +224,45 @@ async def by_asyncio(service: Service, some: list[ScoreItem]) -> list[Any]:
 
 
 def test_leaving_the_stream_early_cancels_the_rest(service: Service) -> None:
-    some = items(1, "quick") + items(60, "left", gold={"do": "sleep", "seconds": 0.9}, response="right")
+    some = items(60, "left", gold={"do": "sleep", "seconds": 0.9}, response="right")
     with SyncRewardClient(service.url, TOKEN, batch_items=1) as client:
-        for result in client.score(some):
-            assert result.id == "quick0"
+        for _ in client.score(some):
             break
     wait_until(lambda: service.metric("reward_queue_items", lane="math") == 0, 4)
+
+
+def test_the_command_serves_the_real_rules() -> None:
+    items_ = math_items(200, seed=11)
+    command = [sys.executable, "-m", "mimo_megatron.cli", "serve-rewards", "--port", "0", "--workers", "2"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = json.loads(server.stdout.readline())["url"]
+        asked = [
+            ScoreItem(id=str(place), task="math", response=response, gold=gold)
+            for place, (response, gold, _) in enumerate(items_)
+        ]
+        with SyncRewardClient(url) as client:
+            results = client.score_all(asked)
+        assert [result.reward for result in results] == [float(is_right) for _, _, is_right in items_]
+        example = re.search(r"```python\n(from mimo_megatron.reward.client.*?)```", PAGE, re.DOTALL)
+        assert example is not None
+        code = example[1].replace("http://127.0.0.1:8100", url)
+        told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert told.stdout.splitlines() == ["a ok 1.0 right", "b ok 0.0 wrong", "c unknown None bad_gold"]
+        loaded = {Path(one.path).name for one in psutil.Process(server.pid).memory_maps()}
+        assert not any(name.startswith("libtorch") for name in loaded)
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+        server.stdout.close()
+
+
+def test_the_page_names_every_option_of_the_command() -> None:
+    parser = argparse.ArgumentParser()
+    serve.VERBS[0].add_arguments(parser)
+    options = {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"}
+    assert len(options) > 8 and not {name for name in options if f"`{name}`" not in PAGE}
 
 
 def test_public_bind_without_a_token_does_not_start() -> None:

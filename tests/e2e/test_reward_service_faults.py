@@ -70,7 +70,9 @@ def test_twenty_times_too_much_is_refused_in_time_and_memory_stays_bounded() -> 
             with SyncRewardClient(service.url, batch_items=64) as client:
                 client._client.window.limit = 4096  # who does not listen
                 some = right(1000, f"o{number}-")
-                some = [item.model_copy(update={"response": "right" + " " * 20_000}) for item in some[:500]] + some[500:]
+                some = [item.model_copy(update={"response": "right" + " " * 20_000}) for item in some[:500]] + some[
+                    500:
+                ]
                 random.Random(number).shuffle(some)
                 results.append(client.score_all(some, stop - time.monotonic()))
 

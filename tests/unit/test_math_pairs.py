@@ -26,6 +26,11 @@ EXPECTED_MISSES = {
     (r"\text{isosceles}", r"\text{Isosceles triangle}"),
     ("(3,4)", r"3\mathbf{i}+4\mathbf{j}"),
     (r"\overline{AB}", r"\overline{BA}"),
+    ("(-1)^n", r"\cos(n\pi)"),
+    ("x^2=4", r"x=\pm 2"),
+    ("(-3,3)", "|x|<3"),
+    ("y=2x", r"\frac{y}{x}=2"),
+    ("(1,3)", r"(1,2]\cup(2,3)"),
 }
 
 

@@ -235,7 +235,8 @@ def test_another_model_version_is_refused_within_one_service() -> None:
 def test_vllm_is_sent_one_conversation_a_request_and_its_raw_score_is_calibrated_here(tmp_path: Path) -> None:
     data = b"\x89PNG not really"
     name = hashlib.sha256(data).hexdigest()
-    (tmp_path / name).write_bytes(data)
+    (tmp_path / name[:2]).mkdir()
+    (tmp_path / name[:2] / f"{name}.png").write_bytes(data)
     content = [{"type": "text", "text": "what is this?"}, {"type": "image", "image": name}]
     meta = Meta(messages=[Message(role="user", content=content)])
     calibration = Calibration(mu=0.2, tau=0.1)

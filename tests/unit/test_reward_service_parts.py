@@ -181,5 +181,6 @@ def test_a_planted_danger_is_found(line: str) -> None:
 def test_the_zygote_imports_nothing_heavy() -> None:
     text = (ROOT / "mimo_megatron/reward/service/zygote.py").read_text()
     assert set(re.findall(r"^(?:from|import) ([\w.]+)", text, re.MULTILINE)) == {
-        "gc", "importlib", "json", "os", "select", "socket", "sys", "threading", "typing", "mimo_megatron.reward.service",
+        "gc", "importlib", "json", "os", "select", "socket", "sys", "threading", "typing",
+        "mimo_megatron.reward.service",
     }  # fmt: skip

@@ -46,7 +46,9 @@ class Readiness(Wire):
 def build_app(scorer: Scorer) -> App:
     """The whole service; ``scorer`` is started and closed by the caller."""
     app = FastAPI(title="mimo-megatron rewards", version=__version__, docs_url="/docs", redoc_url=None)
-    errors = {code: {"model": ErrorBody, "description": text} for code, text in _ERRORS.items()}
+    errors: dict[int | str, dict[str, Any]] = {
+        code: {"model": ErrorBody, "description": text} for code, text in _ERRORS.items()
+    }
 
     @app.post("/v1/score", response_model=ScoreResponse, responses=errors, openapi_extra=_takes("ScoreRequest"))
     async def score(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""A circuit breaker: after five failures in a row a replica is left alone for ten seconds, then tried by one request."""
+"""A circuit breaker: after five failures in a row a replica is left alone for ten seconds, then tried once."""
 
 import time
 

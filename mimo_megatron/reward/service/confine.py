@@ -14,7 +14,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 
 
 def leave_network() -> bool:
-    """True if this process, which must have one thread, is now in an empty network of its own. It loses root as well."""
+    """True if this process, which must have one thread, is now alone in an empty network. It loses root as well."""
     return _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
 
 

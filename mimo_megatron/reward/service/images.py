@@ -1,4 +1,6 @@
-"""Pictures by content hash under one folder. Nothing a caller says becomes a path but 64 hexadecimal digits."""
+"""Pictures by content hash, as the console finds them: ``<sha256>`` or ``<sha256>.<ext>`` in one folder, or in
+its folder named by the first two digits. Nothing a caller says becomes a path but 64 hexadecimal digits.
+"""
 
 import base64
 import hashlib
@@ -17,7 +19,11 @@ class MediaMissing(Exception):
 def read_image(root: Path | None, sha256: str) -> bytes:
     if root is None or not _SHA256.fullmatch(sha256):
         raise MediaMissing(sha256)
-    path = root / sha256
+    folders = (root, root / sha256[:2])
+    found = [path for folder in folders for path in (folder / sha256, *folder.glob(f"{sha256}.*")) if path.exists()]
+    if not found:
+        raise MediaMissing(sha256)
+    path = found[0]
     try:
         if path.is_symlink() or path.stat().st_size > MAX_IMAGE_BYTES:
             raise MediaMissing(sha256)

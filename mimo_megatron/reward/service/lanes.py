@@ -1,4 +1,4 @@
-"""Where an item is judged: ``cheap`` in this process, ``math`` in a worker, ``model`` by a replica. Queues are bounded."""
+"""Where an item is judged: ``cheap`` in this process, ``math`` in a worker, else by a replica. Queues are bounded."""
 
 import math
 import time

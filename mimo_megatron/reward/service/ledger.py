@@ -71,7 +71,7 @@ class Ledger:
         return ticket
 
     def cancel(self, batch_id: str | None, ids: Iterable[str]) -> int:
-        """The number of waiting items that now get ``unknown``, reason ``cancelled``: of the batch, and of these ids."""
+        """The number of waiting items that now get ``unknown``, reason ``cancelled``: of the batch, and these ids."""
         wanted = set(ids)
         chosen = [
             (key, ticket)

@@ -63,10 +63,10 @@ class _State(Collector):
             "reward_quarantined_items", "Answers that killed two workers.", value=self._pool.num_quarantined
         )
         yield CounterMetricFamily("reward_cache_hits", "Items not worked out again.", value=self._ledger.num_hits)
-        for task, lane in self._models.items():
-            yield _counts(f"reward_model_events_{task}", "Second attempts, failures, no answer.", "event", lane.events)
+        for task, model in self._models.items():
+            yield _counts(f"reward_model_events_{task}", "Second attempts, failures, no answer.", "event", model.events)
             is_open = GaugeMetricFamily(f"reward_model_open_{task}", "Breaker open.", labels=["replica"])
-            for number, replica in enumerate(lane.replicas):
+            for number, replica in enumerate(model.replicas):
                 is_open.add_metric([str(number)], float(replica.breaker.is_open))
             yield is_open
 

@@ -1,7 +1,7 @@
 """Items for one reward model: gathered into micro-batches, sent to the replica with the least to do.
 
-A batch that takes longer than nearly all before it, or fails, is sent once more, to another replica if there is one; the
-first good answer counts. Where no replica answers, the items are ``unknown``, reason ``model_unavailable``.
+A batch that takes longer than nearly all before it, or fails, is sent once more, to another replica if there is one;
+the first good answer counts. Where no replica answers, the items are ``unknown``, reason ``model_unavailable``.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class ModelLane:
         self.replicas = replicas
         self.events: Counter[str] = Counter()
         self.version: str | None = None
-        """Of the first replica that answered; another version is refused, so that one service gives one kind of reward."""
+        """Of the first replica that answered; another version is refused: one service gives one kind of reward."""
         self._image_root = image_root
         self._sends_images = any(isinstance(replica, VllmReplica) for replica in replicas)
         self._waiting: deque[_Waiting] = deque()
@@ -158,8 +158,8 @@ class ModelLane:
         return verdicts
 
     def _choose(self, attempts: dict[asyncio.Task[list[Verdict]], AnyReplica]) -> AnyReplica | None:
-        """The untried replica with the least in flight; else one whose attempt has failed already; None if there is none
-        whose breaker is closed."""
+        """The untried replica with the least in flight; else one whose attempt has failed already. None where there is
+        none whose breaker is closed."""
         usable = [replica for replica in self.replicas if not replica.breaker.is_open]
         fresh = [replica for replica in usable if replica not in attempts.values()]
         failed = [replica for attempt, replica in attempts.items() if attempt.done() and replica in usable]
@@ -182,7 +182,9 @@ class ModelLane:
         return {name: read_image(self._image_root, name) for name in names}
 
 
-async def _first(attempts: dict[asyncio.Task[list[Verdict]], AnyReplica], seconds: float | None) -> list[Verdict] | None:
+async def _first(
+    attempts: dict[asyncio.Task[list[Verdict]], AnyReplica], seconds: float | None
+) -> list[Verdict] | None:
     """The verdicts of the first attempt that succeeds; None when all have failed, or the time is up."""
     until = None if seconds is None else time.monotonic() + seconds
     while running := [attempt for attempt in attempts if not attempt.done()]:

@@ -93,7 +93,7 @@ class Worker:
 
 
 class Nursery:
-    """One zygote. ``target`` and ``warm`` name functions as ``module:name``; ``warm() -> list[str]`` says what is wrong."""
+    """One zygote. ``target`` and ``warm`` name functions as ``module:name``; ``warm()`` lists what is wrong."""
 
     def __init__(self, target: str, warm: str, limits: Limits) -> None:
         self._arguments = [target, warm, str(limits.memory_bytes), str(limits.seconds)]
@@ -189,8 +189,8 @@ class Nursery:
                 worker.close()
             else:
                 born.set_result(worker)
-        elif worker := self._living.pop(message["exit"], None):  # type: ignore[assignment]
-            worker.ended.set_result(message["signal"])
+        elif message["exit"] in self._living:
+            self._living.pop(message["exit"]).ended.set_result(message["signal"])
 
     def _lost(self) -> None:
         if self._control is not None:

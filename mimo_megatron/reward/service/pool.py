@@ -1,8 +1,8 @@
 """Workers that are killed and replaced, so that no job can take another's time, memory or verdict.
 
-Invariants: the clock of a job starts when a worker gets it; a job whose worker had to be killed is given to one more
-worker, then never again; a worker lost without the job's fault costs the job nothing but a repetition; when this process
-dies, by whatever signal, no worker outlives it. A ProcessPoolExecutor with timeouts has none of the four.
+Invariants: the clock of a job starts when a worker gets it; a job whose worker had to be killed is given to one
+more worker, then never again; a worker lost without the job's fault costs the job nothing but a repetition; when this
+process dies, by whatever signal, no worker outlives it. A ProcessPoolExecutor with timeouts has none of the four.
 
 What travels to and from workers is JSON. Nothing is pickled, not even at start.
 """
@@ -229,9 +229,7 @@ class MathPool:
         return AsyncPool(self._settings)
 
 
-async def _gather(
-    call: Callable[[dict[str, Any]], Awaitable[Outcome]], jobs: list[dict[str, Any]]
-) -> list[Outcome]:
+async def _gather(call: Callable[[dict[str, Any]], Awaitable[Outcome]], jobs: list[dict[str, Any]]) -> list[Outcome]:
     return list(await asyncio.gather(*map(call, jobs)))
 
 

@@ -88,7 +88,9 @@ class NativeReplica(_Http):
         try:
             answer = ModelResponse.model_validate_json(body)
         except ValidationError as error:
-            raise ReplicaFailed(f"{self.url} answered what is no ModelResponse: {error.error_count()} errors") from error
+            raise ReplicaFailed(
+                f"{self.url} answered what is no ModelResponse: {error.error_count()} errors"
+            ) from error
         if [one.id for one in answer.results] != [item.id for item in items]:
             raise ReplicaFailed(f"{self.url} answered other items than it was asked for")
         self.version = answer.model_version
@@ -149,7 +151,9 @@ def _openai(message: Message, images: dict[str, bytes]) -> dict[str, Any]:
     if isinstance(message.content, str):
         return {"role": message.role, "content": message.content}
     parts = [
-        {"type": "image_url", "image_url": {"url": data_url(images[part["image"]])}} if part["type"] == "image" else part
+        {"type": "image_url", "image_url": {"url": data_url(images[part["image"]])}}
+        if part["type"] == "image"
+        else part
         for part in message.content
     ]
     return {"role": message.role, "content": parts}

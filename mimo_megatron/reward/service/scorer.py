@@ -152,7 +152,9 @@ class Scorer:
         kinds = {"text": {"type", "text"}, "image": {"type", "image"}}
         for part in (part for one in messages if not isinstance(one.content, str) for part in one.content):
             if kinds.get(part.get("type", "")) != set(part):
-                raise Refused(422, "bad_messages", f"item {item.id!r}: a part is text, or an image named by its SHA-256")
+                raise Refused(
+                    422, "bad_messages", f"item {item.id!r}: a part is text, or an image named by its SHA-256"
+                )
             if part["type"] == "image" and item.task == "rm_text":
                 raise Refused(422, "bad_messages", f"item {item.id!r}: rm_text takes no images; use rm_multimodal")
 
@@ -160,7 +162,9 @@ class Scorer:
         """All items or none: a batch that is half taken would have to be sent again in full."""
         for lane, queue in self.queues.items():
             new = [
-                one.num_bytes for one in asked if one.lane == lane and (one.key is None or not self.ledger.knows(one.key))
+                one.num_bytes
+                for one in asked
+                if one.lane == lane and (one.key is None or not self.ledger.knows(one.key))
             ]
             queue.check_room(len(new), sum(new))
 

@@ -61,8 +61,8 @@ class ServiceSettings:
         """``ConfigError`` for what would be unsafe or could not work."""
         if self.token is None and not _is_loopback(self.host):
             raise ConfigError(
-                f"--host {self.host} can be reached from other machines, and there is no token. Give --token-file FILE, "
-                "or bind 127.0.0.1 and use a tunnel"
+                f"--host {self.host} can be reached from other machines, and there is no token. "
+                "Give --token-file FILE, or bind 127.0.0.1 and use a tunnel"
             )
         if self.image_root is not None and not self.image_root.is_dir():
             raise ConfigError(f"--image-root {self.image_root} is not a folder")

@@ -4,7 +4,7 @@ milliseconds, and nothing else: neither torch nor the HTTP server.
     python -P -m mimo_megatron.reward.service.zygote FD TARGET WARM MEMORY_BYTES SECONDS
 
 Its only input is the socket FD (messages with boundaries). ``{"ready", "isolated", "problems"}`` is the first thing it
-says. Each message it receives holds the socket of a worker to fork; it answers ``{"pid"}`` with that worker's pidfd, and
+says. Each message it receives holds the socket of a worker to fork; it answers ``{"pid"}`` with its pidfd, and
 later ``{"exit": pid, "signal"}``. It ends, and all workers by their parent-death signal with it, when the socket ends
 or its own parent has changed.
 """
@@ -59,7 +59,10 @@ def _serve(control: socket.socket, job: worker.Job, limits: worker.Limits, paren
                 _say(control, {"exit": children.pop(ready), "signal": signal})
                 os.close(ready)
                 continue
-            message, handles, _, _ = socket.recv_fds(control, 16, 1)
+            try:
+                message, handles, _, _ = socket.recv_fds(control, 16, 1)
+            except ConnectionResetError:
+                return
             if not message:
                 return
             (handle,) = handles
@@ -92,7 +95,7 @@ def _named(target: str) -> Any:
 def _say(control: socket.socket, message: dict[str, Any], *handles: int) -> None:
     try:
         socket.send_fds(control, [json.dumps(message).encode()], handles)
-    except BrokenPipeError:
+    except (BrokenPipeError, ConnectionResetError):
         os._exit(0)
 
 
