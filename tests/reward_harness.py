@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 import psutil
 
+from mimo_megatron.config.calibration import Calibration
 from mimo_megatron.reward.service.pool import PoolSettings
 from mimo_megatron.reward.service.serve import serve
-from mimo_megatron.reward.service.settings import Calibration, ModelSpec, ServiceSettings
+from mimo_megatron.reward.service.settings import ModelSpec, ServiceSettings
 from mimo_megatron.reward.service.worker import Limits
 from tests.repository import ROOT
 

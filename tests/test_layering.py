@@ -55,7 +55,18 @@ NEVER_IN: dict[str, set[str]] = {
 SEAMS: dict[str, tuple[str, ...]] = {
     **{
         f"mimo_megatron/cli/{name}.py": ("",)
-        for name in ("__init__", "inspect", "data", "plan", "run", "prove", "convert", "reward_model", "rewards", "serve")
+        for name in (
+            "__init__",
+            "inspect",
+            "data",
+            "plan",
+            "run",
+            "prove",
+            "convert",
+            "reward_model",
+            "rewards",
+            "serve",
+        )
     },
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),

@@ -38,7 +38,41 @@ def _evaluate(values: Values) -> int:
     return 0
 
 
+def _serve_arguments(parser: Arguments) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, help="a calibrated reward model: a checkpoint or a Hugging Face folder"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs --token-file")
+    parser.add_argument("--port", type=int, default=8101, help="0 takes a free one (default 8101)")
+    parser.add_argument("--token-file", type=Path, help="a file with the bearer token that callers must give")
+    parser.add_argument("--image-root", type=Path, help="pictures, named by their SHA-256")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer (default: the checkpoint's own)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--pack-tokens", type=count, default=8192, help="slots of a pack (default 8192)")
+
+
+def _serve(values: Values) -> int:
+    from mimo_megatron.reward.service.settings import read_token
+    from mimo_megatron.reward_model.server import serve_reward_model
+    from mimo_megatron.train.start import read_encoding
+
+    with TemporaryDirectory() as scratch:
+        serve_reward_model(
+            values.checkpoint,
+            read_encoding(values.checkpoint, values.tokenizer),
+            Path(scratch),
+            host=values.host,
+            port=values.port,
+            token=read_token(values.token_file) if values.token_file else None,
+            image_root=values.image_root,
+            precision=values.precision,
+            pack_tokens=values.pack_tokens,
+        )
+    return 0
+
+
 VERBS = (
+    Verb("serve-reward-model", "one reward model over HTTP, for serve-rewards", _serve_arguments, _serve),
     Verb(
         "reward-model evaluate", "accuracy on held-out pairs, and calibration to [0, 1]", _evaluate_arguments, _evaluate
     ),

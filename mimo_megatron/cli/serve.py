@@ -22,6 +22,7 @@ def _rewards_arguments(parser: Arguments) -> None:
         "--vllm-reward-model", action="append", default=[], metavar="text|multimodal=URL,CALIBRATION.json",
         help="a replica that vLLM serves, and its mu and tau; repeatable",
     )  # fmt: skip
+    parser.add_argument("--reward-model-token-file", type=Path, help="a file with the token that replicas ask for")
 
 
 def _rewards(values: Values) -> int:
@@ -35,8 +36,9 @@ def _rewards(values: Values) -> int:
 
     log.set_up()
     workers = values.workers or len(os.sched_getaffinity(0))
-    models = [model_spec(text, False) for text in values.reward_model]
-    models += [model_spec(text, True) for text in values.vllm_reward_model]
+    token = read_token(values.reward_model_token_file) if values.reward_model_token_file else None
+    models = [model_spec(text, False, token) for text in values.reward_model]
+    models += [model_spec(text, True, token) for text in values.vllm_reward_model]
     settings = ServiceSettings(
         host=values.host,
         port=values.port,

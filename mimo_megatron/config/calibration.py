@@ -20,16 +20,15 @@ CALIBRATION_FILE = "reward_model.json"
 class Calibration:
     mu: float
     tau: float
-    accuracy: float
+    accuracy: float | None = None
     """Share of the held-out pairs whose chosen response has the higher score."""
-    num_pairs: int
-    pairs_sha256: str
+    num_pairs: int = 0
+    pairs_sha256: str = ""
     """Of the file of held-out pairs."""
 
     def __post_init__(self) -> None:
-        numbers = (self.mu, self.tau, self.accuracy)
-        if not (all(isinstance(one, float | int) and math.isfinite(one) for one in numbers) and self.tau > 0):
-            raise ValueError(f"mu {self.mu}, tau {self.tau}, accuracy {self.accuracy}: finite, and tau above 0")
+        if not (all(type(one) in (int, float) and math.isfinite(one) for one in (self.mu, self.tau)) and self.tau > 0):
+            raise ValueError(f"mu {self.mu!r} and tau {self.tau!r} must be finite numbers, and tau above 0")
 
     def reward(self, score: float) -> float:
         """In [0, 1]; rises with the score."""

@@ -32,6 +32,8 @@ def library_equal(gold: str, answer: str) -> bool:
         return False  # the library takes R and r for one symbol
     true = parse(gold)
     said = parse(answer)
+    if getattr(true, "free_symbols", None) != getattr(said, "free_symbols", None):
+        return False  # and nothing is simplified: logarithms of other letters beside 3 * 10^8 took minutes
     try:
         return bool(verify([true], [said], strict=True, timeout_seconds=None, raise_on_error=True))
     except Exception as error:  # whatever sympy raises, recursion and memory included

@@ -209,6 +209,8 @@ def value_at(tree: Tree, point: int, is_real: bool) -> Any:
         return +getattr(context, kind)
     if kind == "i":
         return context.mpc(0, 1)
+    if kind == "oo":
+        raise NoValue("infinity inside an expression")
     try:
         parts = [value_at(part, point, is_real) for part in tree[1:] if isinstance(part, tuple)]
         return _bounded(_apply(tree, parts, is_real), bool(names(tree)))

@@ -58,7 +58,8 @@ class Judge:
             raw = self._raw(item)
         except MediaMissing:
             return Reason.MEDIA_MISSING
-        model, tokenizer, data = self._open_model.model.model_config, self._open_model.tokenizer, self._open_model.encoding
+        tokenizer, data = self._open_model.tokenizer, self._open_model.encoding
+        model = self._open_model.model.model_config
         try:
             sample = encode_response(with_response(raw, item.response), tokenizer, model, data)
         except DataError:

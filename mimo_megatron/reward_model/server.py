@@ -18,7 +18,7 @@ from mimo_megatron.evaluation.opened import opened
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.reward.service.gate import Gate, error_body
-from mimo_megatron.reward.service.http_server import check_address, serve_app
+from mimo_megatron.reward.service.http_server import bound, check_address, serve_on
 from mimo_megatron.reward.wire import ModelItem, ModelRequest, ModelResponse, ModelResult
 from mimo_megatron.reward_model.judge import Judge, version_of
 
@@ -49,7 +49,8 @@ def serve_reward_model(
     alone = RankAddress(0, 1, 0, "")
     with opened(source, ParallelConfig(), encoding, alone, scratch, head="reward", precision=precision) as model:
         judge = Judge(model, calibration, image_root, version, pack_tokens)
-        asyncio.run(serve_app(lambda: build_app(judge, token), host, port))
+        with bound(host, port) as sock:
+            asyncio.run(serve_on(sock, build_app(judge, token)))
 
 
 def build_app(judge: Judge, token: str | None = None) -> Gate:

@@ -57,6 +57,14 @@ def test_what_is_not_judged_is_invalid_with_a_reason(response: str, meta: Meta, 
     assert (verdict.status, verdict.reward, verdict.reason) == ("invalid", 0.0, reason)
 
 
+@pytest.mark.parametrize(
+    "answer", [r"x < \infty + 1", r"(1, 2\infty)", r"x \ne \sqrt{\infty}", r"\frac{1}{\infty}+k, k\in\mathbb{Z}"]
+)
+@pytest.mark.parametrize("gold", ["5", "x>3", r"(1,2)\cup(3,4)", r"\pi+k\pi, k\in\mathbb{Z}"])
+def test_infinity_inside_an_expression_is_judged_and_not_right(answer: str, gold: str) -> None:
+    assert score(f"\\boxed{{{answer}}}", read_gold(gold, META), META).reward == 0.0
+
+
 def test_one_formula_without_a_box_is_an_answer() -> None:
     for response in ("So it is $5$.", r"So it is \(5\).", r"\[5\]", "$$5$$", "$5$, as I said: $5$"):
         assert score(f"<think>$6$</think>{response}", FIVE, META).reward == 1.0
@@ -92,6 +100,15 @@ def test_the_library_works_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found == [True]
+
+
+def test_other_symbols_are_wrong_without_simplifying(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> bool:
+        raise AssertionError("simplified, which takes minutes here")
+
+    monkeypatch.setattr(math_library, "verify", fail)
+    gold = read_gold(r"3 \times 10^8", META)
+    assert score(r"\boxed{y0.75 \text{ ho\intrs}3:\ln 44}", gold, META).reward == 0.0
 
 
 def test_the_self_test_passes_here() -> None:

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import pytest
 
+from mimo_megatron.config.calibration import Calibration
 from mimo_megatron.reward.service import breaker as breakers
 from mimo_megatron.reward.service.breaker import Breaker
 from mimo_megatron.reward.service.model_lane import ModelLane
 from mimo_megatron.reward.service.replicas import make_replica
-from mimo_megatron.reward.service.settings import Calibration, ModelSpec
+from mimo_megatron.reward.service.settings import ModelSpec
 from mimo_megatron.reward.verdict import Reason, Verdict
 from mimo_megatron.reward.wire import Message, Meta, ScoreItem
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mimo_megatron.config.calibration import Calibration
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.reward.client import Window
 from mimo_megatron.reward.service import gate
 from mimo_megatron.reward.service.lanes import Overloaded, Queue
 from mimo_megatron.reward.service.ledger import Key, Ledger
-from mimo_megatron.reward.service.settings import Calibration, ModelSpec, ServiceSettings, model_spec, read_token
+from mimo_megatron.reward.service.settings import ModelSpec, ServiceSettings, model_spec, read_token
 from mimo_megatron.reward.verdict import Reason, Verdict, judged, unknown
 from tests.repository import ROOT, python_sources
 

@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
+from mimo_megatron.config.calibration import Calibration
 from mimo_megatron.reward.service.breaker import Breaker
 from mimo_megatron.reward.service.images import data_url
-from mimo_megatron.reward.service.settings import Calibration, ModelSpec
+from mimo_megatron.reward.service.settings import ModelSpec
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, unknown
 from mimo_megatron.reward.wire import Message, ModelItem, ModelRequest, ModelResponse, ModelResult
 
@@ -39,7 +40,10 @@ class _Http:
         timeout = httpx.Timeout(attempt_seconds, connect=CONNECT_SECONDS)
         self._seconds = attempt_seconds
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=32)
-        self._http = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, follow_redirects=False)
+        headers = {"authorization": f"Bearer {spec.token}"} if spec.token else {}
+        self._http = httpx.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, trust_env=False, follow_redirects=False
+        )
 
     async def close(self) -> None:
         await self._http.aclose()

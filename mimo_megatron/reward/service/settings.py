@@ -1,30 +1,16 @@
 """What an operator chooses, checked before anything starts."""
 
-import ipaddress
-import json
-import math
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mimo_megatron.config.calibration import Calibration, read_calibration
 from mimo_megatron.errors import ConfigError
+from mimo_megatron.reward.service.http_server import check_address
 from mimo_megatron.reward.service.pool import PoolSettings
 
 ModelTask = Literal["rm_text", "rm_multimodal"]
 MIN_TOKEN_CHARS = 16
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """reward = sigmoid((score - mu) / tau), fixed from held-out pairs before a run and never during one."""
-
-    mu: float
-    tau: float
-
-    def reward(self, score: float) -> float:
-        scaled = (score - self.mu) / self.tau
-        return 1 / (1 + math.exp(-scaled)) if scaled >= 0 else math.exp(scaled) / (1 + math.exp(scaled))
 
 
 @dataclass(frozen=True)
@@ -34,6 +20,8 @@ class ModelSpec:
     task: ModelTask
     url: str
     calibration: Calibration | None = None
+    token: str | None = None
+    """That the replica asks for."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +47,9 @@ class ServiceSettings:
 
     def check(self) -> None:
         """``ConfigError`` for what would be unsafe or could not work."""
-        if self.token is None and not _is_loopback(self.host):
-            raise ConfigError(
-                f"--host {self.host} can be reached from other machines, and there is no token. "
-                "Give --token-file FILE, or bind 127.0.0.1 and use a tunnel"
-            )
+        check_address(self.host, self.port, self.token)
         if self.image_root is not None and not self.image_root.is_dir():
             raise ConfigError(f"--image-root {self.image_root} is not a folder")
-        if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"--port {self.port} is outside 0..65535")
 
 
 def read_token(path: Path) -> str:
@@ -84,7 +66,7 @@ def read_token(path: Path) -> str:
     return token
 
 
-def model_spec(text: str, with_calibration: bool) -> ModelSpec:
+def model_spec(text: str, with_calibration: bool, token: str | None = None) -> ModelSpec:
     """``text=URL`` or ``multimodal=URL``, with ``,CALIBRATION.json`` behind it for vLLM. ``ConfigError`` otherwise."""
     kind, _, rest = text.partition("=")
     url, _, file = rest.partition(",")
@@ -92,27 +74,4 @@ def model_spec(text: str, with_calibration: bool) -> ModelSpec:
     if kind not in tasks or not url.startswith(("http://", "https://")) or bool(file) != with_calibration:
         wanted = "text=URL,CALIBRATION.json" if with_calibration else "text=URL"
         raise ConfigError(f"{text!r} is not of the form {wanted} (or multimodal=...)")
-    return ModelSpec(tasks[kind], url.rstrip("/"), read_calibration(Path(file)) if file else None)
-
-
-def read_calibration(path: Path) -> Calibration:
-    """mu and tau of ``{"mu": ..., "tau": ...}``; other keys may stand beside them."""
-    try:
-        tree = json.loads(path.read_text())
-        calibration = Calibration(float(tree["mu"]), float(tree["tau"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} must hold JSON with numbers mu and tau: {error!r}") from error
-    if not (math.isfinite(calibration.mu) and math.isfinite(calibration.tau) and calibration.tau > 0):
-        raise ConfigError(f"{path}: mu {calibration.mu} and tau {calibration.tau} must be finite, and tau above 0")
-    return calibration
-
-
-def _is_loopback(host: str) -> bool:
-    """Every address that the name stands for is this machine's own; an empty host is every interface."""
-    if not host:
-        return False
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise ConfigError(f"--host {host} is not a name or address of this machine: {error}") from error
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
+    return ModelSpec(tasks[kind], url.rstrip("/"), read_calibration(Path(file)) if file else None, token)
