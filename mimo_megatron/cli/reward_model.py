@@ -39,9 +39,7 @@ def _evaluate(values: Values) -> int:
 
 
 def _serve_arguments(parser: Arguments) -> None:
-    parser.add_argument(
-        "checkpoint", type=Path, help="a calibrated reward model: a checkpoint or a Hugging Face folder"
-    )
+    parser.add_argument("checkpoint", type=Path, help="a calibrated reward model, ours or Hugging Face's")
     parser.add_argument("--host", default="127.0.0.1", help="any other than this machine's own needs --token-file")
     parser.add_argument("--port", type=int, default=8101, help="0 takes a free one (default 8101)")
     parser.add_argument("--token-file", type=Path, help="a file with the bearer token that callers must give")

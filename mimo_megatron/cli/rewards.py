@@ -17,8 +17,10 @@ def _check(values: Values) -> int:
 
     from mimo_megatron.reward.console.table import print_golds
     from mimo_megatron.reward.gold_check import check_golds, read_rows, write_findings
+    from mimo_megatron.reward.service.offline import Offline
 
-    report = check_golds(read_rows(values.file))
+    with Offline() as offline:
+        report = check_golds(read_rows(values.file), offline.math_problem)
     print_golds(report, Console(), _MOST_FINDINGS)
     if values.out:
         write_findings(report, values.out)
@@ -40,8 +42,10 @@ def _inspect(values: Values) -> int:
     from mimo_megatron.reward.console.page import write_page
     from mimo_megatron.reward.console.rows import only, read_scored, summarise
     from mimo_megatron.reward.console.table import print_rows, print_summary
+    from mimo_megatron.reward.service.offline import Offline
 
-    rows = only(read_scored(values.file), values.only)
+    with Offline() as offline:
+        rows = only(read_scored(values.file, offline.score), values.only)
     summary, shown = summarise(rows), rows[: values.limit]
     console = Console()
     print_rows(shown, console)

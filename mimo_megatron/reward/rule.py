@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from mimo_megatron.reward.answer import Unscorable
 from mimo_megatron.reward.verdict import Verdict, invalid
@@ -18,10 +18,8 @@ def _no_doubts(gold: Any, meta: Meta) -> list[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """``score`` is pure and never raises on any response."""
+    """``score`` is pure, takes microseconds, and never raises on any response."""
 
-    lane: Literal["cheap", "math"]
-    """``cheap`` takes microseconds and runs in the caller's process; ``math`` may hang and needs a process to kill."""
     read_gold: Callable[[Any, Meta], Any]
     """A typed gold; ``GoldError`` for one that nothing could be judged by."""
     score: Callable[[str, Any, Meta], Verdict]

@@ -1,4 +1,7 @@
-"""The rule of every task that is judged without a model, and the one way to score by it."""
+"""The rules that take microseconds, by task, and the one way to score by them.
+
+Mathematics is not among them: it may hang, and is judged in processes that can be killed (``service/pool.py``).
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +14,11 @@ from mimo_megatron.reward.verdict import Reason, Verdict, unknown
 from mimo_megatron.reward.wire import Meta
 
 RULES: Mapping[str, Rule] = {
-    "box": Rule("cheap", boxes.read_gold, boxes.score, boxes.doubts),
-    "point": Rule("cheap", points.read_gold, points.score, points.doubts),
-    "count": Rule("cheap", counts.read_gold, counts.score),
-    "time": Rule("cheap", times.read_gold, times.score, times.doubts),
-    "gui": Rule("cheap", gui.read_gold, gui.score),
+    "box": Rule(boxes.read_gold, boxes.score, boxes.doubts),
+    "point": Rule(points.read_gold, points.score, points.doubts),
+    "count": Rule(counts.read_gold, counts.score),
+    "time": Rule(times.read_gold, times.score, times.doubts),
+    "gui": Rule(gui.read_gold, gui.score),
 }
 
 

@@ -15,7 +15,7 @@ from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.pairs import answer_of, encode_response, with_response
 from mimo_megatron.errors import DataError
 from mimo_megatron.evaluation.opened import OpenModel
-from mimo_megatron.reward.service.images import MediaMissing, read_image
+from mimo_megatron.reward.images import MediaMissing, image_path, read_image
 from mimo_megatron.reward.verdict import Reason
 from mimo_megatron.reward.wire import Message, ModelItem, ModelResult
 from mimo_megatron.reward_model.scoring import scores_of
@@ -76,9 +76,8 @@ class Judge:
         return RawSample(item.id, "wire", tuple(map(_as_stored, item.messages)), media)
 
     def _media(self, name: str) -> MediaRef:
-        num_bytes = len(read_image(self._image_root, name))
-        assert self._image_root is not None
-        return MediaRef("image", str(self._image_root / name), 0, num_bytes, name)
+        path = image_path(self._image_root, name)
+        return MediaRef("image", str(path), 0, len(read_image(path, name)), name)
 
 
 def version_of(folder: Path) -> str:

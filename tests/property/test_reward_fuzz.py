@@ -167,4 +167,4 @@ def test_any_json_value_is_judged_and_any_gold_is_read_or_bad(tree: object) -> N
 
 
 def test_every_rule_is_fuzzed() -> None:
-    assert set(TASKS) == {task for task, rule in RULES.items() if rule.lane == "cheap"}
+    assert set(TASKS) == set(RULES)

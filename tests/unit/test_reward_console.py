@@ -16,9 +16,11 @@ from rich.console import Console
 from mimo_megatron.cli import main
 from mimo_megatron.errors import DataError
 from mimo_megatron.reward.console.page import visible, write_page
-from mimo_megatron.reward.console.pictures import Shape, find_image, line_of, picture_of
+from mimo_megatron.reward.console.pictures import Shape, line_of, picture_of
 from mimo_megatron.reward.console.rows import Scored, only, read_scored, summarise
 from mimo_megatron.reward.console.table import print_rows, print_summary, printable
+from mimo_megatron.reward.images import MediaMissing, image_path
+from mimo_megatron.reward.service.offline import Offline
 from mimo_megatron.reward.verdict import Verdict, judged
 from mimo_megatron.reward.wire import ScoreItem
 
@@ -39,7 +41,7 @@ def write_rows(tmp_path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def page_of(tmp_path: Path, *rows: dict[str, Any], images: Path | None = None) -> str:
-    scored = read_scored(write_rows(tmp_path, *rows))
+    scored = read_scored(write_rows(tmp_path, *rows), Offline().score)
     return write_page(scored, summarise(scored), tmp_path / "page.html", title="t", images=images).read_text("utf-8")
 
 
@@ -162,8 +164,9 @@ def test_pictures_are_found_by_hash_in_the_root_or_a_two_letter_folder(
     tmp_path: Path, folder: str, ending: str
 ) -> None:
     sha256 = save_picture(tmp_path, folder=folder, ending=ending)
-    assert find_image(tmp_path, sha256) == tmp_path / folder.format(sha256[:2]) / f"{sha256}{ending}"
-    assert find_image(tmp_path, "0" * 64) is None
+    assert image_path(tmp_path, sha256) == tmp_path / folder.format(sha256[:2]) / f"{sha256}{ending}"
+    with pytest.raises(MediaMissing):
+        image_path(tmp_path, "0" * 64)
 
 
 def test_a_picture_that_cannot_be_shown_says_why_and_keeps_its_boxes(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_a_picture_that_cannot_be_shown_says_why_and_keeps_its_boxes(tmp_path: P
 
 def test_a_stored_result_is_shown_and_not_judged_again(tmp_path: Path) -> None:
     result = {"id": "box-1", "status": "ok", "reward": 0.125, "reason": "partial", "parts": {"iou": 0.5}, "ms": 1.0}
-    (row,) = read_scored(write_rows(tmp_path, {**item(response="nothing"), "result": result}))
+    (row,) = read_scored(write_rows(tmp_path, {**item(response="nothing"), "result": result}), Offline().score)
     assert row.is_stored and row.verdict == Verdict("ok", 0.125, row.verdict.reason, {"iou": 0.5})
 
 
@@ -202,7 +205,7 @@ def test_a_stored_result_is_shown_and_not_judged_again(tmp_path: Path) -> None:
 def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(item()) + "\n\n" + line)
     with pytest.raises(DataError, match=r"rows\.jsonl line 3"):
-        read_scored(tmp_path / "rows.jsonl")
+        read_scored(tmp_path / "rows.jsonl", Offline().score)
 
 
 def test_the_summary_leaves_unknown_out_of_the_mean(tmp_path: Path) -> None:
@@ -210,14 +213,16 @@ def test_the_summary_leaves_unknown_out_of_the_mean(tmp_path: Path) -> None:
         item("count", "", 5),
         item("rm_text", "a", ""),
     ]
-    count, model = summarise(read_scored(write_rows(tmp_path, *rows)))
+    count, model = summarise(read_scored(write_rows(tmp_path, *rows), Offline().score))
     assert (count.count, count.mean_reward, count.invalid_fraction, count.unknown_fraction) == (4, 1 / 3, 0.25, 0.25)
     assert dict(count.reasons) == {"right": 1, "wrong": 1, "bad_gold": 1, "no_answer": 1}
     assert (model.mean_reward, model.reasons) == (None, [("model_unavailable", 1)])
 
 
 def test_rows_are_chosen_by_task_status_or_reason(tmp_path: Path) -> None:
-    scored = read_scored(write_rows(tmp_path, item(), item(response=""), item("count", r"\boxed{1}", 1)))
+    scored = read_scored(
+        write_rows(tmp_path, item(), item(response=""), item("count", r"\boxed{1}", 1)), Offline().score
+    )
     assert [[row.line for row in only(scored, word)] for word in (None, "box", "invalid", "right")] == [
         [1, 2, 3], [1, 2], [2], [3],
     ]  # fmt: skip
@@ -225,7 +230,7 @@ def test_rows_are_chosen_by_task_status_or_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_terminal_gets_neither_markup_nor_control_signs(tmp_path: Path, width: int) -> None:
-    scored = read_scored(write_rows(tmp_path, item(response=HOSTILE), item()))
+    scored = read_scored(write_rows(tmp_path, item(response=HOSTILE), item()), Offline().score)
     file = io.StringIO()
     console = Console(file=file, width=width, force_terminal=False)
     print_rows(scored, console)

@@ -1,7 +1,6 @@
 """Golds are read when data is built: bad ones are listed with row and reason, poor ones named, none is scored."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,15 @@ import pytest
 from mimo_megatron.cli import main
 from mimo_megatron.reward.gold_check import Finding, GoldRow, check_golds, read_rows
 from mimo_megatron.reward.golds import GoldError
-from mimo_megatron.reward.rule import Rule
 from mimo_megatron.reward.rules import RULES
-from mimo_megatron.reward.verdict import judged
+from mimo_megatron.reward.service.offline import Offline
 from mimo_megatron.reward.wire import ImageMeta, Meta, ScoreItem
 from tests.rule_cases import META, judge, meta_with
+
+
+def no_math(gold: Any, meta: Meta) -> str:
+    raise AssertionError("no math gold is in these rows")
+
 
 NO_IMAGE = Meta()
 THIN = meta_with(image=ImageMeta(size=(1000, 800), shown=(28, 28)))
@@ -112,7 +115,7 @@ def test_bad_golds_are_refused_with_a_reason_and_never_scored(task: str, gold: A
     ],
 )
 def test_poor_golds_are_named_and_still_scored(task: str, gold: Any, meta: Meta, words: str) -> None:
-    report = check_golds([(1, GoldRow(id="a", task=task, gold=gold, meta=meta))])
+    report = check_golds([(1, GoldRow(id="a", task=task, gold=gold, meta=meta))], no_math)
     assert [finding.kind for finding in report.findings] == ["doubtful"] and report.num_bad == 0
     assert words in report.findings[0].problem
     assert judge(task, "", gold, meta).reason == "no_answer"
@@ -120,23 +123,18 @@ def test_poor_golds_are_named_and_still_scored(task: str, gold: Any, meta: Meta,
 
 def test_score_items_can_be_checked_as_they_are() -> None:
     item = ScoreItem(id="a", task="count", response="", gold=-1)
-    assert check_golds([(7, item)]).findings == [
+    assert check_golds([(7, item)], no_math).findings == [
         Finding(7, "a", "count", "bad", "-1 is not a count: give a whole number from 0 to 999,999")
     ]
 
 
-def test_only_math_golds_are_read_under_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def too_slow(read_gold: Callable[[Any, Meta], Any], gold: Any, meta: Meta) -> Any:
-        asked.append(gold)
-        raise TimeoutError("(1 s)")
-
-    monkeypatch.setitem(RULES, "math", Rule("math", lambda gold, meta: gold, lambda response, gold, meta: judged(0.0)))  # type: ignore[index]
-    rows = [(1, GoldRow(id="a", task="math", gold="9^{9^9}")), (2, GoldRow(id="b", task="count", gold=3))]
-    report = check_golds(rows, timed=too_slow)
-    assert asked == ["9^{9^9}"] and report.num_bad == 1
-    assert report.findings[0].problem == "reading it took too long (1 s)"
+def test_math_golds_are_read_by_a_worker_and_what_kills_it_is_bad() -> None:
+    golds = [r"\frac{1}{2}", r"\frac{", float("nan"), ["3", "4"], "9^{9^{9^9}}"]
+    rows = [(number, GoldRow.model_construct(id=str(number), task="math", gold=gold, meta=Meta()))
+            for number, gold in enumerate(golds, start=1)]  # fmt: skip
+    with Offline() as offline:
+        report = check_golds(rows, offline.math_problem)
+    assert [finding.row for finding in report.findings] == [2, 3, 5] and report.num_bad == 3
 
 
 def test_what_constant_answers_earn_is_measured_on_the_good_golds() -> None:
@@ -145,7 +143,7 @@ def test_what_constant_answers_earn_is_measured_on_the_good_golds() -> None:
     rows += [GoldRow(id="j", task="box", gold="bad", meta=META)]
     rows += [GoldRow(id="k", task="time", gold=[0, 50], meta=META)]
     rows += [GoldRow(id="l", task="point", gold=[400, 300, 600, 500], meta=META)]
-    report = check_golds(enumerate(rows, start=1))
+    report = check_golds(enumerate(rows, start=1), no_math)
     assert report.constant_rewards == {
         "count: always 4": 0.5,
         "box: the whole image": 0.5,

@@ -5,7 +5,6 @@ page shows what was judged, and nothing where nothing could be read.
 """
 
 import base64
-import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from mimo_megatron.reward import boxes, gui, points, times
 from mimo_megatron.reward.answer import Unscorable, readable_answer
 from mimo_megatron.reward.geometry import Box, Point
 from mimo_megatron.reward.golds import GoldError
+from mimo_megatron.reward.images import MediaMissing, image_path, read_image
 from mimo_megatron.reward.wire import ScoreItem
 
 T = TypeVar("T")
@@ -76,26 +76,16 @@ def line_of(item: ScoreItem) -> Line | None:
     return Line(max([item.meta.duration_seconds or 0.0, *ends]), gold, said) if ends else None
 
 
-def find_image(root: Path, sha256: str) -> Path | None:
-    """``<sha256>`` or ``<sha256>.<ext>`` in ``root``, or in its folder named by the first two digits."""
-    for folder in (root, root / sha256[:2]):
-        for path in (folder / sha256, *sorted(folder.glob(f"{sha256}.*"))):
-            if path.is_file():
-                return path
-    return None
-
-
 def _pixels(item: ScoreItem, root: Path | None) -> tuple[str, str]:
     image = item.meta.image
     assert image is not None
-    if root is None or image.sha256 is None:
-        return "", "no folder of pictures given" if root is None else "the row does not name its picture"
-    path = find_image(root, image.sha256)
-    if path is None:
-        return "", f"no file {image.sha256[:12]}… under {root}"
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != image.sha256:
-        return "", f"{path.name} does not have the content that its name says"
+    if image.sha256 is None:
+        return "", "the row does not name its picture"
+    try:
+        path = image_path(root, image.sha256)
+        content = read_image(path, image.sha256)
+    except MediaMissing as missing:
+        return "", str(missing)
     try:
         with Image.open(io.BytesIO(content)) as opened:
             if opened.size != image.size:

@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimo_megatron.errors import DataError
-from mimo_megatron.reward.rules import RULES, score
-from mimo_megatron.reward.verdict import Reason, Verdict, unknown
+from mimo_megatron.reward.verdict import Verdict
 from mimo_megatron.reward.wire import Meta, ScoreItem, ScoreResult
 
 Scorer = Callable[[str, str, Any, Meta], Verdict]
@@ -55,12 +54,7 @@ class TaskSummary:
     """Most frequent first."""
 
 
-def score_by_rules(task: str, response: str, gold: Any, meta: Meta) -> Verdict:
-    """The rules' verdict; a task that needs a model has none here."""
-    return score(task, response, gold, meta) if task in RULES else unknown(Reason.MODEL_UNAVAILABLE)
-
-
-def read_scored(path: Path, scorer: Scorer = score_by_rules) -> list[Scored]:
+def read_scored(path: Path, scorer: Scorer) -> list[Scored]:
     """The rows of the file in order; those without a stored result are scored now."""
     try:
         lines = path.read_bytes().split(b"\n")

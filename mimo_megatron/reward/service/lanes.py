@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mimo_megatron.log import get_logger
-from mimo_megatron.reward.service.pool import AsyncPool
+from mimo_megatron.reward.service.pool import AsyncPool, Outcome
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, unknown
-from mimo_megatron.reward.wire import ScoreItem
+from mimo_megatron.reward.wire import Meta, ScoreItem
 
 MAX_RETRY_SECONDS = 30
 
@@ -65,14 +66,20 @@ class Queue:
             self._last_finish = now
 
 
+def score_job(response: str, gold: Any, meta: Meta) -> dict[str, Any]:
+    return {"op": "score", "response": response, "gold": gold, "meta": meta.model_dump(mode="json")}
+
+
 async def judge_math(pool: AsyncPool, item: ScoreItem) -> Verdict:
     """The worker's verdict. A worker's answer is checked like a stranger's: what it has judged came from outside."""
     try:
-        outcome = await pool.call(
-            {"op": "score", "response": item.response, "gold": item.gold, "meta": item.meta.model_dump(mode="json")}
-        )
+        return verdict_of(await pool.call(score_job(item.response, item.gold, item.meta)))
     except ValueError:  # NaN or Infinity in the gold: JSON cannot carry it
         return unknown(Reason.BAD_GOLD)
+
+
+def verdict_of(outcome: Outcome) -> Verdict:
+    """What a worker said of a ``score_job``, or why it said nothing."""
     if outcome.reason is Reason.KILLED_TWICE:
         return invalid(Reason.KILLED_TWICE)
     if outcome.value is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mimo_megatron.log import get_logger
 from mimo_megatron.reward.answer import Unscorable, final_answer
-from mimo_megatron.reward.service.images import MediaMissing, read_image
+from mimo_megatron.reward.images import MediaMissing, image_path, read_image
 from mimo_megatron.reward.service.replicas import NativeReplica, ReplicaFailed, VllmReplica
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, unknown
 from mimo_megatron.reward.wire import ModelItem, ScoreItem
@@ -179,7 +179,7 @@ class ModelLane:
             for part in message.content
             if part["type"] == "image"
         )
-        return {name: read_image(self._image_root, name) for name in names}
+        return {name: read_image(image_path(self._image_root, name), name) for name in names}
 
 
 async def _first(

@@ -14,8 +14,8 @@ import httpx
 from pydantic import ValidationError
 
 from mimo_megatron.config.calibration import Calibration
+from mimo_megatron.reward.images import data_url
 from mimo_megatron.reward.service.breaker import Breaker
-from mimo_megatron.reward.service.images import data_url
 from mimo_megatron.reward.service.settings import ModelSpec
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, unknown
 from mimo_megatron.reward.wire import Message, ModelItem, ModelRequest, ModelResponse, ModelResult
