@@ -84,8 +84,10 @@ def number(text: str) -> Any:
         value = value_at(tree, 0, True) if not names(tree) else None
     except NoValue:
         return None
-    is_real = isinstance(value, Fraction) or hasattr(value, "_mpf_")
-    return float(value) if value is not None and is_real else None
+    try:
+        return None if value is None else float(value)
+    except (TypeError, OverflowError):  # complex or huge
+        return None
 
 
 def substituted(tree: Tree, name: str, whole: int) -> Tree:
@@ -101,11 +103,11 @@ def family(text: str, name: str) -> tuple[Any, Any] | None:
         tree = read_tree(text)
         if names(tree) != {name}:
             return None
-        first, second, third = (value_at(substituted(tree, name, whole), 0, True) for whole in (0, 1, 2))
-    except (Unread, NoValue):
+        first, second, third = (float(value_at(substituted(tree, name, whole), 0, True)) for whole in (0, 1, 2))
+    except (Unread, NoValue, TypeError, OverflowError):  # float() of a complex or a huge value
         return None
-    start, step = float(first), float(second) - float(first)
-    return (start, step) if step and abs(float(third) - float(second) - step) < 1e-9 * abs(step) else None
+    start, step = first, second - first
+    return (start, step) if step and abs(third - second - step) < 1e-9 * abs(step) else None
 
 
 def only_variable(text: str) -> str | None:

@@ -12,12 +12,15 @@ from typing import Any
 
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify.grader import should_treat_as_complex, verify
+from sympy import Expr
 
 from mimo_megatron.reward.math_guard import check_library
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off, as they must be
 
 _CONFIG = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+_POINT = (3, 2, 5, 4, 7, 6)
+"""Small whole numbers, so that sums up to a variable stay sums."""
 _LETTERS = re.compile(r"\\[A-Za-z]+|([A-Za-z])")
 
 
@@ -35,9 +38,26 @@ def library_equal(gold: str, answer: str) -> bool:
     if getattr(true, "free_symbols", None) != getattr(said, "free_symbols", None):
         return False  # and nothing is simplified: logarithms of other letters beside 3 * 10^8 took minutes
     try:
+        if _differ(true, said):
+            return False
         return bool(verify([true], [said], strict=True, timeout_seconds=None, raise_on_error=True))
     except Exception as error:  # whatever sympy raises, recursion and memory included
         raise LibraryError(type(error).__name__) from error
+
+
+def _differ(true: Any, said: Any) -> bool:
+    """Whether values at one whole point do, by more than any rounding: most wrong answers are, without simplifying."""
+    if not (isinstance(true, Expr) and isinstance(said, Expr)) or true.is_Matrix or said.is_Matrix:
+        return False
+    names = sorted(true.free_symbols, key=str)
+    if len(names) > len(_POINT):
+        return False
+    point = dict(zip(names, _POINT, strict=False))
+    try:
+        one, other = (complex(side.subs(point).evalf(20)) for side in (true, said))
+    except (TypeError, ValueError, ArithmeticError, AttributeError, NotImplementedError):
+        return False  # no number there: nothing is said
+    return abs(one - other) > 1e-5 * max(abs(one), abs(other))
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ reader, the rest by Math-Verify. Pure functions; time is bounded by the guard ex
 callers that face models run this in a process they can kill. Safe from any thread: a lock covers the arithmetic.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +34,8 @@ from mimo_megatron.reward.math_text import answer_text, clean
 from mimo_megatron.reward.math_value import ARITHMETIC, NoValue
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, judged, unknown
 from mimo_megatron.reward.wire import Meta
+
+logger = logging.getLogger(__name__)
 
 MATH_RULE_VERSION = "math-1"
 MAX_GOLDS = 32
@@ -112,6 +115,9 @@ def score(response: str, gold: MathGold, meta: Meta) -> Verdict:
         return invalid(Reason.TOO_LARGE, answer)
     except (LibraryError, MemoryError):
         return unknown(Reason.NO_VERDICT)
+    except Exception:  # a mistake of ours must not cost the caller its worker; the fuzz tests let none pass
+        logger.exception("the math rule failed on an answer of %d characters", len(answer))
+        return unknown(Reason.INTERNAL)
 
 
 def _best(text: str, gold: MathGold, answer: str) -> Verdict:

@@ -10,6 +10,7 @@ from mimo_megatron.reward.answer import Unscorable
 from mimo_megatron.reward.math_guard import check, check_characters, tower
 from mimo_megatron.reward.math_rule import MathGold, read_gold, score
 from mimo_megatron.reward.math_text import answer_text, clean
+from mimo_megatron.reward.verdict import Reason
 from mimo_megatron.reward.wire import MAX_ITEM_BYTES, Meta
 from tests.math_pairs import math_pairs
 
@@ -137,4 +138,5 @@ def test_mutated_answers_always_get_a_verdict() -> None:
             place = random_.randint(0, len(text))
             text[place : place + random_.randint(0, 2)] = random_.choice([random_.choice(signs), *random_.choice(pool)])
         verdict = score(f"\\boxed{{{''.join(text)}}}", random_.choice(golds), META)
+        assert verdict.reason != Reason.INTERNAL
         assert verdict.reward is None or 0.0 <= verdict.reward <= 1.0

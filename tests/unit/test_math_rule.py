@@ -80,6 +80,23 @@ def test_a_pair_that_the_library_gives_up_is_unknown(monkeypatch: pytest.MonkeyP
     assert (verdict.status, verdict.reason) == ("unknown", Reason.NO_VERDICT)
 
 
+def test_a_mistake_of_ours_is_unknown_and_never_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bool:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(math_rule, "texts_match", fail)
+    verdict = score(r"\boxed{5}", FIVE, META)
+    assert (verdict.status, verdict.reason) == ("unknown", Reason.INTERNAL)
+
+
+@pytest.mark.parametrize(
+    "answer", ["ix^2+x-6", "ik", r"10^{400}k", r"k\sqrt{-1}", r"\begin{pmatrix}1\\2\end{pmatrix}5"]
+)
+def test_an_odd_answer_to_a_family_of_values_is_wrong(answer: str) -> None:
+    gold = read_gold(r"\frac{\pi}{4}+k\pi, k\in\mathbb{Z}", META)
+    assert score(f"\\boxed{{{answer}}}", gold, META).reward == 0.0
+
+
 def test_no_alarm_is_set_or_lost() -> None:
     handler = signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 500)
@@ -137,8 +154,9 @@ def test_the_rule_never_imports_torch() -> None:
 @example("−٣²")
 def test_any_text_gets_a_verdict(text: str) -> None:
     for response in (text, f"\\boxed{{{text}}}", f"</think>${text}$"):
-        reward = score(response, FIVE, META).reward
-        assert reward is None or 0.0 <= reward <= 1.0
+        verdict = score(response, FIVE, META)
+        assert verdict.reason != Reason.INTERNAL
+        assert verdict.reward is None or 0.0 <= verdict.reward <= 1.0
 
 
 @settings(max_examples=200, deadline=None)
