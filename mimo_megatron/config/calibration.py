@@ -45,7 +45,7 @@ def read_calibration(path: Path) -> Calibration:
     try:
         return Calibration(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is no calibration ({error}); {remedy}") from error
+        raise CheckpointError(f"{path} is no calibration, JSON with mu and tau ({error}); {remedy}") from error
 
 
 def write_calibration(folder: Path, calibration: Calibration) -> None:

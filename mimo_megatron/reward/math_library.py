@@ -41,7 +41,9 @@ def library_equal(gold: str, answer: str) -> bool:
         if _differ(true, said):
             return False
         return bool(verify([true], [said], strict=True, timeout_seconds=None, raise_on_error=True))
-    except Exception as error:  # whatever sympy raises, recursion and memory included
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever sympy raises, recursion included
         raise LibraryError(type(error).__name__) from error
 
 
@@ -70,6 +72,8 @@ def parse(text: str) -> Any:
             convert_degrees=False,
             normalization_config=None,
         )
+    except MemoryError:
+        raise
     except Exception as error:
         raise ValueError("not read by the library") from error
     if tree is None or isinstance(tree, list | dict):

@@ -102,7 +102,10 @@ def _leaves(form: Form | None) -> list[str]:
 
 
 def score(response: str, gold: MathGold, meta: Meta) -> Verdict:
-    """``ok`` with 1 or 0; ``invalid`` for what is not read; ``unknown`` where the library gave up. Never raises."""
+    """``ok`` with 1 or 0; ``invalid`` for what is not read; ``unknown`` where the library gave up.
+
+    Raises nothing but ``MemoryError``.
+    """
     answer = ""
     try:
         answer = answer_text(response, meta)
@@ -113,8 +116,10 @@ def score(response: str, gold: MathGold, meta: Meta) -> Verdict:
         return invalid(error.reason, error.answer or answer)
     except RecursionError:
         return invalid(Reason.TOO_LARGE, answer)
-    except (LibraryError, MemoryError):
+    except LibraryError:
         return unknown(Reason.NO_VERDICT)
+    except MemoryError:  # in a worker, the sign that its limit was reached: whoever runs it judges
+        raise
     except Exception:  # a mistake of ours must not cost the caller its worker; the fuzz tests let none pass
         logger.exception("the math rule failed on an answer of %d characters", len(answer))
         return unknown(Reason.INTERNAL)

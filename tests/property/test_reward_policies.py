@@ -197,7 +197,7 @@ def test_short_videos_pay_constant_intervals_more_and_the_check_of_golds_says_so
     rows = [
         GoldRow(id=str(row), task="time", gold=gold, meta=Meta(duration_seconds=30)) for row, gold in enumerate(golds)
     ]
-    earned = check_golds(enumerate(rows, start=1)).constant_rewards
+    earned = check_golds(enumerate(rows, start=1), lambda gold, meta: "").constant_rewards
     assert MOST < earned["time: the whole video"] < earned["time: the middle half"] < 0.36
 
 
@@ -205,5 +205,5 @@ def test_the_check_of_golds_measures_what_these_policies_earn() -> None:
     draw = random.Random(11)
     golds = [[uniform_box(draw)] for _ in range(NUM_GOLDS)]
     rows = [GoldRow(id=str(row), task="box", gold=gold, meta=META) for row, gold in enumerate(golds)]
-    earned = check_golds(enumerate(rows, start=1)).constant_rewards
+    earned = check_golds(enumerate(rows, start=1), lambda gold, meta: "").constant_rewards
     assert earned["box: the whole image"] == mean("box", golds, json.dumps(BOX_POLICIES["whole image"]), META)

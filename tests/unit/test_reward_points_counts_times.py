@@ -195,7 +195,7 @@ def test_a_fault_of_a_rule_is_unknown_and_logged(
         raise ZeroDivisionError
 
     rule = RULES["count"]
-    monkeypatch.setitem(RULES, "count", type(rule)(rule.lane, rule.read_gold, broken))  # type: ignore[arg-type]
+    monkeypatch.setitem(RULES, "count", type(rule)(rule.read_gold, broken))  # type: ignore[arg-type]
     verdict = score("count", r"\boxed{5}", 5, Meta())
     assert (verdict.status, verdict.reward, verdict.reason) == ("unknown", None, "internal")
     assert "ZeroDivisionError" in caplog.text

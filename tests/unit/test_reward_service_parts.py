@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mimo_megatron.config.calibration import Calibration
-from mimo_megatron.errors import ConfigError
+from mimo_megatron.errors import CheckpointError, ConfigError
 from mimo_megatron.reward.client import Window
 from mimo_megatron.reward.service import gate
 from mimo_megatron.reward.service.lanes import Overloaded, Queue
@@ -47,13 +47,13 @@ def test_model_arguments_are_read_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     file.write_text('{"mu": 1, "tau": 2, "accuracy": 0.9}')
     assert model_spec("text=http://h:1/", False) == ModelSpec("rm_text", "http://h:1")
-    assert model_spec(f"multimodal=http://h:1,{file}", True).calibration == Calibration(1, 2)
+    assert model_spec(f"multimodal=http://h:1,{file}", True).calibration == Calibration(1, 2, 0.9)
     for text, is_vllm in [("text=h:1", False), ("video=http://h", False), ("text=http://h", True), ("http://h", False)]:
         with pytest.raises(ConfigError):
             model_spec(text, is_vllm)
     for bad in ('{"mu": 1, "tau": 0}', '{"mu": NaN, "tau": 1}', '{"mu": 1}', "[]", "{"):
         file.write_text(bad)
-        with pytest.raises(ConfigError, match="mu"):
+        with pytest.raises(CheckpointError, match="mu"):
             model_spec(f"text=http://h:1,{file}", True)
 
 
