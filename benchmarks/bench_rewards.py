@@ -8,7 +8,8 @@
 
 ``math``: mixed answers through the service, through a ProcessPoolExecutor with ``future.result(timeout)`` as verl uses
 it (our own few lines of that pattern), and through bare Math-Verify in one process. ``cheap``: box, count and point
-items in an open loop, latency counted from when a request was due. ``hogs``: 5 % of the items hang or eat memory.
+items in an open loop, latency counted from when a request was due. ``hogs``: 5 % of the items hang or eat memory; the
+service's guard refuses most of them unread, so its workers are shown around bare Math-Verify as well, where they kill.
 ``overload``: some twenty times what one worker can do. CPU seconds count the service's processes, not the load
 generator. The matrix among the hogs is small on purpose: eye(20000) takes 15 GB in a pool without a memory limit.
 """
@@ -36,6 +37,8 @@ from math_verify import parse, verify
 from provenance import ROOT, write_rows
 
 from mimo_megatron.reward.client import SyncRewardClient
+from mimo_megatron.reward.service.pool import MathPool, PoolSettings
+from mimo_megatron.reward.service.worker import Limits
 from mimo_megatron.reward.wire import ScoreItem, ScoreResult
 
 WORKERS = 2
@@ -246,18 +249,28 @@ def bench_hogs(count: int) -> Iterator[Row]:
     with service() as (url, process), Meter(process) as ours:
         rewards = [result.reward for result in through_service(items, url)]
     yield hog_row("service", items, hogs, rewards, ours)
+    jobs = [{"response": response, "gold": gold} for response, gold, _ in items]
+    settings = PoolSettings(WORKERS, Limits(seconds=VERL_TIMEOUT), target="bare_math:handle", warm="bare_math:warm")
+    with Meter(psutil.Process(), including_itself=False) as unguarded, MathPool(settings) as killed:
+        outcomes = killed.map(jobs)
+    family = psutil.Process().children(recursive=True)
+    assert not family, f"the pool left {family} behind"
+    verdicts = [None if one.value is None else float(one.value["right"]) for one in outcomes]
+    yield hog_row(
+        "our workers around bare Math-Verify", items, hogs, verdicts, unguarded, kills=dict(killed.pool.events)
+    )
     with Meter(psutil.Process(), including_itself=False) as pool:
         pooled = process_pool(items)
     yield hog_row("ProcessPoolExecutor (as verl)", items, hogs, pooled, pool)
 
 
-def hog_row(who: str, items: list[Item], hogs: set[int], rewards: list[float | None], meter: Meter) -> Row:
+def hog_row(who: str, items: list[Item], hogs: set[int], rewards: list[float | None], meter: Meter, **more: Any) -> Row:
     good = [place for place in range(len(items)) if place not in hogs]
     right = sum(rewards[place] == float(items[place][2]) for place in good)
     lost = sum(rewards[place] is None for place in good)
     return row(
         "hogs", who, len(items), wall=meter.wall, cpu=meter.cpu, good_items=len(good), right_verdicts=right,
-        good_items_lost=lost, peak_worker_mb=meter.peak_child_bytes >> 20,
+        good_items_lost=lost, peak_worker_mb=meter.peak_child_bytes >> 20, **more,
     )  # fmt: skip
 
 
