@@ -1,7 +1,7 @@
 """The tensors of a model under both names: Hugging Face's released ones, and those of our checkpoints.
 
 Hugging Face side: Qwen2.5-VL and MiMo-VL (``visual.*``, ``model.*``, ``lm_head.weight``), MiMo-7B-Base (adds
-``model.mtp_layers.*``) and Qwen2; a reward model has ``score.weight`` in place of ``lm_head.weight``. Our side: the
+``model.mtp_layers.*``) and Qwen2; a reward model has a score weight in place of ``lm_head.weight``. Our side: the
 keys of the model's ``sharded_state_dict`` with layers not stacked, in which megatron puts a layer's norms beside the
 linear layer that follows them.
 """
@@ -12,7 +12,9 @@ from mimo_megatron.convert.rules import Rule, Shape, flatten, fuse_gate_up, fuse
 
 def rules_for(model: ModelConfig) -> list[Rule]:
     """One rule for every tensor of the model, in the order in which files are written."""
-    rules = _text_rules(model.text)
+    # vLLM (0.32), which alone runs such a model with pictures, looks for its head inside the language model.
+    reward_head = "score.weight" if model.vision is None else "language_model.score.weight"
+    rules = _text_rules(model.text, reward_head)
     if model.vision is not None:
         rules += _vision_rules(model.vision) + _projector_rules(model.vision, model.text.width)
     return rules
@@ -31,7 +33,7 @@ def object_keys(model: ModelConfig) -> list[str]:
     return [f"{module}._extra_state/shard_0_1" for module in modules]
 
 
-def _text_rules(text: TextConfig) -> list[Rule]:
+def _text_rules(text: TextConfig, reward_head: str) -> list[Rule]:
     table = (text.vocab_size, text.width)
     embedding = ("text.embedding.word_embeddings.weight", "model.embed_tokens.weight")
     rules = [
@@ -43,7 +45,7 @@ def _text_rules(text: TextConfig) -> list[Rule]:
     for i in range(text.num_mtp_layers):
         rules += _mtp_layer(text, f"text.mtp.layers.{i}", f"model.mtp_layers.{i}")
     if text.head == "reward":
-        rules.append(rename("text.output_layer.weight", "score.weight", (1, text.width)))
+        rules.append(rename("text.output_layer.weight", reward_head, (1, text.width)))
     elif not text.tie_embeddings:
         rules.append(rename("text.output_layer.weight", "lm_head.weight", table))
     return rules

@@ -32,7 +32,7 @@ _TOKEN_KEYS = {
     "pad": "pad_token_id",
 }
 _REWARD_CLASS = "ForSequenceClassification"
-"""transformers has no such class of Qwen2.5-VL; vLLM makes one from the name, with the weight ``score.weight``."""
+"""transformers has no such class of Qwen2.5-VL; vLLM makes one from the name."""
 _PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 

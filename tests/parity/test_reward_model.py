@@ -78,7 +78,7 @@ def test_transformers_reads_the_export_and_gives_the_same_scores(exported) -> No
     else:  # no such class there: its body, and the exported head
         model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         (file,) = folder.glob("*.safetensors")
-        head = load_file(file)["score.weight"]
+        head = load_file(file)["language_model.score.weight"]
         theirs = []
         for one in judged(kind):
             pack = collate([one], MODELS[kind], one.num_tokens)
