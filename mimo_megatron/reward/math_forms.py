@@ -108,7 +108,7 @@ _SAME_WORDS = {
     **dict.fromkeys(("no solutions", "no real solution", "no real solutions", "empty set", "none"), EMPTY.text),
     **dict.fromkeys(("the empty set", "no such solution", "no solution exists"), EMPTY.text),
     **dict.fromkeys(("all reals", "all real values", "the real numbers", "real numbers"), REALS.text),
-    "does not exist": "dne", "doesn't exist": "dne", "t": "true", "f": "false",
+    "无解": EMPTY.text, "does not exist": "dne", "doesn't exist": "dne", "t": "true", "f": "false",
 }  # fmt: skip
 
 
@@ -197,7 +197,8 @@ def _read_brackets(text: str) -> Form | None:
 
 def _read_words(text: str) -> Form | None:
     if re.fullmatch(r"[\u4e00-\u9fff]+", _TEXT.sub(r"\1", text).strip()):
-        return Words(_TEXT.sub(r"\1", text).strip())
+        word = _TEXT.sub(r"\1", text).strip()
+        return Words(_SAME_WORDS.get(word, word))
     if text in KNOWN or (len(text) < 2 and text):
         return None
     bare = " ".join(_TEXT.sub(r" \1 ", text).replace("*", "").split()).strip(" .!\"'")

@@ -47,6 +47,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:mathrm|mathbf|mathit|mathsf|rm)\s?\{([eid])\}", r"\1"),  # upright constants are no units
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox)(?![A-Za-z])", r"\\text"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10} "),
         (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"),
         (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])|\\not\s?=", r"\\ne"),

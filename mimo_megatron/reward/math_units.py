@@ -46,6 +46,8 @@ _UNITS: dict[str, tuple[dict[str, int], Fraction]] = {
     **_table("K", "K kelvin=1"),
     **_table("1", "thousand=1000;million=1000000;billion=1000000000;trillion=1000000000000"),
     **_table("L", "米=1;千米 公里=1000;厘米=1/100;毫米=1/1000;分米=1/10"),
+    **_table("L2", "平方米=1;平方厘米=1/10000;平方千米=1000000"),
+    **_table("L3", "立方米=1;立方厘米 毫升=1/1000000;升=1/1000"),
     **_table("M", "千克 公斤=1;克=1/1000;吨=1000"),
     **_table("T", "秒=1;分钟=60;小时=3600;天=86400"),
     **_table("$", "dollar usd USD=1;cent ¢=1/100"),
@@ -54,7 +56,7 @@ _UNITS: dict[str, tuple[dict[str, int], Fraction]] = {
     **_table("¥", "¥ yen=1"),
     **_table("°", "° degree=1"),
     **_table("r", "rad radian=1"),
-    **_table("Ω", "Ω ohm=1"),
+    **_table("Ω", "Ω ohm=1;kΩ=1000"),
     **{sign: ({sign: 1}, Fraction(1)) for sign in _COUNTERS},
 }  # fmt: skip
 KNOWN = frozenset(_UNITS)

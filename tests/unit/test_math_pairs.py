@@ -43,6 +43,9 @@ EXPECTED_MISSES = {
     (r"\begin{pmatrix}2&0\\0&2\end{pmatrix}", "2I"),
     (r"\begin{pmatrix}\frac12&0\\0&\frac12\end{pmatrix}", r"\frac{1}{2}\begin{pmatrix}1&0\\0&1\end{pmatrix}"),
     ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\frac{3}{4}", "3 out of 4"),
+    (r"\text{red, blue}", r"\text{blue, red}"),
+    ("3元", r"3\text{ yuan}"),
 }
 # Known false rights: what is below 10^-40 is taken for rounding, decimals agree to 1e-6, and letters commute.
 EXPECTED_FALSE_RIGHT = {
