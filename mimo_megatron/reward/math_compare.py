@@ -49,8 +49,11 @@ def matches(gold: Form, answer: Form) -> bool:
     """By the rule for the gold's form, after an assignment is taken off the answer."""
     if isinstance(answer, Relation) and not isinstance(gold, Relation) and is_symbol(answer.sides[0]):
         if set(answer.signs) <= _EQUALS:
-            sides = [side for side, sign in zip(answer.sides[1:], answer.signs, strict=True) if sign == "="]
-            return all(matches(gold, read_form(side)) for side in sides or answer.sides[1:])
+            exact = answer.signs[0] == "="  # in x = \pi \approx 3.1 the first side is meant
+            sides = [
+                side for side, sign in zip(answer.sides[1:], answer.signs, strict=True) if not exact or sign == "="
+            ]
+            return all(matches(gold, read_form(side)) for side in sides)
         if answer.signs == (r"\in",) and not isinstance(gold, Value):
             return matches(gold, read_form(answer.sides[1]))
     rule: Callable[[Any, Form], bool] = _RULES[type(gold)]
@@ -108,7 +111,7 @@ def _quantity(gold: Quantity, answer: Form) -> bool:
             return leaf_equal(_radians(gold), answer.text)
         if kinds == (RADIAN, DEGREE):
             return leaf_equal(gold.text, _radians(answer))
-        if kinds[0] != kinds[1]:
+        if kinds[0] != kinds[1] or any(part.unit.dimension != kinds[0] for part in gold.more + answer.more):
             return False
         if gold.unit.size == answer.unit.size and not gold.more + answer.more:
             return leaf_equal(gold.text, answer.text)
@@ -264,13 +267,18 @@ def _relation(gold: Relation, answer: Form) -> bool:
         true = read_form(gold.sides[-1])
         return all(matches(true, read_form(side)) for side in answer.sides[1:])
     if spans(gold) or spans(answer):
-        return spans_equal(gold, answer)
+        return _unknowns(gold) == _unknowns(answer) and spans_equal(gold, answer)
     if len(gold.sides) == len(answer.sides) == 2:
         sign = proportional_sides(gold.sides, answer.sides)
         return bool(sign) and answer.signs[0] == (gold.signs[0] if sign > 0 else _FLIPPED.get(gold.signs[0]))
     if gold.signs != answer.signs:  # a < b < c and c > b > a
         answer = Relation(answer.sides[::-1], tuple(_FLIPPED.get(sign, sign) for sign in answer.signs[::-1]))
     return gold.signs == answer.signs and all(map(leaf_equal, gold.sides, answer.sides))
+
+
+def _unknowns(one: Relation) -> set[str]:
+    """The letters that are bounded: a > 2 is not b > 2."""
+    return {side.strip() for side in one.sides if is_symbol(side)}
 
 
 _FLIPPED = {"=": "=", r"\ne": r"\ne", "<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}

@@ -93,7 +93,7 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _BASED = re.compile(r"([0-9A-Za-z]+)_(?:\{\s*(?:\\text\{)?\s*(\w+)\s*\}?\s*\}|(\d))")
 _MEASURED = re.compile(
     r"((?:-\s?)?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?:\s?\\(?:times|cdot)\s?10\s?\^\s?(?:\{-?\d+\}|\d))?"
-    r"(?:/\d+|\s?\\frac\{\d+\}\{\d+\})?)\s*((?:\\text|\\degree|\\mu|[A-Za-zµΩ€£¥¢$\\]).*)",
+    r"(?:/\d+|\s?\\frac\{\d+\}\{\d+\})?)\s*((?:\\text|\\degree|\\mu|[A-Za-zµΩ€£¥¢$\u4e00-\u9fff\\]).*)",
     re.DOTALL,
 )
 _UNIT_TAIL = re.compile(r"(.*?[^\s\\])\s*((?:\\degree\s*)?\\text\s*\{[^{}]*\}(?:.*)|\\degree)", re.DOTALL)
@@ -108,7 +108,7 @@ _SAME_WORDS = {
     **dict.fromkeys(("no solutions", "no real solution", "no real solutions", "empty set", "none"), EMPTY.text),
     **dict.fromkeys(("the empty set", "no such solution", "no solution exists"), EMPTY.text),
     **dict.fromkeys(("all reals", "all real values", "the real numbers", "real numbers"), REALS.text),
-    "does not exist": "dne", "doesn't exist": "dne", "t": "true", "f": "false",
+    "无解": EMPTY.text, "does not exist": "dne", "doesn't exist": "dne", "t": "true", "f": "false",
 }  # fmt: skip
 
 
@@ -138,7 +138,8 @@ def _read_one(text: str) -> Form:
         return REALS
     choice = _CHOICE.fullmatch(text)
     rest = choice.group(3) if choice else ""
-    if choice and not rest.startswith(("+", "-", "(", "^", "_", "/", "=")) and not _CHOICE.fullmatch(rest):
+    is_two = _CHOICE.fullmatch(rest) or re.fullmatch(r"[A-J]|.*\b(?:wrong|not|incorrect|false)\b.*", trim(rest))
+    if choice and not rest.startswith(("+", "-", "(", "^", "_", "/", "=")) and not is_two:
         return Choice((choice.group(1) or choice.group(2)).upper(), read_form(rest) if rest else None)
     for separator, join in ((frozenset({r"\cup"}), Union), (frozenset({r"\setminus", r"\backslash"}), None)):
         parts = [part for part, _ in split_top(text, separator)]
@@ -195,6 +196,9 @@ def _read_brackets(text: str) -> Form | None:
 
 
 def _read_words(text: str) -> Form | None:
+    if re.fullmatch(r"[\u4e00-\u9fff]+", _TEXT.sub(r"\1", text).strip()):
+        word = _TEXT.sub(r"\1", text).strip()
+        return Words(_SAME_WORDS.get(word, word))
     if text in KNOWN or (len(text) < 2 and text):
         return None
     bare = " ".join(_TEXT.sub(r" \1 ", text).replace("*", "").split()).strip(" .!\"'")
@@ -219,8 +223,8 @@ def _read_quantity(text: str) -> Form | None:
         if unit and isinstance(inner, Quantity) and not inner.unit.dimension:  # $3 million
             return Quantity(money.group(1) + inner.text, Unit(unit.dimension, inner.unit.size * unit.size))
         return Quantity(money.group(1) + trim(money.group(3)), unit) if unit else None
-    if measured := _MEASURED.fullmatch(text):
-        return _measured(*measured.groups())
+    if (measured := _MEASURED.fullmatch(text)) and (found := _measured(*measured.groups())):
+        return found
     if (
         (tail := _UNIT_TAIL.fullmatch(text))
         and not _FUNCTION.search(tail.group(1))
@@ -239,7 +243,7 @@ def _measured(number: str, words: str) -> Form | None:
         if not more:
             return None
     unit = read_unit(words)
-    is_marked = words.startswith((r"\text", r"\degree", "$", "€", "£", "¥", "¢"))
+    is_marked = words.startswith((r"\text", r"\degree", "$", "€", "£", "¥", "¢")) or words in KNOWN
     first = re.match(r"[A-Za-zµΩ]+", words)
     word = first.group() if first else ""
     is_word = len(word) > 1 and (word in KNOWN or (len(word) > 2 and word.islower()))

@@ -35,6 +35,8 @@ _FACTORIAL = re.compile(r"(\d+)\s*!")
 _EXPONENT = re.compile(r"\^\s*\{?\s*-?\s*(\d+)")
 _SCIENTIFIC = re.compile(r"[\d.][eE][+-]?(\d+)")
 _BINOMIAL = re.compile(r"\\binom\s*\{?\s*(\d+)")
+_LIBRARY_MISREADS = re.compile(r"(?<![\^_\d])\d+\s*_|(?:^|[-+*/=(,])\s*\d+(?:\.\d+)?\s+\d")
+"""5_{abc} would be 5, and 5 6 the mixed number 11."""
 _NEVER = frozenset({r"\Gamma", r"\gammafn", r"\xrightarrow", r"\input", r"\include", r"\def", r"\newcommand"})
 
 
@@ -79,6 +81,8 @@ def check_library(text: str) -> None:
         raise Unscorable(Reason.TOO_LARGE, text)
     if _NUMBERS_FACTORIAL.search(text):
         raise Unscorable(Reason.REFUSED, text)
+    if _LIBRARY_MISREADS.search(text):
+        raise Unscorable(Reason.UNREADABLE, text)
     if any(text.count(opening) != text.count(closing) for opening, closing in ("{}", "()", "[]")):
         raise Unscorable(Reason.UNREADABLE, text)
 

@@ -10,6 +10,8 @@ from mimo_megatron.reward.math_library import library_equal, parse
 from mimo_megatron.reward.math_value import NoValue, equal, names, proportional, value_at
 from mimo_megatron.reward.verdict import Reason
 
+_DOTS = re.compile(r"\\[lc]?dots")
+_FIGURE = re.compile(r"\\(?:triangle|angle)(?![A-Za-z])\s*")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 
 
@@ -18,11 +20,15 @@ def leaf_equal(gold: str, answer: str) -> bool:
     if same_signs(gold, answer):
         return True
     if is_name(gold) or is_name(answer):
-        return False
+        return gold.startswith(r"\angle") and _signs(gold) == [r"\angle", *_signs(answer)[:0:-1]]
     if ":" in gold + answer:
         if _CLOCK.fullmatch(gold):
-            return False
+            return gold.lstrip("0") == answer.strip().lstrip("0")
+        if max(gold.count(":"), answer.count(":")) > 1:
+            return _ratios_equal(gold.split(":"), answer.split(":"))
         gold, answer = gold.replace(":", "/"), answer.replace(":", "/")
+    if _DOTS.search(answer) and not _DOTS.search(gold):  # the library reads over them
+        return False
     try:
         return equal(read_tree(gold), read_tree(answer))
     except NoValue:
@@ -35,8 +41,18 @@ def leaf_equal(gold: str, answer: str) -> bool:
         raise Unscorable(Reason.UNREADABLE, answer) from error
 
 
+def _ratios_equal(gold: list[str], answer: list[str]) -> bool:
+    """3:4:5 is 6:8:10, as every part is to the first."""
+    return len(gold) == len(answer) and all(
+        leaf_equal(f"({gold[0]})/({true})", f"({answer[0]})/({said})")
+        for true, said in zip(gold[1:], answer[1:], strict=True)
+    )
+
+
 def check_readable(text: str) -> None:
     """``ValueError`` where neither our reader nor the library reads it; ``NoValue`` where it is undefined."""
+    if _CLOCK.fullmatch(text):  # 12:00 is no division
+        return
     try:
         tree = read_tree(text.replace(":", "/"))
         if not names(tree) and tree[-1] != ("oo",) and tree != ("oo",):
@@ -57,6 +73,7 @@ def _signs(text: str) -> list[str]:
 
 def is_name(text: str) -> bool:
     """Letters alone that are no product: with a capital (points of a figure), or three and more (a word)."""
+    text = _FIGURE.sub("", text)
     return len(text) > 1 and text.isascii() and text.isalpha() and (len(text) > 2 or text != text.lower())
 
 

@@ -8,7 +8,7 @@ from mimo_megatron.reward.math_forms import REALS, Form, Relation, Sequence, Uni
 from mimo_megatron.reward.math_leaves import leaf_equal, number
 
 _SYMBOL = re.compile(
-    r"(?:\([a-z](?:, ?[a-z])+\)|\\text\s*\{[^{}]*\}"
+    r"(?:\([a-z](?:, ?[a-z])+\)|\\frac\{d\w?\}\{d\w\}|\\text\s*\{[^{}]*\}"
     r"|[A-Za-z][A-Za-z ]{0,40}|\\(?!sum|int|prod|lim|frac|sqrt|sin|cos|tan|ln|log)[A-Za-z]+)"
     r"(?:_(?:\w|\{[^{}]*\}))?'*(?:\([^()=]{1,20}\))?(?:\s?[A-Z]{1,4})?"
 )

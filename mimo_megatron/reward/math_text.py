@@ -21,15 +21,18 @@ _HAS_BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _DOLLARS = re.compile(r"(?<!\\)\$\$?")
 
 # Characters that NFKC would turn into something else than is meant (x² into x2), or that are commands in TeX.
-_SUPERSCRIPTS = {"⁰": "0", "¹": "1", "²": "2", "³": "3", "⁴": "4", "⁵": "5", "⁶": "6", "⁷": "7", "⁸": "8", "⁹": "9"}
 _SIGNS = {
     "π": r"\pi ", "∞": r"\infty ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "≤": r"\le ",
     "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ",
     "°": r"^\circ ", "±": r"\pm ", "ℝ": r"\mathbb{R}", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⁻": "^-",
-    **{sign: f"^{digit}" for sign, digit in _SUPERSCRIPTS.items()},
+    "℃": r"^\circ C", "℉": r"^\circ F", "。": ".", "、": ",", "或": " or ",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
 }  # fmt: skip
 _SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉₊₋"
+_TO_ASCII = str.maketrans(_RAISED + _LOWERED, "0123456789+-" * 2)
+_SCRIPTS = re.compile(f"([{_RAISED}]+)|[{_LOWERED}]+")
+"""NFKC makes digits of the line of them: 10¹² would be 1012."""
 
 _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), replacement)
@@ -40,8 +43,11 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\\(?:text)?color\s?\{\w+\}", ""),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|rm)\s?\{([eid])\}", r"\1"),  # upright constants are no units
         (r"\\(?:textbf|textit|textrm|textnormal|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox)(?![A-Za-z])", r"\\text"),
         (r"\\text\s+\{", r"\\text{"),
+        (r"\\lg(?![A-Za-z])", r"\\log_{10} "),
         (r"\\leq(?:slant)?(?![A-Za-z])", r"\\le"),
         (r"\\geq(?:slant)?(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])|\\not\s?=", r"\\ne"),
@@ -61,6 +67,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\%|\\text\{\s?(?:\\?%|percent|per cent|percentage|pct)\s?\}|(?<=\d)\s?(?:percent|pct)\b", "%"),
         (r"\\!\s*", ""),
         (r"(?<!\\)\\(?:[,;:> \n]|(?:quad|qquad|thinspace|enspace)(?![A-Za-z]))|~", " "),
+        (r"(?<=\d)\s*\\Omega(?![A-Za-z])", r"\\text{Ω}"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
         (r"\\binom\s*(\d)\s*(\d)", r"\\binom{\1}{\2}"),
@@ -69,7 +76,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\text\{\s?(?:positive )?infinity\s?\}|(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
         (r"(?<![\\A-Za-z])(sqrt|sin|cos|tan|ln|log|pi)(?![A-Za-z])", r"\\\1 "),
         (r"\b(?:[Oo]ption|[Cc]hoice)\s+(?=\(?[A-J]\b)", ""),
-        (r"^\s*\\text\s*\{(?![^{}]*\bnot\b)[^{}]*\b(?:is|are|equals|be)\s?:?\s*\}", ""),
+        (r"^\s*\\text\s*\{(?![^{}]*(?:\bnot\b|\bnever\b|n't|\d|\bor\b))[^{}]*\b(?:is|are|equals|be)\s?:?\s*\}", ""),
         (r"^\s*(?:=|\\approx(?![A-Za-z]))", ""),
         (r"\)\s*\^\s?\{?\s?(?:T|\\top|\\intercal)\s?\}?\s*$", ")"),  # a row that is transposed is a vector
         (r"\s+", " "),
@@ -91,9 +98,6 @@ def answer_text(response: str, meta: Meta) -> str:
         if _HAS_BOX.search(text):
             raise Unscorable(Reason.TRUNCATED if meta.finish_reason == "length" else Reason.UNREADABLE)
         boxed = _only_formula(text)
-    for _ in range(3):  # a box in a box
-        inner = last_boxed(boxed) if _HAS_BOX.search(boxed) else None
-        boxed = boxed if inner is None else inner
     if not boxed.strip():
         raise Unscorable(Reason.NO_ANSWER)
     return boxed
@@ -128,6 +132,7 @@ def clean(text: str) -> str:
     """One spelling for what is written in many: signs, digits, sizes, spaces, groups of three digits."""
     check_characters(text)
     text = _SIGN.sub(lambda found: _SIGNS[found.group()], text)
+    text = _SCRIPTS.sub(lambda found: f"{'^' if found.group(1) else '_'}{{{found.group().translate(_TO_ASCII)}}}", text)
     text = _ascii_digits(plain(text))
     check_characters(text)  # again: NFKC makes 18 characters of one
     dollars = [found.start() for found in _DOLLARS.finditer(text)]

@@ -27,6 +27,7 @@ def _table(dimension: str, sizes: str) -> dict[str, tuple[dict[str, int], Fracti
     return found
 
 
+_COUNTERS = "元个人次种只本件张名条块辆棵"
 # Base units by their first letter: L metre, M kilogram, T second, A ampere, K kelvin; others are their own dimension.
 _UNITS: dict[str, tuple[dict[str, int], Fraction]] = {
     **_table("L", "m meter metre=1;km kilometer kilometre=1000;dm decimeter decimetre=1/10;nm nanometer=1/1000000000"),
@@ -44,12 +45,19 @@ _UNITS: dict[str, tuple[dict[str, int], Fraction]] = {
     **_table("A", "A ampere amp=1"),
     **_table("K", "K kelvin=1"),
     **_table("1", "thousand=1000;million=1000000;billion=1000000000;trillion=1000000000000"),
+    **_table("L", "米=1;千米 公里=1000;厘米=1/100;毫米=1/1000;分米=1/10"),
+    **_table("L2", "平方米=1;平方厘米=1/10000;平方千米=1000000"),
+    **_table("L3", "立方米=1;立方厘米 毫升=1/1000000;升=1/1000"),
+    **_table("M", "千克 公斤=1;克=1/1000;吨=1000"),
+    **_table("T", "秒=1;分钟=60;小时=3600;天=86400"),
     **_table("$", "dollar usd USD=1;cent ¢=1/100"),
     **_table("€", "€ euro=1"),
     **_table("£", "£=1"),
     **_table("¥", "¥ yen=1"),
     **_table("°", "° degree=1"),
     **_table("r", "rad radian=1"),
+    **_table("Ω", "Ω ohm=1;kΩ=1000"),
+    **{sign: ({sign: 1}, Fraction(1)) for sign in _COUNTERS},
 }  # fmt: skip
 KNOWN = frozenset(_UNITS)
 DEGREE: Dimension = (("°", 1),)
@@ -59,11 +67,15 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "squared": 2, "cubed": 3}
 _PROSE_WORDS = (
     "or and not maybe perhaps possibly if between to is are was about approximately roughly less more than at least "
     "most either but then so no another also else instead respectively when where for all any "
-    "one two three four five six seven eight nine ten zero wrong right false true"
+    "one two three four five six seven eight nine ten zero wrong right false true "
+    # and what makes another number of the one before it
+    "hundred hundreds dozen dozens half halves third thirds fourth fourths fifth fifths factorial plus minus times "
+    "over negative percent percentage pct never incorrect"
 )
 _PROSE = frozenset(_PROSE_WORDS.split())
 MAX_WORDS = 4
-_PART = re.compile(r"([A-Za-zµΩ$€£¥¢°]+)(?:\s?\^\s?\{?\s?(-?\d)\s?\}?)?|([/*·])|\s+")
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_PART = re.compile(r"([A-Za-zµΩ$€£¥¢°\u4e00-\u9fff]+)(?:\s?\^\s?\{?\s?(-?\d)\s?\}?)?|([/*·])|\s+")
 
 
 def read_unit(text: str) -> Unit | None:
@@ -73,6 +85,8 @@ def read_unit(text: str) -> Unit | None:
     text = re.sub(r"\bper\b", "/", text).strip(" .")
     words = re.findall(r"[a-z]+", text.lower())
     if len(words) > MAX_WORDS or not _PROSE.isdisjoint(words):
+        return None
+    if _CHINESE.search(text) and text not in _UNITS:  # no words between them: a doubt could hide in any other
         return None
     powers: dict[str, int] = {}
     size, sign, pending, place = Fraction(1), 1, 1, 0
@@ -106,7 +120,12 @@ def _add(powers: dict[str, int], unit: tuple[dict[str, int], Fraction], times: i
 
 
 def _look_up(word: str) -> tuple[dict[str, int], Fraction]:
-    for name in (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es")):
-        if name in _UNITS and (name == word or len(name) > 1):
+    if word in _UNITS:
+        return _UNITS[word]
+    # M is mega where m is milli; MPa is no mPa and GB no Gb, but Cats are cats.
+    is_symbol = (len(word) == 2 and word[0] == "M") or (len(word) < 5 and not word[1:].islower())
+    lower = word.lower()
+    for name in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
+        if name in _UNITS and len(name) > 1 and not (is_symbol and word[0] == "M"):
             return _UNITS[name]
-    return ({"$" if word == "$" else word.lower().removesuffix("s"): 1}, Fraction(1))
+    return ({word if is_symbol else lower.removesuffix("s"): 1}, Fraction(1))
