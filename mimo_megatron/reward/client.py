@@ -98,6 +98,8 @@ class RewardClient:
         self, url: str, token: str | None = None, deadline_seconds: float = 600.0, batch_items: int = 64
     ) -> None:
         assert 1 <= batch_items <= MAX_ITEMS
+        if not url.startswith(("http://", "https://")):
+            raise RewardError(f"the reward service's address {url!r} must begin with http:// or https://")
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {token}"} if token else {})
         limits = httpx.Limits(max_connections=64, max_keepalive_connections=64)
         self._http = httpx.AsyncClient(base_url=url, headers=headers, limits=limits, trust_env=False)
@@ -145,9 +147,8 @@ class RewardClient:
                 if room:
                     room.cancel()
                 if call.todo and time.monotonic() >= call.until:
-                    for item in call.todo:
-                        yield _result(item, unknown(Reason.DEADLINE))
-                    call.todo.clear()
+                    while call.todo:  # batches may be put back while the caller holds a result
+                        yield _result(call.todo.popleft(), unknown(Reason.DEADLINE))
                 for done in [one for one in running if one.done()]:
                     running.discard(done)
                     for result in done.result():
@@ -225,9 +226,12 @@ class RewardClient:
         get_logger().info("reward service: %r; %d items wait %.2f s", error, len(batch), pause)
 
     async def _cancel(self, batches: list[str]) -> None:
-        for name in batches:
+        async def one(name: str) -> None:
+            content = CancelRequest(batch_id=name).model_dump_json()
             with suppress(httpx.HTTPError):
-                await self._http.post("/v1/cancel", content=CancelRequest(batch_id=name).model_dump_json(), timeout=1.0)
+                await self._http.post("/v1/cancel", content=content, timeout=1.0)
+
+        await asyncio.gather(*map(one, batches))
 
 
 class SyncRewardClient:
@@ -240,7 +244,11 @@ class SyncRewardClient:
 
     def __enter__(self) -> Self:
         self._thread = LoopThread("reward-client")
-        self._client = self._thread.run(self._make())
+        try:
+            self._client = self._thread.run(self._make())
+        except BaseException:
+            self._thread.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@
 ``CancelRequest``. A reward model's replica answers ``POST /v1/rewards`` (``ModelRequest`` -> ``ModelResponse``).
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -14,6 +15,8 @@ Task = Literal["math", "box", "point", "count", "time", "gui", "rm_text", "rm_mu
 MAX_BODY_BYTES = 8 << 20
 MAX_ITEM_BYTES = 256 << 10
 MAX_ITEMS = 1024
+MAX_IMAGES = 64
+"""Of one chat."""
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -41,6 +44,25 @@ class Message(Wire):
 
     role: Literal["system", "user", "assistant"]
     content: str | list[dict[str, str]]
+
+
+def chat_problem(messages: Sequence[Message]) -> str:
+    """Why no reward model can judge an answer to this chat; empty where one can."""
+    if not messages or messages[-1].role != "user":
+        return "messages must end with the user's turn"
+    kinds = {"text": {"type", "text"}, "image": {"type", "image"}}
+    parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]
+    if any(kinds.get(part.get("type", "")) != set(part) for part in parts):
+        return "a part is text, or an image named by its SHA-256"
+    if (num_images := sum(part["type"] == "image" for part in parts)) > MAX_IMAGES:
+        return f"messages hold {num_images} images, at most {MAX_IMAGES}"
+    return ""
+
+
+def image_names(messages: Sequence[Message]) -> list[str]:
+    """What the image parts of a chat say, in order."""
+    parts = [part for one in messages if not isinstance(one.content, str) for part in one.content]
+    return [part.get("image", "") for part in parts if part.get("type") == "image"]
 
 
 class Meta(Wire):

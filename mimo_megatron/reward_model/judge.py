@@ -3,7 +3,8 @@
 Invariant: what is wrong with one item is said of that item; the others are scored as if it had not been there.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from xxhash import xxh3_128
@@ -17,7 +18,7 @@ from mimo_megatron.errors import DataError
 from mimo_megatron.evaluation.opened import OpenModel
 from mimo_megatron.reward.images import MediaMissing, image_path, read_image
 from mimo_megatron.reward.verdict import Reason
-from mimo_megatron.reward.wire import Message, ModelItem, ModelResult
+from mimo_megatron.reward.wire import Message, ModelItem, ModelResult, chat_problem, image_names
 from mimo_megatron.reward_model.scoring import scores_of
 from mimo_megatron.types import EncodedSample, MediaRef, RawSample
 
@@ -46,14 +47,21 @@ class Judge:
             if isinstance(one, Reason):
                 found.append(ModelResult(id=item.id, score=None, reward=None, reason=one))
             else:
-                score = next(scores)
-                reward = self._calibration.reward(score)
-                found.append(ModelResult(id=item.id, score=score, reward=reward, reason=Reason.PARTIAL))
+                found.append(self._result(item, next(scores)))
         return found
 
+    def _result(self, item: ModelItem, score: float) -> ModelResult:
+        if not math.isfinite(score):  # bf16 overflow, say: no reward, and no harm to the rest of the batch
+            return ModelResult(id=item.id, score=None, reward=None, reason=Reason.INTERNAL)
+        reward = self._calibration.reward(score)
+        return ModelResult(id=item.id, score=score, reward=reward, reason=Reason.PARTIAL)
+
     def _encode(self, item: ModelItem) -> EncodedSample | Reason:
+        """What to score, or why not. Only what the response itself did may be called its fault."""
         if not answer_of(item.response):
             return Reason.NO_ANSWER
+        if chat_problem(item.messages):
+            return Reason.BAD_PROMPT
         try:
             raw = self._raw(item)
         except MediaMissing:
@@ -62,17 +70,19 @@ class Judge:
         model = self._open_model.model.model_config
         try:
             sample = encode_response(with_response(raw, item.response), tokenizer, model, data)
+            if sample.num_tokens <= model.text.max_positions:
+                return sample
+            fault = Reason.TOO_LARGE
         except DataError:
-            try:
-                encode_sample(raw, tokenizer, model, data)
-            except DataError:
-                return Reason.BAD_PROMPT
-            return Reason.UNREADABLE
-        return sample if sample.num_tokens <= model.text.max_positions else Reason.TOO_LARGE
+            fault = Reason.UNREADABLE
+        try:
+            prompt = encode_sample(raw, tokenizer, model, data)
+        except DataError:
+            return Reason.BAD_PROMPT
+        return fault if prompt.num_tokens <= model.text.max_positions else Reason.BAD_PROMPT
 
     def _raw(self, item: ModelItem) -> RawSample:
-        names = [name for message in item.messages for name in _images(message)]
-        media = tuple(self._media(name) for name in names)
+        media = tuple(map(self._media, image_names(item.messages)))
         return RawSample(item.id, "wire", tuple(map(_as_stored, item.messages)), media)
 
     def _media(self, name: str) -> MediaRef:
@@ -88,13 +98,8 @@ def version_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _images(message: Message) -> Iterator[str]:
-    if not isinstance(message.content, str):
-        yield from (part.get("image", "") for part in message.content if part.get("type") == "image")
-
-
 def _as_stored(message: Message) -> dict[str, object]:
     content = message.content
     if not isinstance(content, str):
-        content = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
     return {"role": message.role, "content": content}

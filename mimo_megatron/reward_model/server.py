@@ -6,7 +6,9 @@ score.
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
@@ -25,6 +27,7 @@ from mimo_megatron.reward_model.judge import Judge, version_of
 MAX_WAITING_ITEMS = 2048
 MAX_ITEMS_AT_ONCE = 64
 _HELD_BYTES, _BODY_SECONDS = 128 << 20, 30.0
+Result = TypeVar("Result")
 _Waiting = tuple[list[ModelItem], "asyncio.Future[list[ModelResult]]"]
 
 
@@ -67,7 +70,12 @@ def build_app(judge: Judge, token: str | None = None) -> Gate:
             return _error(422, "invalid", f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         if batcher.num_waiting + len(asked.items) > MAX_WAITING_ITEMS:
             return _error(429, "too_busy", f"{batcher.num_waiting} items are waiting", {"retry-after": "1"})
-        results = await batcher.ask(asked.items)
+        try:
+            results = await _while_connected(request, batcher.ask(asked.items))
+        except ModelFailed as failed:
+            return _error(500, "model_failed", str(failed))
+        if results is None:
+            return Response(status_code=499)  # nobody reads it
         body = ModelResponse(model_version=judge.version, results=results)
         return Response(body.model_dump_json(), media_type="application/json")
 
@@ -82,7 +90,26 @@ def build_app(judge: Judge, token: str | None = None) -> Gate:
     return Gate(app, token, _HELD_BYTES, _BODY_SECONDS, lambda path, status: None)
 
 
+class ModelFailed(Exception):
+    """The model raised on these items; the log holds the traceback."""
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result; None where the client has gone, whose ``work`` is then cancelled: the service asks two replicas and
+    takes the first answer, and nobody should score what nobody reads."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the disconnect
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
 class _Batcher:
+    """One batch at a time through the model, in the order of arrival."""
+
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self._waiting: deque[_Waiting] = deque()
@@ -101,23 +128,32 @@ class _Batcher:
 
     async def _work(self) -> None:
         while self._waiting:
-            requests = [self._waiting.popleft()]
-            while self._waiting and sum(len(one) for one, _ in (*requests, self._waiting[0])) <= MAX_ITEMS_AT_ONCE:
-                requests.append(self._waiting.popleft())
-            requests = [one for one in requests if not one[1].done()]  # the others have gone
-            items = [item for some, _ in requests for item in some]
-            try:
-                results = iter(await asyncio.to_thread(self._judge.results, items))
-            except Exception as error:  # a fault of ours: each caller hears of it, and the next batch is tried
-                get_logger().exception("a batch of %d items was not scored", len(items))
-                for _, answer in requests:
-                    if not answer.done():
-                        answer.set_exception(RuntimeError(f"the model failed: {error}"))
-                continue
-            for some, answer in requests:
-                own = [next(results) for _ in some]
-                if not answer.done():
-                    answer.set_result(own)
+            requests: list[_Waiting] = []
+            num_items = 0
+            while self._waiting and (not requests or num_items + len(self._waiting[0][0]) <= MAX_ITEMS_AT_ONCE):
+                one = self._waiting.popleft()
+                if not one[1].done():  # the others have gone
+                    requests.append(one)
+                    num_items += len(one[0])
+            if not await self._score(requests) and len(requests) > 1:
+                for one in requests:  # one request's fault is no other's: each alone
+                    await self._score([one])
+
+    async def _score(self, requests: list[_Waiting]) -> bool:
+        """Whether all are answered: with results or, where it is one request that failed, with ``ModelFailed``."""
+        items = [item for some, _ in requests for item in some]
+        try:
+            results = iter(await asyncio.to_thread(self._judge.results, items))
+        except Exception as error:  # a fault of ours: the caller hears of it, and the next batch is tried
+            get_logger().exception("a batch of %d items was not scored", len(items))
+            if len(requests) == 1 and not requests[0][1].done():
+                requests[0][1].set_exception(ModelFailed(f"{type(error).__name__}: {str(error)[:200]}"))
+            return False
+        for some, answer in requests:
+            own = [next(results) for _ in some]
+            if not answer.done():
+                answer.set_result(own)
+        return True
 
 
 def _error(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from mimo_megatron.errors import ConfigError
+from mimo_megatron.reward.service.connection import Connection
 from mimo_megatron.reward.service.gate import App
 
 _STOP_SECONDS = 10
@@ -39,7 +40,7 @@ def check_address(host: str, port: int, token: str | None) -> None:
 async def serve_on(sock: socket.socket, app: App) -> None:
     """Until SIGTERM or SIGINT. One line of JSON on stdout gives the address, once it is served."""
     config = uvicorn.Config(
-        app, log_level="warning", lifespan="off", access_log=False, server_header=False,
+        app, http=Connection, ws="none", log_level="warning", lifespan="off", access_log=False, server_header=False,
         timeout_keep_alive=60, timeout_graceful_shutdown=_STOP_SECONDS, backlog=1024,
     )  # fmt: skip
     server = _Server(config)

@@ -14,7 +14,7 @@ from mimo_megatron.reward.answer import Unscorable, final_answer
 from mimo_megatron.reward.images import MediaMissing, image_path, read_image
 from mimo_megatron.reward.service.replicas import NativeReplica, ReplicaFailed, VllmReplica
 from mimo_megatron.reward.verdict import Reason, Verdict, invalid, unknown
-from mimo_megatron.reward.wire import ModelItem, ScoreItem
+from mimo_megatron.reward.wire import ModelItem, ScoreItem, image_names
 
 MAX_BATCH_ITEMS, GATHER_SECONDS = 32, 0.010
 MIN_HEDGE_SECONDS = 0.050
@@ -61,7 +61,8 @@ class ModelLane:
     async def judge(self, item: ScoreItem) -> Verdict:
         try:
             answer = final_answer(item.response, item.meta)
-            images = self._images(item) if self._sends_images else {}
+            names = set(image_names(item.meta.messages)) if self._sends_images else set()
+            images = await asyncio.to_thread(self._images, names) if names else {}
         except Unscorable as fault:
             return invalid(fault.reason, fault.answer)
         except MediaMissing:
@@ -171,14 +172,7 @@ class ModelLane:
             return _FIRST_HEDGE_SECONDS
         return max(sorted(self._seconds)[int(0.99 * (len(self._seconds) - 1))], MIN_HEDGE_SECONDS)
 
-    def _images(self, item: ScoreItem) -> dict[str, bytes]:
-        names = (
-            part["image"]
-            for message in item.meta.messages
-            if not isinstance(message.content, str)
-            for part in message.content
-            if part["type"] == "image"
-        )
+    def _images(self, names: set[str]) -> dict[str, bytes]:
         return {name: read_image(image_path(self._image_root, name), name) for name in names}
 
 

@@ -5,6 +5,7 @@ A worker is held by its pidfd, so a signal can never reach a process that has in
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -117,14 +118,20 @@ class Nursery:
         command = [sys.executable, "-P", "-m", "mimo_megatron.reward.service.zygote", str(theirs.fileno())]
         path = os.pathsep.join(os.path.abspath(place) for place in sys.path)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        self._process = subprocess.Popen(
-            command + self._arguments,
-            pass_fds=[theirs.fileno()],
-            env={**environment, **_PYTHON_ARITHMETIC, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the service, which then ends it
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                command + self._arguments,
+                pass_fds=[theirs.fileno()],
+                env={**environment, **_PYTHON_ARITHMETIC, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the service, which then ends it
+            )
+        except OSError:
+            self._control.close()
+            self._control = None  # nobody would ever answer on it
+            raise
+        finally:
+            theirs.close()
         self._control.setblocking(False)
         self._ready = loop.create_future()
         loop.add_reader(self._control, self._hear)
@@ -183,6 +190,11 @@ class Nursery:
             self._ready.set_result(message)
         elif "pid" in message:
             sock, born = self._births.pop(0)
+            if not handles:  # this process is out of file handles: the worker leaves when its socket closes
+                sock.close()
+                if not born.done():
+                    born.set_exception(OSError(errno.EMFILE, "no handle for a new worker"))
+                return
             worker = Worker(message["pid"], handles[0], sock, asyncio.get_running_loop().create_future())
             self._living[worker.pid] = worker
             if born.cancelled():

@@ -111,7 +111,12 @@ class AsyncPool:
             job, answer = self._jobs.popleft()
             if answer.done():
                 continue
-            outcome = await self._run(slot, worker, job, answer)
+            try:
+                outcome = await self._run(slot, worker, job, answer)
+            except Exception:  # a worker that answers what none of ours would; its slot must live on
+                get_logger().exception("a reward worker was given up")
+                self._discard(slot)
+                outcome = Outcome(None, Reason.INTERNAL)
             if not answer.done():
                 answer.set_result(outcome)
 
@@ -168,6 +173,9 @@ class AsyncPool:
                 self.events["spawned"] += 1
             except NurseryLost:
                 await self._restart_nursery()
+            except OSError as error:  # out of file handles, say, which may pass
+                get_logger().error("no reward worker can be started: %s", error)
+                await asyncio.sleep(1.0)
         return worker
 
     async def _restart_nursery(self) -> None:
@@ -178,7 +186,7 @@ class AsyncPool:
             await self._nursery.close()
             try:
                 await self._nursery.start()
-            except RewardError as error:  # a full machine, say; jobs wait, and end by their own deadlines
+            except (RewardError, OSError) as error:  # a full machine, say; jobs wait, and end by their own deadlines
                 get_logger().error("%s", error)
                 await asyncio.sleep(1.0)
 

@@ -6,7 +6,7 @@ which is calibrated here. Nothing a replica says is believed before it is checke
 """
 
 import asyncio
-import contextlib
+import json
 import math
 from typing import Any
 
@@ -40,7 +40,7 @@ class _Http:
         timeout = httpx.Timeout(attempt_seconds, connect=CONNECT_SECONDS)
         self._seconds = attempt_seconds
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=32)
-        headers = {"authorization": f"Bearer {spec.token}"} if spec.token else {}
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {spec.token}"} if spec.token else {})
         self._http = httpx.AsyncClient(
             headers=headers, timeout=timeout, limits=limits, trust_env=False, follow_redirects=False
         )
@@ -48,24 +48,26 @@ class _Http:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _get_ok(self, path: str) -> bool:
-        try:
-            return (await self._http.get(self.url + path, timeout=CONNECT_SECONDS)).status_code == 200
-        except httpx.HTTPError:
-            return False
+    async def _get(self, path: str) -> bytes:
+        """As ``_post``, within the time that a connection may take."""
+        return await self._ask("GET", path, None, CONNECT_SECONDS)
 
     async def _post(self, path: str, content: str | bytes) -> bytes:
-        """The body of the answer. A trickle of bytes does not prolong the time: it counts from the start."""
+        """The body of an answer 200. ``ReplicaFailed``."""
+        return await self._ask("POST", path, content, self._seconds)
+
+    async def _ask(self, method: str, path: str, content: str | bytes | None, seconds: float) -> bytes:
+        """A trickle of bytes does not prolong the time, which counts from the start; nothing is decompressed."""
         body = bytearray()
         headers = {"content-type": "application/json"}
         try:
             async with (
-                asyncio.timeout(self._seconds),
-                self._http.stream("POST", self.url + path, content=content, headers=headers) as answer,
+                asyncio.timeout(seconds),
+                self._http.stream(method, self.url + path, content=content, headers=headers) as answer,
             ):
                 if answer.status_code != 200:
                     raise ReplicaFailed(f"{self.url}{path} answered {answer.status_code}")
-                async for chunk in answer.aiter_bytes():
+                async for chunk in answer.aiter_raw():
                     body += chunk
                     if len(body) > MAX_ANSWER_BYTES:
                         raise ReplicaFailed(f"{self.url}{path} answered more than {MAX_ANSWER_BYTES} bytes")
@@ -78,13 +80,12 @@ class NativeReplica(_Http):
     async def is_ready(self) -> bool:
         """Ready replicas may name their ``model_version`` before the first item is asked."""
         try:
-            answer = await self._http.get(self.url + "/readyz", timeout=CONNECT_SECONDS)
-            tree = answer.json() if answer.content else {}
-        except (httpx.HTTPError, ValueError):
+            tree = _json(await self._get("/readyz") or b"{}")
+        except ReplicaFailed:
             return False
         if self.version is None and isinstance(tree, dict) and isinstance(tree.get("model_version"), str):
             self.version = tree["model_version"]
-        return answer.status_code == 200
+        return True
 
     async def rewards(self, items: list[ModelItem], images: dict[str, bytes]) -> list[Verdict]:
         """One verdict an item, in order. ``ReplicaFailed`` where it gives none."""
@@ -108,11 +109,13 @@ class VllmReplica(_Http):
         self._calibration: Calibration = spec.calibration
 
     async def is_ready(self) -> bool:
-        if self.version is None:
-            with contextlib.suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
-                answer = await self._http.get(self.url + "/v1/models", timeout=CONNECT_SECONDS)
-                self.version = f"vllm:{answer.json()['data'][0]['id']}"
-        return self.version is not None and await self._get_ok("/health")
+        try:
+            if self.version is None:
+                self.version = f"vllm:{_json(await self._get('/v1/models'))['data'][0]['id']}"
+            await self._get("/health")
+        except (ReplicaFailed, LookupError, TypeError):
+            return False
+        return True
 
     async def rewards(self, items: list[ModelItem], images: dict[str, bytes]) -> list[Verdict]:
         asked = [asyncio.ensure_future(self._one(item, images)) for item in items]
@@ -128,8 +131,7 @@ class VllmReplica(_Http):
         request = httpx.Request("POST", self.url, json={"messages": messages, "use_activation": False})
         body = await self._post("/classify", request.content)
         try:
-            tree = httpx.Response(200, content=body).json()
-            (row,) = tree["data"]
+            (row,) = _json(body)["data"]
             (score,) = row["probs"]
             score = float(score)
         except (ValueError, LookupError, TypeError) as error:
@@ -148,6 +150,13 @@ def _native_verdict(one: ModelResult) -> Verdict:
         parts = {} if one.score is None else {"score": one.score}
         return Verdict("ok", one.reward, Reason.PARTIAL, parts)
     return invalid(one.reason) if one.reason in _FAULTS_OF_THE_ANSWER else unknown(one.reason)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ReplicaFailed(f"an answer of {len(body)} bytes is no JSON") from error
 
 
 def _openai(message: Message, images: dict[str, bytes]) -> dict[str, Any]:

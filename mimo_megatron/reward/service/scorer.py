@@ -29,6 +29,8 @@ from mimo_megatron.reward.wire import (
     ScoreRequest,
     ScoreResponse,
     ScoreResult,
+    chat_problem,
+    image_names,
 )
 
 MODEL_TASKS = ("rm_text", "rm_multimodal")
@@ -119,8 +121,13 @@ class Scorer:
             for one in asked
             if one.key is not None
         }
-        cheap = await self._judge_cheap([one for one in asked if one.key is None], began + seconds)
-        await self._wait(asked, tickets, began + seconds)
+        try:
+            cheap = await self._judge_cheap([one for one in asked if one.key is None], began + seconds)
+            await self._wait(tickets, began + seconds)
+        finally:
+            for one in asked:
+                if one.key is not None and not tickets[one.item.id].verdict.done():
+                    self.ledger.leave(one.key, tickets[one.item.id], Reason.DEADLINE)
         results = []
         for one in asked:
             ticket = tickets.get(one.item.id)
@@ -146,17 +153,10 @@ class Scorer:
     def _check_messages(self, item: ScoreItem) -> None:
         if item.task not in self.models:
             raise Refused(422, "no_model", f"no reward model serves {item.task}: start the service with --reward-model")
-        messages = item.meta.messages
-        if not messages or messages[-1].role != "user":
-            raise Refused(422, "bad_messages", f"item {item.id!r}: meta.messages must end with the user's turn")
-        kinds = {"text": {"type", "text"}, "image": {"type", "image"}}
-        for part in (part for one in messages if not isinstance(one.content, str) for part in one.content):
-            if kinds.get(part.get("type", "")) != set(part):
-                raise Refused(
-                    422, "bad_messages", f"item {item.id!r}: a part is text, or an image named by its SHA-256"
-                )
-            if part["type"] == "image" and item.task == "rm_text":
-                raise Refused(422, "bad_messages", f"item {item.id!r}: rm_text takes no images; use rm_multimodal")
+        if problem := chat_problem(item.meta.messages):
+            raise Refused(422, "bad_messages", f"item {item.id!r}: meta.{problem}")
+        if item.task == "rm_text" and image_names(item.meta.messages):
+            raise Refused(422, "bad_messages", f"item {item.id!r}: rm_text takes no images; use rm_multimodal")
 
     def _admit(self, asked: list[_Asked]) -> None:
         """All items or none: a batch that is half taken would have to be sent again in full."""
@@ -197,15 +197,9 @@ class Scorer:
                 verdicts[item.id] = verdict, loop.time()
         return verdicts
 
-    async def _wait(self, asked: list[_Asked], tickets: dict[str, Ticket], until: float) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            if waiting := [ticket.verdict for ticket in tickets.values() if not ticket.verdict.done()]:
-                await asyncio.wait(waiting, timeout=max(until - loop.time(), 0))
-        finally:
-            for one in asked:
-                if one.key is not None and not tickets[one.item.id].verdict.done():
-                    self.ledger.leave(one.key, tickets[one.item.id], Reason.DEADLINE)
+    async def _wait(self, tickets: dict[str, Ticket], until: float) -> None:
+        if waiting := [ticket.verdict for ticket in tickets.values() if not ticket.verdict.done()]:
+            await asyncio.wait(waiting, timeout=max(until - asyncio.get_running_loop().time(), 0))
 
     async def _watch_models(self) -> None:
         while True:
