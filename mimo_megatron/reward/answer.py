@@ -48,7 +48,8 @@ def final_answer(response: str, meta: Meta) -> str:
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}`` whose braces balance; None where there is none.
 
-    A last box that is not closed gives None as well: an earlier one is not what the response ended with.
+    A last box that is not closed gives None as well: an earlier one is not what the response ended with. ``Unscorable``
+    where it holds more than an answer may.
     """
     found = None
     for found in _BOXED.finditer(text):  # noqa: B007
@@ -62,6 +63,8 @@ def last_boxed(text: str) -> str | None:
         depth += 1 if brace.group(1) == "{" else -1
         if depth == 0:
             return text[found.end() : place - 1]
+        if place - found.end() > MAX_ANSWER_CHARS:
+            raise Unscorable(Reason.TOO_LARGE)
     return None
 
 
