@@ -1,9 +1,10 @@
 """Whether two trees have equal values: exactly where both are rational, else numerically.
 
-Two expressions with variables are equal if they agree at five fixed points of rational coordinates (Schwartz-Zippel:
-polynomials, which are evaluated exactly, agree by chance with a probability of about degree / 2,000 a point), among
-them negative ones. A point where a root or a logarithm leaves the real numbers is passed over, so that both sides keep
-their meaning for real variables. All values are bounded before they are computed. 50 digits are carried, 30 compared.
+Two expressions with variables are equal if they agree at five or more fixed points of rational coordinates (Schwartz-
+Zippel: polynomials, which are evaluated exactly, agree by chance with a probability of about degree / 2,000 a point),
+among them negative ones. A point where a root or a logarithm leaves the real numbers is passed over, so that both
+sides keep their meaning for real variables. All values are bounded before they are computed. 50 digits are carried,
+30 compared.
 """
 
 import hashlib
