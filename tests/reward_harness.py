@@ -3,13 +3,14 @@
 python -m tests.reward_harness '{"token": ..., "pool": {...}, "limits": {...}}'
 """
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import httpx
 import psutil
 
 from mimo_megatron.config.calibration import Calibration
+from mimo_megatron.reward.service.gate import App
+from mimo_megatron.reward.service.http_server import bound, serve_on
 from mimo_megatron.reward.service.pool import PoolSettings
 from mimo_megatron.reward.service.serve import serve
 from mimo_megatron.reward.service.settings import ModelSpec, ServiceSettings
@@ -87,6 +90,19 @@ def wait_until(holds: Any, seconds: float = 20.0) -> float:
                 return time.monotonic() - began
         assert time.monotonic() - began < seconds, "waited in vain"
         time.sleep(0.02)
+
+
+@asynccontextmanager
+async def served(app: App) -> AsyncIterator[str]:
+    """The address of an application that this process serves meanwhile."""
+    with bound("127.0.0.1", 0) as sock:
+        serving = asyncio.create_task(serve_on(sock, app))
+        await asyncio.sleep(0.1)
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            await serving
 
 
 def settings_from(tree: dict[str, Any]) -> ServiceSettings:

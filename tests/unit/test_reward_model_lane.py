@@ -1,13 +1,14 @@
 """The reward-model lane against a real HTTP server that is slow, silent, failing or lying on request."""
 
 import asyncio
+import gzip
 import hashlib
 import json
 import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +17,13 @@ import pytest
 
 from mimo_megatron.config.calibration import Calibration
 from mimo_megatron.reward.service import breaker as breakers
+from mimo_megatron.reward.service import model_lane
 from mimo_megatron.reward.service.breaker import Breaker
 from mimo_megatron.reward.service.model_lane import ModelLane
-from mimo_megatron.reward.service.replicas import make_replica
+from mimo_megatron.reward.service.replicas import CONNECT_SECONDS, make_replica
 from mimo_megatron.reward.service.settings import ModelSpec
 from mimo_megatron.reward.verdict import Reason, Verdict
-from mimo_megatron.reward.wire import Message, Meta, ScoreItem
+from mimo_megatron.reward.wire import MAX_IMAGES, Message, Meta, ScoreItem, chat_problem
 
 Result = TypeVar("Result")
 UNAVAILABLE = Verdict("unknown", None, Reason.MODEL_UNAVAILABLE)
@@ -46,6 +48,12 @@ class Handler(BaseHTTPRequestHandler):
     server: Model
 
     def do_GET(self) -> None:
+        if self.server.fault == "endless readiness":
+            self._stream_for(20.0)
+            return
+        if self.server.fault == "deep readiness":
+            self._raw(b"[" * 100_000)
+            return
         self._say(200, {"data": [{"id": "tiny"}], "model_version": self.server.version})
 
     def do_POST(self) -> None:
@@ -57,6 +65,18 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(30)
             case "500":
                 self._say(500, {"oops": True})
+                return
+            case "zip bomb":
+                self._raw(gzip.compress(bytes(64 << 20)), ("content-encoding", "gzip"))
+                return
+            case "deep":
+                self._raw(b"[" * 100_000)
+                return
+            case "endless":
+                self._stream_for(20.0)
+                return
+            case "NaN":
+                self._raw(b'{"model_version": "rm-1", "results": [{"id": "i0", "score": NaN, "reward": NaN}]}')
                 return
             case "garbage":
                 self._say(200, {"results": "yes"})
@@ -80,6 +100,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fault == "reward 2":
             results[0]["reward"] = 2.0
         self._say(200, {"model_version": self.server.version, "results": results})
+
+    def _stream_for(self, seconds: float) -> None:
+        self.send_response(200)
+        self.end_headers()
+        until = time.monotonic() + seconds
+        with suppress(OSError):
+            while time.monotonic() < until:
+                self.wfile.write(b" " * (1 << 16))
+                time.sleep(0.001)
+
+    def _raw(self, body: bytes, *headers: tuple[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (("content-length", str(len(body))), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
 
     def _say(self, status: int, tree: Any) -> None:
         body = json.dumps(tree).encode()
@@ -149,7 +185,9 @@ def test_the_least_busy_replica_is_asked() -> None:
         assert sum(shares) >= 256 and min(shares) >= 64, shares
 
 
-@pytest.mark.parametrize("fault", ["500", "garbage", "redirect", "other ids", "reward 2"])
+@pytest.mark.parametrize(
+    "fault", ["500", "garbage", "redirect", "other ids", "reward 2", "zip bomb", "deep", "endless", "NaN"]
+)
 def test_where_one_replica_fails_the_other_answers_and_the_breaker_opens(fault: str) -> None:
     with models(2) as servers:
         servers[0].fault = fault
@@ -293,3 +331,32 @@ def test_special_tokens_and_orders_to_the_model_travel_as_text() -> None:
 def test_a_calibrated_reward_stays_within_0_and_1() -> None:
     rewards = [Calibration(0.5, 0.25).reward(score) for score in (-1e308, -5, 0.5, 5, 1e308)]
     assert rewards[0] == 0.0 and rewards[2] == 0.5 and rewards[4] == 1.0 and rewards == sorted(rewards)
+
+
+@pytest.mark.parametrize("fault", ["endless readiness", "deep readiness"])
+@pytest.mark.parametrize("calibration", [None, Calibration(0.0, 1.0)])
+def test_a_replica_that_lies_about_its_readiness_is_not_ready_and_holds_nobody_up(
+    fault: str, calibration: Calibration | None
+) -> None:
+    with models(1) as servers:
+        servers[0].fault = fault
+        began = time.monotonic()
+        assert with_lane(servers, lambda lane: lane.is_ready(), calibration) is False
+        assert time.monotonic() - began < 2 * CONNECT_SECONDS + 1
+
+
+def test_a_picture_named_often_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"\x89PNG picture"
+    name = hashlib.sha256(content).hexdigest()
+    (tmp_path / name).write_bytes(content)
+    reads: list[str] = []
+    monkeypatch.setattr(model_lane, "read_image", lambda path, sha256: reads.append(sha256) or content)
+    parts = [{"type": "image", "image": name}] * MAX_IMAGES
+    chat = Meta(messages=[Message(role="user", content=parts)])
+    assert not chat_problem(chat.messages)
+    assert chat_problem([Message(role="user", content=[*parts, parts[0]])])
+    with models(1) as servers:
+        verdict = with_lane(
+            servers, lambda lane: lane.judge(item(0, meta=chat)), Calibration(0.0, 1.0), image_root=tmp_path
+        )
+    assert verdict.status == "ok" and reads == [name]

@@ -1,6 +1,7 @@
 """The worker pool: what a hung, greedy or killed worker costs, and whom. Real processes, killed for real."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from mimo_megatron.errors import RewardError
 from mimo_megatron.reward.service import frames
+from mimo_megatron.reward.service.nursery import Worker
 from mimo_megatron.reward.service.pool import MathPool, Outcome, PoolSettings
 from mimo_megatron.reward.service.worker import Limits
 from mimo_megatron.reward.verdict import Reason
@@ -225,3 +227,37 @@ def test_frames_are_read_however_they_are_cut() -> None:
         if (message := frames.take(buffer)) is not None:
             got.append(message)
     assert got == sent and not buffer
+
+
+def test_an_answer_that_is_nonsense_costs_its_own_job_and_no_slot() -> None:
+    with MathPool(settings(num_workers=1)) as pool:
+        told: list[Any] = [{"value": {}, "rss": "much"}]
+        ask = Worker.ask
+
+        async def lie(self: Worker, frame: bytes, seconds: float) -> Any:
+            return told.pop() if told else await ask(self, frame, seconds)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Worker, "ask", lie)
+            assert pool.call({"do": "echo", "say": 1}) == Outcome(None, Reason.INTERNAL)
+            assert (pool.call({"do": "echo", "say": 2}).value or {})["said"] == 2
+
+
+def test_without_file_handles_jobs_wait_and_are_done_when_there_are_some() -> None:
+    with MathPool(settings(num_workers=1)) as pool:
+        assert pool.call({"do": "echo", "say": 0}).value
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        (worker,) = (one for one in pool.pool.workers if one)
+        outcomes: list[Outcome] = []
+        asking = threading.Thread(target=lambda: outcomes.append(pool.call({"do": "echo", "say": 1})))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(0.3)
+            asking.start()
+            time.sleep(0.5)
+            assert not outcomes
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        asking.join(10)
+        assert outcomes and (outcomes[0].value or {})["said"] == 1
