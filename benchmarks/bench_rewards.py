@@ -249,12 +249,13 @@ def bench_hogs(count: int) -> Iterator[Row]:
     with service() as (url, process), Meter(process) as ours:
         rewards = [result.reward for result in through_service(items, url)]
     yield hog_row("service", items, hogs, rewards, ours)
+    before = {one.pid for one in psutil.Process().children(recursive=True)}  # multiprocessing keeps a tracker
     jobs = [{"response": response, "gold": gold} for response, gold, _ in items]
     settings = PoolSettings(WORKERS, Limits(seconds=VERL_TIMEOUT), target="bare_math:handle", warm="bare_math:warm")
     with Meter(psutil.Process(), including_itself=False) as unguarded, MathPool(settings) as killed:
         outcomes = killed.map(jobs)
-    family = psutil.Process().children(recursive=True)
-    assert not family, f"the pool left {family} behind"
+    left = {one.pid for one in psutil.Process().children(recursive=True)} - before
+    assert not left, f"the pool left {left} behind"
     verdicts = [None if one.value is None else float(one.value["right"]) for one in outcomes]
     yield hog_row(
         "our workers around bare Math-Verify", items, hogs, verdicts, unguarded, kills=dict(killed.pool.events)
