@@ -6,10 +6,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
+from mimo_megatron.reward.client import SyncRewardClient
+from mimo_megatron.reward.wire import ScoreItem
+from tests.payloads import WRAPPERS, payloads
 from tests.reward_harness import SCRIPTED, Service, running
 
 NUM_FRAMES = 10_000
@@ -69,3 +73,15 @@ def _damaged(rng: random.Random, body: bytes) -> bytes:
                 damaged[place:place] = rng.choice([b"[", b"{", b'"', b"1e999", b"NaN", b"\\ud800", b"\x00", b"," * 9])
         damaged = damaged or bytearray(b"x")
     return bytes(damaged)
+
+
+def test_no_payload_is_executed_through_http(tmp_path: Path) -> None:
+    """By the real rules in real workers, as answer and as gold; tests/unit/test_math_security.py has the control."""
+    marker = tmp_path / "m"
+    texts = [wrapper.format(payload) for payload in payloads(marker) for wrapper in WRAPPERS]
+    items = [ScoreItem(id=f"a{place}", task="math", response=text, gold="5") for place, text in enumerate(texts)]
+    items += [ScoreItem(id=f"g{place}", task="math", response="5", gold=text) for place, text in enumerate(texts)]
+    with running() as service, SyncRewardClient(service.url) as client:
+        results = client.score_all(items, deadline_seconds=120)
+    assert not marker.exists()
+    assert {result.reward for result in results} <= {0.0, None} and len(results) == len(items)
