@@ -17,7 +17,7 @@ from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.types import EncodedSample, RawSample
 
 KEYS = ("chosen", "rejected")
-_THINK_CLOSE = "</think>"
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
 
 def measure_stored(
@@ -70,8 +70,9 @@ def with_response(raw: RawSample, response: str, id_suffix: str = "") -> RawSamp
 
 
 def answer_of(response: str) -> str:
-    """What a reward model sees of a response."""
-    return response.rpartition(_THINK_CLOSE)[2].strip()
+    """What a reward model sees of a response: nothing of reasoning, nor of reasoning that never ends."""
+    answer = response.rpartition(_THINK_CLOSE)[2]
+    return "" if _THINK_OPEN in answer else answer.strip()
 
 
 def _response(raw: RawSample, key: str) -> str:

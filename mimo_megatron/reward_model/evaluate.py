@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ def evaluate(address: RankAddress, request: EvaluationRequest) -> None:
     if address.rank:
         return
     chosen, rejected = scores[0::2], scores[1::2]
+    if wrong := sum(not math.isfinite(score) for score in scores):
+        raise DataError(f"{request.source} gives {wrong} of {len(scores)} responses a score that is not finite")
     tau = statistics.pstdev(scores)
     if not tau > 0:
         raise DataError(f"{request.source} gives all responses of {request.pairs} the same score; train it first")

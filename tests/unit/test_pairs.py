@@ -77,6 +77,7 @@ def test_responses_may_be_written_as_trl_has_them_and_lose_their_reasoning() -> 
         (raw(chosen=None), "'chosen' is 'None'"),
         (raw(rejected=[{"role": "user", "content": "x"}]), "'rejected'"),
         (raw(chosen="<think>all of it</think>"), "holds no answer"),
+        (raw(chosen="<think>it never ends: 4"), "holds no answer"),
         (raw("same", "<think>other thoughts</think>same"), "say the same"),
         (raw(last_role="assistant"), "end with the role 'assistant'"),
     ],

@@ -126,7 +126,7 @@ def test_idle_workers_that_die_are_replaced(pool: MathPool) -> None:
     before = pids(pool)
     for pid in before:
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: len(pids(pool) - before) == 2)
+    assert wait_until(lambda: len(pids(pool) - before) == 2, 20) < 20
 
 
 def test_a_dead_zygote_is_replaced(pool: MathPool) -> None:
