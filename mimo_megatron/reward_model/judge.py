@@ -91,7 +91,7 @@ class Judge:
 
 
 def version_of(folder: Path) -> str:
-    """Changes with any byte of the model's folder; of a sealed one the manifest says as much, and is read in no time."""
+    """Changes with any byte of the model's folder; a sealed one's manifest says as much and is read at once."""
     if (folder / MANIFEST_FILE).is_file():
         return measure(folder / MANIFEST_FILE).xxh128
     digest = xxh3_128()
