@@ -37,6 +37,10 @@ class EngineError(MimoError):
     """A generation engine that failed or disagrees with the trainer."""
 
 
+class SyncError(EngineError):
+    """Weights that did not reach an engine as they left the trainer."""
+
+
 class NonFiniteError(MimoError):
     """The loss or the gradient is not finite; the optimizer has not been touched."""
 

@@ -75,6 +75,8 @@ class EncodedSample:
     reads_reward: bool = False
     """For a reward model: the head reads the last token, and ``loss_mask_T`` has no meaning. Of a pair, the chosen
     response comes first and the rejected one directly after it."""
+    columns: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Further numbers of each token, [T], such as its advantage; used where the token is trained."""
 
     @property
     def num_tokens(self) -> int:
@@ -135,7 +137,7 @@ class PackedBatch:
     num_tokens: int
     """Slots that hold real tokens."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Further per-slot columns (advantages, old log-probs), each [S]."""
+    """float32 [S] each: the samples' own columns, moved as labels are, to the slot before their token."""
 
     @property
     def num_slots(self) -> int:
@@ -151,3 +153,18 @@ class PackedBatch:
         """Tokens of each sample's segment, padding left out."""
         bounds = self.segment_bounds[: len(self.sample_ids) + 1]
         return [end - start for start, end in itertools.pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. Dims: T its tokens, the end of turn included where it was sampled."""
+
+    request_id: str
+    index: int
+    """Among the responses to its request, from 0."""
+    token_ids_T: NDArray[np.int64]
+    logprobs_T: NDArray[np.float32]
+    """log p of each token by the engine, at temperature 1 and over the whole vocabulary but the banned tokens."""
+    versions_T: NDArray[np.int64]
+    """The policy version that sampled each token."""
+    finish_reason: Literal["stop", "length"]

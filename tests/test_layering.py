@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {*BASIS, "config", "parallel", "platform", "mcore", "model"},
     "report": {*BASIS, "config"},
     "train": {*BASIS, *_TRAINING, "convert", "report"},
-    "rl": {*BASIS, *_TRAINING, "train", "reward", "report"},
+    "rl": {*BASIS, *_TRAINING, "ops", "convert", "train", "reward", "report"},
     "prove": {*BASIS, *_TRAINING, "train"},
     "reward_model": {*BASIS, *_TRAINING, "train", "evaluation", "reward"},
     "planner": {*BASIS, "config", "parallel", "data", "train"},

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt
 
 from mimo_megatron.config.base import Strict
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.rl import RLConfig
 
 ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
@@ -69,7 +70,9 @@ class EncodingConfig(Strict):
 
 
 class DataConfig(EncodingConfig):
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, description="Data sets that are mixed.")
+    sources: tuple[SourceConfig, ...] = Field(
+        (), description="Data sets that are mixed; none where the section rl names the questions."
+    )
     split: str = Field("train", description="Rows of the index that are used: those of this split.")
     pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
     pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
@@ -112,7 +115,9 @@ class CheckpointConfig(Strict):
 
 class TrainConfig(Strict):
     steps: int = Field(gt=0, description="Optimizer updates of the whole run.")
-    packs_per_step: int = Field(gt=0, description="Global batch, in packs.")
+    packs_per_step: int = Field(
+        1, gt=0, description="Global batch, in packs. Not used with rl: there rollouts make as many as they fill."
+    )
     precision: Precision = Field("bf16", description="Of weights and activations; updates are in fp32.")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")
@@ -145,3 +150,4 @@ class RunConfig(Strict):
     )
     data: DataConfig = Field(description="What is trained on, and how it is packed.")
     train: TrainConfig = Field(description="How long, how fast, which parts.")
+    rl: RLConfig | None = Field(None, description="Reinforcement learning, by `mimo-megatron rl`; null for training.")
