@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {*BASIS, "config"},
     "train": {*BASIS, *_TRAINING, "convert", "report"},
     "rl": {*BASIS, *_TRAINING, "ops", "convert", "train", "reward", "report"},
-    "prove": {*BASIS, *_TRAINING, "train"},
+    "prove": {*BASIS, *_TRAINING, "train", "rl"},
     "reward_model": {*BASIS, *_TRAINING, "train", "evaluation", "reward"},
     "planner": {*BASIS, "config", "parallel", "data", "train"},
     "evaluation": {*BASIS, *_TRAINING, "train", "report", "reward"},

@@ -26,6 +26,21 @@ def _train(values: Values) -> int:
     return 0
 
 
+def _reinforce(values: Values) -> int:
+    from mimo_megatron.config.check import check
+    from mimo_megatron.config.load import load_recipe
+
+    config = load_recipe(values.recipe, values.overrides)
+    num_ranks = values.ranks or config.parallel.model_ranks
+    check(config, num_ranks)
+
+    from mimo_megatron.rl.start import reinforce
+    from mimo_megatron.train.launch import run_local
+
+    run_local(reinforce, num_ranks, config)
+    return 0
+
+
 def _replay_arguments(parser: Arguments) -> None:
     parser.add_argument("fault", type=Path, help="a folder in a run's faults/, such as runs/a/faults/step_000123")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="another layout, say: parallel.tp=2")
@@ -107,6 +122,7 @@ def _generate(values: Values) -> int:
 
 VERBS = (
     Verb("train", "run a recipe on this machine", _train_arguments, _train),
+    Verb("rl", "reinforcement learning by a recipe, on this machine", _train_arguments, _reinforce),
     Verb("replay", "take a step that was not finite again, pack by pack", _replay_arguments, _replay),
     Verb("score", "log-probabilities of chat samples, token by token", _score_arguments, _score),
     Verb("generate", "answers to prompts with images", _generate_arguments, _generate),

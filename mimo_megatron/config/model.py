@@ -125,6 +125,11 @@ class SpecialTokens(Strict):
     turn_start: int = Field(151_644, description="Opens a turn of the chat.")
     turn_end: int = Field(151_645, description="Closes a turn; generation stops there.")
 
+    @property
+    def never_sampled(self) -> tuple[int, ...]:
+        """Those that only a prompt may hold. ``turn_end`` and ``pad`` end a response."""
+        return self.turn_start, self.vision_start, self.vision_end, self.image_pad, self.video_pad
+
 
 class ModelConfig(Strict):
     """A vision-language model, or a text model where ``vision`` is null."""

@@ -29,6 +29,7 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
     labels_S = np.zeros(num_slots, np.int64)
     loss_weights_S = np.zeros(num_slots, np.float32)
     positions_3S = np.empty((3, num_slots), np.int64)
+    columns_S = {name: np.zeros(num_slots, np.float32) for sample in samples for name in sample.columns}
     bounds = [0]
     for sample in samples:
         start, end = bounds[-1], bounds[-1] + sample.num_tokens
@@ -40,6 +41,8 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
             is_trained = sample.loss_mask_T[1:]
             labels_S[start : end - 1] = np.where(is_trained, sample.token_ids_T[1:], 0)
             loss_weights_S[start : end - 1] = is_trained
+        for name, column_T in sample.columns.items():
+            columns_S[name][start : end - 1] = column_T[1:]
         positions_3S[:, start:end] = mrope_positions(sample.token_ids_T, sample.media, model)
         bounds.append(end)
     while bounds[-1] < num_slots:
@@ -59,6 +62,7 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         splice_M=torch.from_numpy(np.flatnonzero(is_placeholder_S)),
         sample_ids=tuple(sample.id for sample in samples),
         num_tokens=num_tokens,
+        columns={name: torch.from_numpy(column_S) for name, column_S in columns_S.items()},
     )
 
 

@@ -26,6 +26,8 @@ class Numerics:
 
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
+    fp32_head: bool = False
+    """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -125,7 +127,9 @@ class TextDecoder(GPTModel):
     multi-token-prediction layers of the last stage will need.
     """
 
-    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0):
+    def __init__(
+        self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, fp32_head: bool = False
+    ):
         stages_of_rank = config.virtual_pipeline_model_parallel_size
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
@@ -141,6 +145,7 @@ class TextDecoder(GPTModel):
             vp_stage=vp_stage,
         )
         self.text_config = text
+        self.fp32_head = fp32_head
         self.mtp: PredictionLayers | None = None
         self._received: Tensor | None = None
         if self.post_process and text.head == "reward":
@@ -195,5 +200,8 @@ class TextDecoder(GPTModel):
         found = [hidden.squeeze(1).index_select(0, rows_R) for hidden, rows_R in zip(layers, rows, strict=True)]
         hidden_RD = torch.cat(found) if len(found) > 1 else found[0]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.fp32_head:
+            wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+            hidden_RD, weight = hidden_RD.to(wide), (self.output_layer.weight if weight is None else weight).to(wide)
         logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
         return logits_RV

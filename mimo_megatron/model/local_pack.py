@@ -4,7 +4,8 @@ All indices are computed here, on the CPU, so that the forward neither branches 
 Dims: S slots, L vision tokens spliced on this rank, R slots whose next token is trained or scored.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,9 +37,13 @@ class Lane:
     """int64 [R]"""
     weights_R: Tensor
     """float32 [R]"""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 [R] each: those of the batch."""
 
     def to(self, device: torch.device) -> "Lane":
-        return Lane(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "columns"}
+        columns = {name: column_R.to(device, non_blocking=True) for name, column_R in self.columns.items()}
+        return Lane(**moved, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def _lane(batch: PackedBatch, cp: Axis, ahead: int) -> Lane:
         rows_R=rows_R,
         labels_R=batch.labels_S[source][rows_R],
         weights_R=weights_S[rows_R],
+        columns={name: column_S[source][rows_R] for name, column_S in batch.columns.items()},
     )
 
 

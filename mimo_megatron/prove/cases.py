@@ -7,6 +7,7 @@ from typing import Any
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.presets import preset
+from mimo_megatron.config.rl import AlgorithmConfig, PromptSourceConfig, RLConfig, RolloutConfig
 from mimo_megatron.config.run import (
     DataConfig,
     ModuleTraining,
@@ -49,6 +50,8 @@ class Feature:
     """Changes to the decoder's configuration."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Changes to ``TrainConfig``."""
+    policy: AlgorithmConfig | None = None
+    """Of reinforcement learning: how the pack's rollouts are learnt from."""
 
     @property
     def precision(self) -> str:
@@ -125,7 +128,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("tp2 sp pp2 cp2 balanced", 8, dict(tp=2, pp=2, cp=2, sequence_parallel=True) | BALANCED),
 )
 CORE = frozenset({
-    "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model", "bf16",
+    "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model",
+    "policy gradient", "bf16",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -148,6 +152,9 @@ FEATURES: tuple[Feature, ...] = (
             train=dict(recompute="full")),
     Feature("reward model", "pairs of responses, one number at the last token of each", "pairs",
             text=dict(head="reward")),
+    Feature("policy gradient", "rollouts with advantages, on policy", "rollouts", policy=AlgorithmConfig()),
+    Feature("clipped policy gradient", "GRPO's ratio, clipped, with a KL term", "rollouts",
+            policy=AlgorithmConfig(name="grpo", kl_weight=0.1)),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
 )  # fmt: skip
 
@@ -157,6 +164,7 @@ QUICK = frozenset({
 """Layouts of ``--quick``, each with the features below."""
 QUICK_FEATURES = frozenset({
     "mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute", "reward model",
+    "policy gradient",
 })  # fmt: skip
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -210,11 +218,20 @@ def run_config(layout: Layout, feature: Feature) -> RunConfig:
         model=proof_model(feature.text),
         parallel=ParallelConfig(**layout.fields),
         data=DataConfig(
-            sources=(SourceConfig(path=nowhere),), tokenizer=nowhere, pack_tokens=SLOTS, pack_patches=1024,
-            max_pixels=70_000, video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
+            sources=() if feature.policy else (SourceConfig(path=nowhere),), tokenizer=nowhere, pack_tokens=SLOTS,
+            pack_patches=1024, max_pixels=70_000, video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
         ),
         train=TrainConfig(**(train | dict(feature.train))),
+        rl=_rl(feature.policy) if feature.policy else None,
     )  # fmt: skip
+
+
+def _rl(algorithm: AlgorithmConfig) -> RLConfig:
+    return RLConfig(
+        prompts=(PromptSourceConfig(task="proof", path=Path("/nonexistent")),),
+        rollout=RolloutConfig(groups_per_step=1, max_new_tokens=SLOTS // 2),
+        algorithm=algorithm,
+    )
 
 
 def cases(*, quick: bool) -> Iterator[Case]:

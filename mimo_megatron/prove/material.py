@@ -10,6 +10,8 @@ from mimo_megatron.types import EncodedMedia, EncodedSample
 
 Grid = tuple[int, int, int]
 Packs = list[list[EncodedSample]]
+MOST_ROLLOUTS = 16
+"""Responses are numbered below it."""
 
 
 def random_media(grid: Grid, seed: int, seconds_per_grid: float = 0.0) -> EncodedMedia:
@@ -109,7 +111,35 @@ def pairs() -> Packs:
     ]
 
 
+def rollouts() -> Packs:
+    """Responses with advantages of both signs, weights and log-probabilities of others; a pack without any; a response
+    of one token."""
+
+    def response(number: int, num_prompt: int, length: int, media: Sequence[EncodedMedia] = ()) -> EncodedSample:
+        sample = random_sample(80 + number, num_prompt + length, media)
+        is_response_T = np.arange(sample.num_tokens) >= sample.num_tokens - length
+        draw = np.random.default_rng(number)
+        columns = {
+            "advantage": np.full(sample.num_tokens, draw.normal()),
+            "weight": np.full(sample.num_tokens, draw.uniform(0.5, 2)),
+            "row": np.full(sample.num_tokens, float(number)),
+            **{
+                f"{whose}_logprob": draw.normal(-6.2, 0.2, sample.num_tokens)
+                for whose in ("engine", "old", "reference")
+            },
+        }
+        columns = {name: (is_response_T * column_T).astype(np.float32) for name, column_T in columns.items()}
+        return replace(sample, loss_mask_T=is_response_T, columns=columns)
+
+    return [
+        [response(0, 6, 9, [image(6, 6, 80)]), response(1, 6, 14, [image(6, 6, 80)]), response(2, 9, 1)],
+        [response(3, 31, 40)],
+        [],
+        [response(4, 5, 12, [random_media((2, 4, 6), 81, 1.0)]), response(5, 3, 33)],
+    ]
+
+
 PACKS: Mapping[str, Packs] = {
     make.__name__: make()
-    for make in (mixed, several_images, video, text_only, zero_image_ranks, giant_image, odd_segments, pairs)
+    for make in (mixed, several_images, video, text_only, zero_image_ranks, giant_image, odd_segments, pairs, rollouts)
 }

@@ -26,8 +26,9 @@ from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.prove.cases import SLOTS, Case, run_config
 from mimo_megatron.prove.faults import planted
-from mimo_megatron.prove.material import PACKS
-from mimo_megatron.train.step import build_trainer, local_packs, loss_of, train_step
+from mimo_megatron.prove.material import MOST_ROLLOUTS, PACKS
+from mimo_megatron.rl.update import PolicyLoss, clipping_of
+from mimo_megatron.train.step import Loss, build_trainer, local_packs, loss_of, train_step
 from mimo_megatron.types import PackedBatch
 
 Named = dict[str, Tensor]
@@ -139,22 +140,29 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     """(objective sum, trained tokens, gradients) of one step from the seed's weights, in fp64, or in bf16 with bf16."""
     text, train = config.model.text, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float64
-    chunks = build_chunks(config.model, config.parallel, Numerics(dtype, train.recompute), mesh)
+    numerics = Numerics(dtype, train.recompute, fp32_head=config.rl is not None)
+    chunks = build_chunks(config.model, config.parallel, numerics, mesh)
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})
     wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
     packs = local_packs(text, mesh, chunks, batches)
-    loss = loss_of(text, mesh)
+    loss = _loss(config, mesh, next(chunks[0].parameters()).device)
     sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
     named = {name: _whole(name, gradient_of(param), param, mesh) for name, param in _trained(chunks)}
     return sums.objective, sums.count, named
 
 
+def _loss(config: RunConfig, mesh: Mesh, device: torch.device) -> Loss:
+    if config.rl is None:
+        return loss_of(config.model.text, mesh)
+    return PolicyLoss(config.model.tokens, mesh, MOST_ROLLOUTS, clipping_of(config.rl.algorithm), device)
+
+
 def _step(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tuple[Named, Named, float]:
     trainer = build_trainer(config, mesh)
     before = _parameters(trainer.bare_chunks, mesh)
-    result = train_step(trainer, batches, 1, 1.0)
+    result = train_step(trainer, batches, 1, 1.0, loss=_loss(config, mesh, trainer.device))
     return before, _parameters(trainer.bare_chunks, mesh), result.grad_norm
 
 

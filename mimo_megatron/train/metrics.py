@@ -63,6 +63,8 @@ class StepRecord:
     """Of a reward model: share of the step's pairs that it ranks right."""
     mtp_loss: float | None = None
     """Mean loss of the multi-token-prediction layers, per trained token of the decoder; None where there are none."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers by TensorBoard tag (``reward/count``), such as those of reinforcement learning."""
 
     @property
     def fill(self) -> float:
@@ -158,6 +160,7 @@ class MetricsWriter:
             patches_per_second=record.patches_per_second,
             mfu=mfu,
         )
+        row["numbers"] = {tag: _finite(value) for tag, value in record.numbers.items()}
         return {key: _finite(value) for key, value in row.items()}
 
 
@@ -199,6 +202,8 @@ def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
         parts.append(f"MFU {mfu:.1%}")
     if record.pair_accuracy is not None:
         parts.insert(1, f"pairs right {record.pair_accuracy:.1%}")
+    if "reward/mean" in record.numbers:
+        parts.insert(0, f"reward {record.numbers['reward/mean']:.3f}")
     if record.mtp_loss is not None:
         parts.insert(1, f"mtp loss {record.mtp_loss:.4f}")
     if record.vision_imbalance is not None:
@@ -223,7 +228,7 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         "speed/mfu": row["mfu"],
         "speed/vision_imbalance": row["vision_imbalance"],
     }
-    named |= {f"lr/{module}": lr for module, lr in row["lrs"].items()}
+    named |= {f"lr/{module}": lr for module, lr in row["lrs"].items()} | row["numbers"]
     return [(tag, value) for tag, value in named.items() if value is not None]
 
 

@@ -26,6 +26,7 @@ from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.types import PackedBatch
 
+Loss = Callable[[Tensor, LocalPack], LossSums]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -61,7 +62,7 @@ class StepResult:
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
-    numerics = Numerics(DTYPES[train.precision], train.recompute)
+    numerics = Numerics(DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None)
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
@@ -76,7 +77,7 @@ def build_trainer(config: RunConfig, mesh: Mesh, local_rank: int = 0) -> Trainer
     return Trainer(config, mesh, device, wrapped, mcore_optimizer.build(wrapped, config.train))
 
 
-def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor, LocalPack], LossSums]:
+def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Loss:
     """The pre-training loss: the weighted sum of token losses; and ``mtp_loss_weight`` times the mean over the
     multi-token-prediction layers of theirs (DeepSeek-V3, equation 25)."""
 
@@ -92,7 +93,7 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Callable[[Tensor,
     return loss
 
 
-def preference(mesh: Mesh) -> Callable[[Tensor, LocalPack], LossSums]:
+def preference(mesh: Mesh) -> Loss:
     """The loss of a reward model: the sum over pairs of responses (``loss/preference.py``)."""
 
     def loss(rewards_R1: Tensor, pack: LocalPack) -> LossSums:
@@ -102,26 +103,26 @@ def preference(mesh: Mesh) -> Callable[[Tensor, LocalPack], LossSums]:
     return loss
 
 
-def loss_of(text: TextConfig, mesh: Mesh) -> Callable[[Tensor, LocalPack], LossSums]:
+def loss_of(text: TextConfig, mesh: Mesh) -> Loss:
     """What a model with this head is trained by."""
     return preference(mesh) if text.head == "reward" else cross_entropy(mesh, text.mtp_loss_weight)
 
 
-def backward(trainer: Trainer, batches: Sequence[PackedBatch]) -> StepSums:
-    """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens)."""
+def backward(trainer: Trainer, batches: Sequence[PackedBatch], loss: Loss | None = None) -> StepSums:
+    """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens). Without a ``loss`` it is
+    what the model's head is trained by."""
     text = trainer.config.model.text
     packs = local_packs(text, trainer.mesh, trainer.bare_chunks, batches)
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    loss = loss_of(text, trainer.mesh)
     slots = packs[0].num_stream_slots
 
     def place(pack: LocalPack, stage: torch.nn.Module) -> LocalPack:
         has_encoder = stage.module.pre_process  # type: ignore[union-attr]
         return (pack if has_encoder else pack.without_media()).to(trainer.device)
 
-    return run_microbatches(trainer.chunks, packs, slots, loss, place=place)
+    return run_microbatches(trainer.chunks, packs, slots, loss or loss_of(text, trainer.mesh), place=place)
 
 
 def local_packs(
@@ -137,15 +138,16 @@ def train_step(
     step: int,
     rate_factor: float,
     at_optimizer: Callable[[], None] = lambda: None,
+    loss: Loss | None = None,
 ) -> StepResult:
     """Update the parameters once on ``batches``, this dp rank's microbatches. Every rank calls it in step.
 
     ``NonFiniteError`` on all ranks, before the update, where the loss or gradient norm is not finite. ``at_optimizer``
-    is called between backward and update.
+    is called between backward and update; ``loss`` as for ``backward``.
     """
-    sums = backward(trainer, batches)
+    sums = backward(trainer, batches, loss)
     at_optimizer()
-    loss, objective = sums.loss / max(sums.count, 1), sums.objective / max(sums.count, 1)
+    mean_loss, objective = sums.loss / max(sums.count, 1), sums.objective / max(sums.count, 1)
     mcore_optimizer.set_rate(trainer.optimizer, trainer.config.train, rate_factor)
     trainer.optimizer.prepare_grads()
     norm = float(trainer.optimizer.get_grad_norm())  # over all ranks; known before any rank judges, so all judge alike
@@ -155,6 +157,6 @@ def train_step(
     _updated, grad_norm, _zeros = trainer.optimizer.step()
     text = trainer.config.model.text
     weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0
-    mtp_loss = (objective - loss) / weight if weight else None
+    mtp_loss = (objective - mean_loss) / weight if weight else None
     accuracy = sums.num_right / max(sums.count, 1) if text.head == "reward" else None
-    return StepResult(loss, mtp_loss, sums.count, float(grad_norm or 0.0), accuracy)
+    return StepResult(mean_loss, mtp_loss, sums.count, float(grad_norm or 0.0), accuracy)

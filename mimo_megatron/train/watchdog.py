@@ -23,7 +23,9 @@ from mimo_megatron.errors import HUNG_EXIT_CODE
 from mimo_megatron.log import get_logger
 from mimo_megatron.train.agreement import name_ranks
 
-Phase = Literal["start", "data", "agreement", "forward-backward", "optimizer", "metrics", "save", "end"]
+Phase = Literal[
+    "start", "data", "rollout", "agreement", "forward-backward", "optimizer", "sync", "metrics", "save", "end"
+]
 PHASES: Sequence[Phase] = get_args(Phase)
 """In the order of a step."""
 _LONGEST_INTERVAL_SECONDS = 10.0

@@ -37,10 +37,8 @@ class GenerationRequest:
     """Response i of equal requests with equal seeds is the same on one engine; other engines draw by other means."""
 
 
-class RolloutEngine(Protocol):
-    @property
-    def policy_version(self) -> int | None:
-        """Of the weights held; None while the gate is closed."""
+class SamplingEngine(Protocol):
+    """What a scheduler needs of an engine, or of several that act as one."""
 
     @property
     def num_running(self) -> int:
@@ -56,6 +54,12 @@ class RolloutEngine(Protocol):
     def poll(self, seconds: float) -> list[Rollout]:
         """Responses that finished since the last call; waits, or computes, for about ``seconds`` where there are none.
         ``EngineError`` where the engine is lost."""
+
+
+class RolloutEngine(SamplingEngine, Protocol):
+    @property
+    def policy_version(self) -> int | None:
+        """Of the weights held; None while the gate is closed."""
 
     def logprobs(self, samples: list[EncodedSample]) -> list[NDArray[np.float32]]:
         """[T - 1] of each sample: log p(token i + 1 | tokens up to i), as the engine computes it. For comparison with

@@ -1,0 +1,241 @@
+"""One batch of rewarded groups: questions drawn, responses sampled, judged as they come, groups chosen by launch order.
+
+Runs on rank 0. What to launch, abort and take is the scheduler's decision (``scheduler/step.py``); which question is
+next is the pool's. Invariants: a response without a reward drops its group, which is asked again, and is never worth 0;
+what is returned was sampled, whole, by the policy version that the engine said.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mimo_megatron.config.rl import RolloutConfig
+from mimo_megatron.data.records import SampleError
+from mimo_megatron.data.tokenizer import TextTokenizer
+from mimo_megatron.log import get_logger
+from mimo_megatron.reward.wire import ScoreItem, ScoreResult
+from mimo_megatron.rl.engine.protocol import GenerationRequest, SamplingEngine
+from mimo_megatron.rl.groups import RewardedGroup
+from mimo_megatron.rl.judging import Judging
+from mimo_megatron.rl.pool import QuestionPool
+from mimo_megatron.rl.questions import Question
+from mimo_megatron.rl.scheduler.rates import PassRates
+from mimo_megatron.rl.scheduler.step import Outcome, SchedulerSettings, StepReport, StepScheduler
+from mimo_megatron.types import EncodedSample, Rollout
+
+_POLL_SECONDS = 0.05
+Read = Callable[[str], EncodedSample]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What asking and judging needs; the same for training and evaluation."""
+
+    engine: SamplingEngine
+    judging: Judging
+    read: Read
+    """The prompt of a question, by its id."""
+    tokenizer: TextTokenizer
+    end_token: int
+    max_new_tokens: int
+
+    def ask(self, name: str, question: Question, num_responses: int, *, temperature: float, seed: int) -> None:
+        prompt = self.read(question.id)
+        self.engine.submit(GenerationRequest(name, prompt, num_responses, self.max_new_tokens, temperature, seed))
+
+    def judge(self, question: Question, rollout: Rollout) -> None:
+        meta = question.meta.model_copy(update={"finish_reason": rollout.finish_reason})
+        item = ScoreItem(
+            id=f"{rollout.request_id}/{rollout.index}",
+            task=question.reward_task,
+            response=self.text(rollout),
+            gold=question.gold,
+            meta=meta,
+        )
+        self.judging.ask(rollout.request_id, [item])
+
+    def text(self, rollout: Rollout) -> str:
+        """The response without the token that ended it."""
+        token_ids = rollout.token_ids_T.tolist()
+        return self.tokenizer.decode(token_ids[:-1] if token_ids[-1] == self.end_token else token_ids)
+
+
+@dataclass
+class _OpenGroup:
+    question: Question
+    size: int
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    results: dict[int, ScoreResult] = field(default_factory=dict)
+
+    @property
+    def is_generated(self) -> bool:
+        return len(self.rollouts) == self.size
+
+    @property
+    def is_judged(self) -> bool:
+        return len(self.results) == self.size
+
+    def rewarded(self, prompt: EncodedSample) -> RewardedGroup | None:
+        """None where some response has no reward."""
+        results = [self.results[index] for index in range(self.size)]
+        rewards = [result.reward for result in results if result.reward is not None]
+        if len(rewards) < self.size:
+            return None
+        return RewardedGroup(
+            question_id=self.question.id,
+            task=self.question.task,
+            num_prompt_tokens=prompt.num_tokens,
+            num_patches=prompt.num_patches,
+            rollouts=tuple(self.rollouts[index] for index in range(self.size)),
+            rewards_G=tuple(rewards),
+            reasons_G=tuple(str(result.reason) for result in results),
+        )
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A step's batch, and all groups that were judged for it, for curves: those of equal rewards too."""
+
+    groups: tuple[RewardedGroup, ...]
+    judged: tuple[RewardedGroup, ...]
+    report: StepReport
+    unknown: Mapping[str, int]
+    """Responses without a reward, by reason."""
+
+
+class Collector:
+    """``collect`` once a step."""
+
+    def __init__(
+        self, sampler: Sampler, pool: QuestionPool, rates: PassRates, rollout: RolloutConfig, quotas: Mapping[str, int]
+    ) -> None:
+        self._sampler, self._pool, self._rates = sampler, pool, rates
+        self._rollout, self._quotas = rollout, quotas
+
+    def collect(self, step: int, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Collected | None:
+        """The groups of one batch; None where it was asked to stop, with everything given back."""
+        settings = SchedulerSettings(self._quotas, self._rollout.max_groups_running, self._rollout.refill_budget)
+        scheduler = StepScheduler(settings, self._rates)
+        questions: dict[int, Question] = {}
+        groups: dict[int, _OpenGroup] = {}
+        judged: dict[int, RewardedGroup] = {}
+        unknown: Counter[str] = Counter()
+        while not scheduler.is_done:
+            if should_stop():
+                self._give_back(step, questions, sorted(questions), list(groups))
+                return None
+            for launch in scheduler.to_launch():
+                question = self._draw(launch.task)
+                questions[launch.index] = question
+                groups[launch.index] = _OpenGroup(question, self._rollout.group_size)
+                self._sampler.ask(
+                    _name(step, launch.index), question, self._rollout.group_size,
+                    temperature=self._rollout.temperature, seed=_seed(seed, step, launch.index),
+                )  # fmt: skip
+            for rollout in self._sampler.engine.poll(_POLL_SECONDS):
+                index = _index(rollout.request_id)
+                groups[index].rollouts[rollout.index] = rollout
+                self._sampler.judge(groups[index].question, rollout)
+                if groups[index].is_generated:
+                    scheduler.generated(index)
+            for index in self._take_results(groups):
+                outcome = self._settle(groups.pop(index), judged, unknown, index)
+                scheduler.settle(index, outcome)
+            aborted = scheduler.to_abort()
+            self._forget(step, aborted)
+            for index in aborted:
+                groups.pop(index, None)
+        selected = scheduler.selected()
+        returned = scheduler.to_return()
+        self._give_back(step, questions, returned, [])
+        kept = set(questions) - set(returned)
+        for index in sorted(kept & set(judged)):
+            self._pool.settle(questions[index], judged[index].mean)
+        for index in sorted(kept - set(judged)):  # without a reward
+            self._pool.give_back(questions[index], is_lost=True)
+        return Collected(
+            tuple(judged[index] for index in selected), tuple(judged.values()), scheduler.report(), dict(unknown)
+        )
+
+    def _take_results(self, groups: Mapping[int, _OpenGroup]) -> list[int]:
+        """Groups whose last result has come. Waits a little where nothing is being sampled."""
+        is_idle = self._sampler.engine.num_running == 0
+        complete = []
+        for result in self._sampler.judging.results(_POLL_SECONDS if is_idle else 0.0):
+            name, _, number = result.id.rpartition("/")
+            group = groups.get(_index(name))
+            if group is None:  # aborted while its result was on the way
+                continue
+            group.results[int(number)] = result
+            if group.is_judged:
+                complete.append(_index(name))
+        return complete
+
+    def _settle(
+        self, group: _OpenGroup, judged: dict[int, RewardedGroup], unknown: Counter[str], index: int
+    ) -> Outcome:
+        unknown.update(str(result.reason) for result in group.results.values() if result.reward is None)
+        rewarded = group.rewarded(self._sampler.read(group.question.id))
+        if rewarded is None:
+            return Outcome.DROPPED
+        judged[index] = rewarded
+        return Outcome.VALID if rewarded.std > self._rollout.zero_variance_std else Outcome.ZERO_VARIANCE
+
+    def _forget(self, step: int, indexes: Sequence[int]) -> None:
+        names = [_name(step, index) for index in indexes]
+        if names:
+            self._sampler.engine.abort(names)
+            self._sampler.judging.cancel(names)
+
+    def _give_back(
+        self, step: int, questions: Mapping[int, Question], indexes: Sequence[int], running: Sequence[int]
+    ) -> None:
+        self._forget(step, running)
+        for index in indexes:
+            self._pool.give_back(questions[index])
+
+    def _draw(self, task: str) -> Question:
+        """The next question whose prompt can be read and fits; the others are left, each for its reason."""
+        while True:
+            question = self._pool.draw(task)
+            try:
+                self._sampler.read(question.id)
+            except SampleError as fault:
+                get_logger().warning("%s is left out: %s", question.id, fault)
+                self._pool.leave(question, fault.reason)
+            else:
+                return question
+
+
+def evaluate(sampler: Sampler, questions: Sequence[Question], temperature: float, seed: int) -> dict[str, float]:
+    """Mean reward of one response to each question, by task; all are launched at once. Responses without a reward are
+    left out; a task of which none has one is left out."""
+    asked = {f"evaluation-{place}": question for place, question in enumerate(questions)}
+    for place, (name, question) in enumerate(asked.items()):
+        sampler.ask(name, question, 1, temperature=temperature, seed=_seed(seed, 0, place))
+    rewards: dict[str, list[float]] = defaultdict(list)
+    num_open = len(asked)
+    while num_open:
+        for rollout in sampler.engine.poll(_POLL_SECONDS):
+            sampler.judge(asked[rollout.request_id], rollout)
+        for result in sampler.judging.results(_POLL_SECONDS if sampler.engine.num_running == 0 else 0.0):
+            num_open -= 1
+            if result.reward is not None:
+                rewards[asked[result.id.rpartition("/")[0]].task].append(result.reward)
+    return {task: sum(found) / len(found) for task, found in rewards.items()}
+
+
+def _name(step: int, index: int) -> str:
+    return f"{step}-{index}"
+
+
+def _index(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _seed(*numbers: int) -> int:
+    """One number of several, none of which reaches 2^24."""
+    seed = 0
+    for number in numbers:
+        seed = (seed << 24) | number
+    return seed

@@ -1,0 +1,163 @@
+"""A run of reinforcement learning, set up or resumed: what the cycle's steps are made of.
+
+Questions, pool, rewards and curves live on rank 0. Every rank has the trainer and the publisher, and with the embedded
+engine its own engine; prompts are read from disk by each rank that needs them.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from mimo_megatron.config.rl import RLConfig
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.data.tokenizer import TextTokenizer
+from mimo_megatron.model.vlm import VisionLanguageModel
+from mimo_megatron.rl.collect import Collected, Collector, Sampler, evaluate
+from mimo_megatron.rl.curves import Curves
+from mimo_megatron.rl.engine.protocol import RolloutEngine
+from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
+from mimo_megatron.rl.pool import QuestionPool
+from mimo_megatron.rl.questions import Question, encode_question
+from mimo_megatron.rl.scheduler.rates import PassRates
+from mimo_megatron.rl.sync.canary import Gap
+from mimo_megatron.rl.sync.publisher import Publisher
+from mimo_megatron.rl.update import UpdateResult
+from mimo_megatron.train.saving import Saver
+from mimo_megatron.train.signals import StopWish
+from mimo_megatron.train.step import Trainer
+from mimo_megatron.train.watchdog import Phase, Watchdog
+from mimo_megatron.types import EncodedSample
+
+_KEPT_PROMPTS = 4096
+
+
+class StepTimes:
+    """Seconds of a step's parts, in the order in which they end."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def ends(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._began
+
+
+class Reader:
+    """Prompts by question id, the last ones kept."""
+
+    def __init__(
+        self, questions: Mapping[str, Question], tokenizer: TextTokenizer, config: RunConfig, rl: RLConfig
+    ) -> None:
+        self.questions = questions
+        self._tokenizer, self._config, self._rl = tokenizer, config, rl
+        self.read = functools.lru_cache(_KEPT_PROMPTS)(self._read)
+
+    def _read(self, question_id: str) -> EncodedSample:
+        question = self.questions[question_id]
+        return encode_question(
+            question, self._tokenizer, self._config.model, self._config.data, self._rl.rollout.max_new_tokens
+        )
+
+
+@dataclass
+class Head:
+    """What only rank 0 has."""
+
+    sampler: Sampler
+    engine: RoundsEngine
+    collector: Collector
+    pool: QuestionPool
+    rates: PassRates
+    curves: Curves
+    held_out: Sequence[Question]
+
+
+@dataclass
+class Run:
+    config: RunConfig
+    rl: RLConfig
+    trainer: Trainer
+    publisher: Publisher
+    engines: Sequence[RolloutEngine]
+    """This rank's; of vLLM all are rank 0's."""
+    read: Callable[[str], EncodedSample]
+    canary: Sequence[EncodedSample]
+    reference: VisionLanguageModel | None
+    watchdog: Watchdog
+    wish: StopWish
+    rounds: Rounds = field(init=False)
+    saver: Saver = field(init=False)
+    head: Head | None = None
+    version: int = -1
+    gaps: tuple[Gap, ...] = ()
+    _step: int = 0
+
+    def watch(self, step: int, phase: Phase) -> None:
+        self._step = step
+        self.watchdog.at(step, phase)
+
+    def at_round(self) -> None:
+        """A round of sampling has begun: the ranks move."""
+        self.watchdog.at(self._step, "rollout")
+
+    def at_optimizer(self, step: int) -> Callable[[], None]:
+        return partial(self.watchdog.at, step, "optimizer")
+
+    def rollout(self, step: int) -> Collected | None:
+        """The step's batch, on every rank; None on all of them where a signal asked rank 0 to stop."""
+        collected: list[Collected | None] = [None]
+        if self.head is None:
+            self.rounds.follow()
+        else:
+            collected = [self.head.collector.collect(step, self.config.seed, lambda: bool(self.wish.name))]
+            self.head.engine.finish()
+        dist.broadcast_object_list(collected, src=0)
+        return collected[0]
+
+    def evaluate(self, step: int) -> None:
+        """Ask the held-out questions, where they are due after ``step``, and tell the curves."""
+        every = self.rl.evaluation.every_steps
+        if not every or (step % every and step != self.config.train.steps):
+            return
+        self.watch(step, "rollout")
+        if self.head is None:
+            self.rounds.follow()
+            return
+        found = evaluate(self.head.sampler, self.head.held_out, self.rl.evaluation.temperature, self.config.seed)
+        self.head.engine.finish()
+        self.head.curves.evaluated(step, found)
+
+    def tell(
+        self, step: int, batch: Collected, update: UpdateResult | None, num_stale: Mapping[str, int], times: StepTimes
+    ) -> None:
+        self.watch(step, "metrics")
+        if self.head is not None:
+            self.head.curves.step(step, batch, update, num_stale, self.gaps, times.seconds, times.total)
+
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Where a checkpoint is due after ``step``; with ``wait`` always, and it is whole on return."""
+        self.watch(step, "save")
+        self.saver.check()
+        every = self.config.train.checkpoint.every_steps
+        if step and (wait or step == self.config.train.steps or (every and step % every == 0)):
+            self.saver.save(step, wait=wait)
+
+    def announce(self, event: str, step: int, detail: str) -> None:
+        if self.head is not None:
+            self.head.curves.event(event, step, detail)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint, beside weights and step."""
+        if self.head is None:
+            return {}
+        return {"rl": {"pool": self.head.pool.state(), "pass_rates": self.head.rates.state()}}
