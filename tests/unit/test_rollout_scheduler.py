@@ -131,7 +131,7 @@ def test_a_task_that_never_passes_starves_no_other() -> None:
             num_math = launched.count("math")
             one.settle(launch.index, VALID if launch.task == "math" and num_math % 2 else FLAT)
     between = "".join("m" if task == "math" else "." for task in launched).split("m")
-    assert max(len(hopeless) for hopeless in between) <= 4
+    assert max(len(hopeless) for hopeless in between) <= 2 * 4  # two fillings of the places
     assert len(launched) < 5 * 8 + 16  # not only after the other's refill budget
 
 

@@ -32,13 +32,13 @@ class Policy:
     is_reward_async: bool = True
     is_ended_early: bool = True
     is_first_finished: bool = False
-    margin: float = 1.0
+    margin: float = SchedulerSettings.margin
     is_longest_first: bool = False
     """Groups wait with the engine, which begins with those whose prompts took longest when they were last met."""
 
 
 REPORT_MARGIN = 8.0
-"""It gives about the report's sample waste."""
+"""``SchedulerSettings.margin`` that gives about the report's sample waste."""
 QUEUE_FACTOR = 4
 """Groups that ours has with the engine, over its workers: about four fifths of a step's launches."""
 NAIVE = Policy("naive dynamic sampling", is_streamed=False)
@@ -81,8 +81,11 @@ class Figures:
 
 
 class FirstFinished:
-    """Keeps the first ``batch`` valid groups to finish, as slime does: launches a whole batch more whenever those valid
-    and those active are fewer than a batch, and then aborts, and forgets, the rest."""
+    """Keeps the first ``batch`` valid groups to finish, as slime does without partial rollouts.
+
+    Launches a whole batch more whenever those valid and those active are fewer than a batch; in the end aborts the
+    rest and forgets their prompts.
+    """
 
     def __init__(self, batch: int) -> None:
         self._batch = batch
