@@ -3,7 +3,8 @@
     python benchmarks/bench_rollout_scheduler.py               # 16 seeds; a minute
     python benchmarks/bench_rollout_scheduler.py --plot docs/rollout-scheduler.png
 
-docs/rollout-scheduler.md says what is assumed. Besides the table, it gives the speed and waste of ours over margins.
+docs/rollout-scheduler.md says what is assumed. Besides the table, it gives ours over
+margins, and under other guesses.
 """
 
 import argparse
@@ -43,6 +44,19 @@ MARGINS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 SIZES = ((512, Cluster(256, 32)), (64, Cluster(32, 8)), (16, Cluster(16, 8)))  # groups a batch, and who generates them
 BLUE, ORANGE, GREY = "#2f6db3", "#d9822b", "#6b7280"
 
+WORKLOAD, CLUSTER = Workload(), SIZES[0][1]
+GUESSES: dict[str, dict[str, Any]] = {  # arguments of ``run`` that differ
+    "lengths and rewards x 0.64": dict(workload=replace(WORKLOAD, median_tokens=1800.0, reward_seconds=10.3)),
+    "lengths and rewards x 1.43": dict(workload=replace(WORKLOAD, median_tokens=4000.0, reward_seconds=22.9)),
+    "64 judges": dict(cluster=Cluster(256, 64)),
+    "24 judges": dict(cluster=Cluster(256, 24)),
+    "fewer prompts valid (shape 0.12)": dict(workload=replace(WORKLOAD, passing_shape=0.12)),
+    "more prompts valid (shape 0.3)": dict(workload=replace(WORKLOAD, passing_shape=0.3)),
+    "history tells little": dict(workload=replace(WORKLOAD, prompt_sigma=0.2, response_sigma=0.568)),
+    "history tells of difficulty only": dict(workload=replace(WORKLOAD, prompt_sigma=0.0, response_sigma=0.602)),
+    "the first step of all is counted": dict(num_steps_before=0),
+}
+
 
 def row(
     policy: str, batch: int, runs: Sequence[Figures], naive: Sequence[Figures], population: float
@@ -62,6 +76,13 @@ def row(
         found[name] = round(statistics.mean(column), 4)
         found[f"{name}_std"] = round(statistics.stdev(column), 4)
     return found | {f"report_{name}": value for name, value in zip(COLUMNS, REPORT.get(policy, [""] * 5), strict=True)}
+
+
+def guess(name: str, num_seeds: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = dict(workload=WORKLOAD, cluster=CLUSTER) | GUESSES[name]
+    naive, ours = ([run(policy, seed, **arguments) for seed in range(num_seeds)] for policy in (NAIVE, OURS))
+    found = row(name, 512, ours, naive, population_mean_tokens(arguments["workload"]))
+    return dict(part="guesses", margin=OURS.margin, order="longest first") | found
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -147,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     values = parser.parse_args()
 
-    workload = Workload()
+    workload = WORKLOAD
     population = population_mean_tokens(workload)
     rows = []
     for batch, cluster in SIZES:
@@ -163,6 +184,10 @@ def main() -> None:
             rows.append(dict(part=kind, margin=margin, order=order) | row(name, batch, runs, naive, population))
         print(f"batch {batch}, {cluster.num_workers} workers")
         show([one for one in rows if one["batch"] == batch])
+    guesses = [guess(name, values.seeds) for name in GUESSES]
+    print("ours under other guesses")
+    show(guesses)
+    rows += guesses
     if values.plot:
         table = [one for one in rows if one["part"] == "table"]
         plot(table, [one for one in rows if one["part"] == "margins" and one["batch"] == 512], values.plot)

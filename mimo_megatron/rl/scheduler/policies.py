@@ -121,11 +121,18 @@ class FirstFinished:
 
 
 def run(
-    policy: Policy, seed: int, workload: Workload, cluster: Cluster, batch: int = 512, num_steps: int = 5
+    policy: Policy,
+    seed: int,
+    workload: Workload,
+    cluster: Cluster,
+    batch: int = 512,
+    num_steps: int = 5,
+    num_steps_before: int = 1,
 ) -> Figures:
-    """The figures of ``num_steps`` steps. Pass rates and prompts given back carry over from step to step, also from one
-    step before the trace, which is not counted: the trace begins within training."""
-    prompts = Prompts(Trace(workload, 6 * batch * (num_steps + 1), seed))
+    """The figures of ``num_steps`` steps. Pass rates and prompts given back carry over from step to step, also from
+    ``num_steps_before``, which are not counted: the trace begins within training."""
+    num_all_steps = num_steps_before + num_steps
+    prompts = Prompts(Trace(workload, 6 * batch * num_all_steps, seed))
     rates = PassRates()
     most = QUEUE_FACTOR * cluster.num_workers if policy.is_longest_first else cluster.num_workers
     settings = SchedulerSettings({TASK: batch}, max_running=most, margin=policy.margin)
@@ -136,7 +143,7 @@ def run(
         rule: Rule = FirstFinished(batch) if policy.is_first_finished else StepScheduler(settings, rates)
         return stream(rule, prompts, cluster, policy.is_reward_async, policy.is_ended_early, policy.is_longest_first)
 
-    steps = [one_step() for _ in range(num_steps + 1)][1:]
+    steps = [one_step() for _ in range(num_all_steps)][num_steps_before:]
     seconds = sum(step.rollout_seconds for step in steps)
     idle = seconds * cluster.num_workers - sum(step.busy_seconds for step in steps)
     trained = [group for step in steps for group in step.trained]

@@ -28,7 +28,7 @@ The rules:
 
 The order of launch is the order in which prompts are taken, not that in which the engine begins them. With a
 ``max_running`` of several times its places, an engine can serve its queue by the length that a prompt had when it was
-last met, the longest first: the step's end has no stragglers then, and the batch is the same.
+last met, the longest first: few stragglers are left at the step's end then, and the batch is the same.
 
 Evidence about the pass rate is taken from groups before a task's first unsettled one: early finishers behind it are a
 choice of short ones. Dropped groups say nothing.
@@ -55,7 +55,7 @@ class SchedulerSettings:
     """Standard deviations of the binomial number of valid groups that are not counted on.
 
     Measured (docs/rollout-scheduler.md): with 0 a step waits for stragglers that it launches at its end; with 1 it is
-    within 2 % of the fastest at 16, 64 and 512 groups a batch; more wastes more.
+    within 3 % of the fastest at 16, 64 and 512 groups a batch; more wastes more.
     """
 
     def __post_init__(self) -> None:
@@ -176,8 +176,8 @@ class StepScheduler:
     def to_return(self) -> list[int]:
         """Groups launched behind the last selected one of their full task, settled or not.
 
-        Their prompts belong at the head of the task's queue, in this order. Returning only those that were running
-        would return the long ones; with all of them, the next step begins where this batch ended.
+        Their prompts belong at the head of the task's queue, in this order: the next step begins where this batch ended.
+        Only those that were aborted would be a choice of long ones.
         """
         return sorted(index for task in self._tasks.values() for index in task.behind())
 
