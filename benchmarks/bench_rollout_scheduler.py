@@ -1,6 +1,6 @@
 """The rollout scheduler against other policies, simulated, beside the table of the MiMo-7B report.
 
-    python benchmarks/bench_rollout_scheduler.py               # 16 seeds; a minute
+    python benchmarks/bench_rollout_scheduler.py               # 16 seeds; 80 seconds
     python benchmarks/bench_rollout_scheduler.py --plot docs/rollout-scheduler.png
 
 docs/rollout-scheduler.md says what is assumed. Besides the table, it gives ours over

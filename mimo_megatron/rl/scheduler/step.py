@@ -176,8 +176,8 @@ class StepScheduler:
     def to_return(self) -> list[int]:
         """Groups launched behind the last selected one of their full task, settled or not.
 
-        Their prompts belong at the head of the task's queue, in this order: the next step begins where this batch ended.
-        Only those that were aborted would be a choice of long ones.
+        Their prompts belong at the head of the task's queue, in this order: the next step begins where this batch
+        ended. Only those that were aborted would be a choice of long ones.
         """
         return sorted(index for task in self._tasks.values() for index in task.behind())
 
