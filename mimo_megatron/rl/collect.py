@@ -8,6 +8,7 @@ what is returned was sampled, whole, by the policy version that the engine said.
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mimo_megatron.config.rl import RolloutConfig
 from mimo_megatron.data.records import SampleError
@@ -39,9 +40,21 @@ class Sampler:
     end_token: int
     max_new_tokens: int
 
-    def ask(self, name: str, question: Question, num_responses: int, *, temperature: float, seed: int) -> None:
+    def ask(
+        self,
+        name: str,
+        question: Question,
+        num_responses: int,
+        *,
+        temperature: float,
+        seed: int,
+        expected_tokens: float = 0.0,
+    ) -> None:
         prompt = self.read(question.id)
-        self.engine.submit(GenerationRequest(name, prompt, num_responses, self.max_new_tokens, temperature, seed))
+        request = GenerationRequest(
+            name, prompt, num_responses, self.max_new_tokens, temperature, seed, expected_tokens
+        )
+        self.engine.submit(request)
 
     def judge(self, question: Question, rollout: Rollout) -> None:
         meta = question.meta.model_copy(update={"finish_reason": rollout.finish_reason})
@@ -111,6 +124,17 @@ class Collector:
     ) -> None:
         self._sampler, self._pool, self._rates = sampler, pool, rates
         self._rollout, self._quotas = rollout, quotas
+        self._lengths: dict[str, int] = {}
+        """By question, the longest response of its last group."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {"pool": self._pool.state(), "pass_rates": self._rates.state(), "lengths": dict(self._lengths)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._pool.load_state(state["pool"])
+        self._rates.load_state(state["pass_rates"])
+        self._lengths = dict(state["lengths"])
 
     def collect(self, step: int, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Collected | None:
         """The groups of one batch; None where it was asked to stop, with everything given back."""
@@ -128,10 +152,7 @@ class Collector:
                 question = self._draw(launch.task)
                 questions[launch.index] = question
                 groups[launch.index] = _OpenGroup(question, self._rollout.group_size)
-                self._sampler.ask(
-                    _name(step, launch.index), question, self._rollout.group_size,
-                    temperature=self._rollout.temperature, seed=_seed(seed, step, launch.index),
-                )  # fmt: skip
+                self._ask(step, launch.index, question, seed)
             for rollout in self._sampler.engine.poll(_POLL_SECONDS):
                 index = _index(rollout.request_id)
                 groups[index].rollouts[rollout.index] = rollout
@@ -179,6 +200,7 @@ class Collector:
         if rewarded is None:
             return Outcome.DROPPED
         judged[index] = rewarded
+        self._lengths[rewarded.question_id] = max(len(one.token_ids_T) for one in rewarded.rollouts)
         return Outcome.VALID if rewarded.std > self._rollout.zero_variance_std else Outcome.ZERO_VARIANCE
 
     def _forget(self, step: int, indexes: Sequence[int]) -> None:
@@ -193,6 +215,16 @@ class Collector:
         self._forget(step, running)
         for index in indexes:
             self._pool.give_back(questions[index])
+
+    def _ask(self, step: int, index: int, question: Question, seed: int) -> None:
+        self._sampler.ask(
+            _name(step, index),
+            question,
+            self._rollout.group_size,
+            temperature=self._rollout.temperature,
+            seed=_seed(seed, step, index),
+            expected_tokens=self._lengths.get(question.id, 0),
+        )
 
     def _draw(self, task: str) -> Question:
         """The next question whose prompt can be read and fits; the others are left, each for its reason."""

@@ -21,9 +21,7 @@ from mimo_megatron.rl.collect import Collected, Collector, Sampler, evaluate
 from mimo_megatron.rl.curves import Curves
 from mimo_megatron.rl.engine.protocol import RolloutEngine
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
-from mimo_megatron.rl.pool import QuestionPool
 from mimo_megatron.rl.questions import Question, encode_question
-from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.rl.sync.canary import Gap
 from mimo_megatron.rl.sync.publisher import Publisher
 from mimo_megatron.rl.update import UpdateResult
@@ -76,8 +74,6 @@ class Head:
     sampler: Sampler
     engine: RoundsEngine
     collector: Collector
-    pool: QuestionPool
-    rates: PassRates
     curves: Curves
     held_out: Sequence[Question]
 
@@ -160,4 +156,4 @@ class Run:
         """For the checkpoint, beside weights and step."""
         if self.head is None:
             return {}
-        return {"rl": {"pool": self.head.pool.state(), "pass_rates": self.head.rates.state()}}
+        return {"rl": self.head.collector.state()}

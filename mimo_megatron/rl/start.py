@@ -170,9 +170,6 @@ def _head(
         max_attempts=rl.rollout.max_attempts,
     )
     rates = PassRates(prior_groups=rl.rollout.prior_groups)
-    if resumed is not None:
-        pool.load_state(resumed.state["rl"]["pool"])
-        rates.load_state(resumed.state["rl"]["pass_rates"])
     judging = stack.enter_context(_judging(rl, config.dir, stack))
     engine = RoundsEngine(run.rounds)
     sampler = Sampler(engine, judging, run.read, tokenizer, config.model.tokens.turn_end, rl.rollout.max_new_tokens)
@@ -186,7 +183,9 @@ def _head(
     curves = Curves(config.dir, config, metrics, {one.id: one for one in chain(*questions.values())}, sampler)
     curves.open_for(first_step)
     collector = Collector(sampler, pool, rates, rl.rollout, shares)
-    return Head(sampler, engine, collector, pool, rates, curves, list(chain(*held_out.values())))
+    if resumed is not None:
+        collector.load_state(resumed.state["rl"])
+    return Head(sampler, engine, collector, curves, list(chain(*held_out.values())))
 
 
 def _judging(rl: RLConfig, folder: Path, stack: ExitStack) -> Judging:

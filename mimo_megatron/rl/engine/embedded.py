@@ -9,7 +9,6 @@ Dims: Q open rows, V vocabulary, T tokens of a response, M merged vision tokens.
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -61,7 +60,7 @@ class EmbeddedEngine:
         self._cache = self._model.cache(max_sequences)
         self._banned = torch.tensor(model.tokens.never_sampled, device=device)
         self._ends = (model.tokens.turn_end, model.tokens.pad)
-        self._waiting: deque[GenerationRequest] = deque()
+        self._waiting: list[GenerationRequest] = []
         self._rows: list[_Row] = []
         self._last_Q = torch.zeros(0, dtype=torch.int64)
         self._finished: list[Rollout] = []
@@ -94,7 +93,7 @@ class EmbeddedEngine:
 
     def abort(self, request_ids: Collection[str]) -> None:
         ids = set(request_ids)
-        self._waiting = deque(one for one in self._waiting if one.id not in ids)
+        self._waiting = [one for one in self._waiting if one.id not in ids]
         self._finished = [one for one in self._finished if one.request_id not in ids]
         for number in reversed(range(len(self._rows))):
             if self._rows[number].request.id in ids:
@@ -153,12 +152,14 @@ class EmbeddedEngine:
         self.abort([row.request.id for row in self._rows] + [one.id for one in self._waiting])
 
     def _admit(self) -> None:
-        """Groups for which there are rows, first come first served, all their prompts as one pack."""
+        """Groups for which there are rows, all their prompts as one pack; those of long responses first, and of equal
+        ones those that came first."""
         groups: list[GenerationRequest] = []
         num_free = self._max_sequences - len(self._rows)
+        self._waiting.sort(key=lambda one: -one.expected_tokens)
         while self._waiting and self._waiting[0].num_responses <= num_free:
             num_free -= self._waiting[0].num_responses
-            groups.append(self._waiting.popleft())
+            groups.append(self._waiting.pop(0))
         if not groups:
             return
         prompts = [group.prompt for group in groups]

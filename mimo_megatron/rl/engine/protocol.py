@@ -35,6 +35,9 @@ class GenerationRequest:
     """0 takes the most likely token (for evaluation); a policy is trained on samples at 1 only."""
     seed: int = 0
     """Response i of equal requests with equal seeds is the same on one engine; other engines draw by other means."""
+    expected_tokens: float = 0.0
+    """Of its longest response. Of the requests that wait, the engine begins the longest first: a batch ends with its
+    stragglers, which had better begin early (docs/rollout-scheduler.md)."""
 
 
 class SamplingEngine(Protocol):
