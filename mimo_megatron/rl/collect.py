@@ -25,6 +25,7 @@ from mimo_megatron.rl.scheduler.step import Outcome, SchedulerSettings, StepRepo
 from mimo_megatron.types import EncodedSample, Rollout
 
 _POLL_SECONDS = 0.05
+_MEMORY_GROUPS = 50
 Read = Callable[[str], EncodedSample]
 
 
@@ -126,15 +127,22 @@ class Collector:
         self._rollout, self._quotas = rollout, quotas
         self._lengths: dict[str, int] = {}
         """By question, the longest response of its last group."""
+        self._typical: dict[str, float] = {}
+        """By task, a moving mean of these, for questions never asked."""
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {"pool": self._pool.state(), "pass_rates": self._rates.state(), "lengths": dict(self._lengths)}
+        return {
+            "pool": self._pool.state(),
+            "pass_rates": self._rates.state(),
+            "lengths": dict(self._lengths),
+            "typical": dict(self._typical),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._pool.load_state(state["pool"])
         self._rates.load_state(state["pass_rates"])
-        self._lengths = dict(state["lengths"])
+        self._lengths, self._typical = dict(state["lengths"]), dict(state["typical"])
 
     def collect(self, step: int, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Collected | None:
         """The groups of one batch; None where it was asked to stop, with everything given back."""
@@ -200,7 +208,10 @@ class Collector:
         if rewarded is None:
             return Outcome.DROPPED
         judged[index] = rewarded
-        self._lengths[rewarded.question_id] = max(len(one.token_ids_T) for one in rewarded.rollouts)
+        longest = max(len(one.token_ids_T) for one in rewarded.rollouts)
+        self._lengths[rewarded.question_id] = longest
+        before = self._typical.get(rewarded.task, longest)
+        self._typical[rewarded.task] = before + (longest - before) / _MEMORY_GROUPS
         return Outcome.VALID if rewarded.std > self._rollout.zero_variance_std else Outcome.ZERO_VARIANCE
 
     def _forget(self, step: int, indexes: Sequence[int]) -> None:
@@ -223,7 +234,7 @@ class Collector:
             self._rollout.group_size,
             temperature=self._rollout.temperature,
             seed=_seed(seed, step, index),
-            expected_tokens=self._lengths.get(question.id, 0),
+            expected_tokens=self._lengths.get(question.id, self._typical.get(question.task, 0.0)),
         )
 
     def _draw(self, task: str) -> Question:
