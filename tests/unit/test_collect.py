@@ -1,0 +1,219 @@
+"""A step's batch: which groups are in it, what becomes of the others, and that no token of another policy is."""
+
+import random
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pytest
+
+from mimo_megatron.config.rl import RolloutConfig
+from mimo_megatron.data.records import SampleError
+from mimo_megatron.reward.verdict import Reason, judged, unknown
+from mimo_megatron.reward.wire import Meta, ScoreItem, ScoreResult
+from mimo_megatron.rl.collect import Collector, Sampler, evaluate
+from mimo_megatron.rl.engine.protocol import GenerationRequest, RolloutEngine
+from mimo_megatron.rl.engine.several import SeveralEngines
+from mimo_megatron.rl.groups import without_stale
+from mimo_megatron.rl.pool import QuestionPool
+from mimo_megatron.rl.questions import Question
+from mimo_megatron.rl.scheduler.rates import PassRates
+from mimo_megatron.types import RawSample, Rollout
+from tests.rl_fixtures import MODEL, engine_with, prompts, random_weights, update
+
+TASKS = ("letters", "lengths")
+WEIGHTS = random_weights(scale=0.12)
+
+
+class Spelled:
+    """A tokenizer of no language: token ids in words."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+class Judge:
+    """In place of the service: rewards are facts of the text, come late and in another order, and some never."""
+
+    def __init__(self, seed: int, unknown_share: float = 0.0, constant: float | None = None) -> None:
+        self._draw, self._unknown_share, self._constant = random.Random(seed), unknown_share, constant
+        self._waiting: list[tuple[str, ScoreItem]] = []
+        self.num_unknown = 0
+
+    def ask(self, group: str, items: Sequence[ScoreItem]) -> None:
+        self._waiting += [(group, item) for item in items]
+
+    def results(self, seconds: float) -> list[ScoreResult]:
+        self._draw.shuffle(self._waiting)
+        ready = self._waiting[: self._draw.randint(0, 8)]
+        del self._waiting[: len(ready)]
+        return [self._result(item) for _, item in ready]
+
+    def cancel(self, groups: Sequence[str]) -> None:
+        self._waiting = [one for one in self._waiting if one[0] not in set(groups)]
+
+    def _result(self, item: ScoreItem) -> ScoreResult:
+        if self._draw.random() < self._unknown_share:
+            self.num_unknown += 1
+            verdict = unknown(Reason.DEADLINE)
+        else:
+            numbers = [int(word) for word in item.response.split()]
+            share = sum(number % 2 for number in numbers) / max(len(numbers), 1)
+            verdict = judged(share if self._constant is None else self._constant)
+        return ScoreResult(id=item.id, status=verdict.status, reward=verdict.reward, reason=verdict.reason, ms=0.0)
+
+
+class Late:
+    """An engine that hands finished responses over some polls late, in another order."""
+
+    def __init__(self, inner: RolloutEngine, seed: int, lateness: int) -> None:
+        self._inner, self._draw, self._lateness = inner, random.Random(seed), lateness
+        self._held: list[Rollout] = []
+
+    @property
+    def num_running(self) -> int:
+        return self._inner.num_running + len(self._held)
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._inner.submit(request)
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        self._inner.abort(request_ids)
+        self._held = [one for one in self._held if one.request_id not in set(request_ids)]
+
+    def poll(self, seconds: float) -> list[Rollout]:
+        if self._draw.randrange(self._lateness + 1):
+            return []
+        self._held += self._inner.poll(0.001)
+        self._draw.shuffle(self._held)
+        ready = self._held[: self._draw.randint(0, 6)]
+        del self._held[: len(ready)]
+        return ready
+
+
+def questions(num: int = 24) -> dict[str, list[Question]]:
+    message = {"role": "user", "content": "?"}
+    return {
+        task: [
+            Question(f"{task}/{number}", task, RawSample(f"{task}/{number}", task, (message,)), "count", 1, Meta())
+            for number in range(num)
+        ]
+        for task in TASKS
+    }
+
+
+def read(question_id: str):
+    return prompts()[int(question_id.rpartition("/")[2]) % 4]
+
+
+def collector(engine, judge: Judge, pool: QuestionPool | None = None, read=read, **rollout) -> Collector:
+    settings = dict(group_size=4, groups_per_step=6, max_new_tokens=6, max_sequences=16, max_groups_running=5)
+    sampler = Sampler(engine, judge, read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    pool = pool or QuestionPool(questions(), seed=1)
+    return Collector(
+        sampler, pool, PassRates(), RolloutConfig(**(settings | rollout)), {"letters": 4, "lengths": 2}
+    )  # fmt: skip
+
+
+def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_policy_is_returned():
+    replicas = [engine_with(WEIGHTS), engine_with(WEIGHTS)]
+    several = SeveralEngines([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)])
+    judge = Judge(3, unknown_share=0.02)
+    one = collector(several, judge)
+    num_tokens = num_aborted = 0
+    for step in range(1, 101):
+        version = step + 1
+        for replica in replicas:
+            update(replica, WEIGHTS, version)
+        batch = one.collect(step, seed=7)
+        assert batch is not None
+        groups, stale = without_stale(batch.groups, version)
+        assert not stale and len(groups) == len(batch.groups) == 6
+        assert several.num_running == 0
+        num_tokens += sum(group.num_tokens for group in groups)
+        num_aborted += sum(task.aborted for task in batch.report.tasks.values())
+    assert num_tokens > 5_000 and num_aborted > 20 and judge.num_unknown > 20  # the test has met what it is about
+
+
+def test_a_planted_token_of_another_policy_is_refused_and_counted():
+    engine = engine_with(WEIGHTS)
+    batch = collector(engine, Judge(1)).collect(1, seed=7)
+    assert batch is not None
+    batch.groups[2].rollouts[1].versions_T[-1] = 0
+    groups, stale = without_stale(batch.groups, 1)
+    assert len(groups) == len(batch.groups) - 1
+    assert stale == {batch.groups[2].task: 1}
+
+
+def test_the_batch_has_each_tasks_share_and_only_groups_of_unequal_rewards():
+    batch = collector(engine_with(WEIGHTS), Judge(1)).collect(1, seed=7)
+    assert batch is not None
+    assert Counter(group.task for group in batch.groups) == {"letters": 4, "lengths": 2}
+    assert all(group.std > 0.02 and len(group.rollouts) == 4 for group in batch.groups)
+    assert len(batch.judged) >= len(batch.groups)
+
+
+def test_equal_rewards_end_in_an_alarm_and_an_empty_batch_within_the_budget():
+    batch = collector(engine_with(WEIGHTS), Judge(1, constant=0.5), refill_budget=2.0).collect(1, seed=7)
+    assert batch is not None
+    assert batch.groups == () and len(batch.report.alarms) == 2
+    assert {task: one.launched for task, one in batch.report.tasks.items()} == {"letters": 8, "lengths": 4}
+
+
+def test_a_response_without_a_reward_is_never_worth_nothing_but_drops_its_group():
+    judge = Judge(1, unknown_share=0.2)
+    batch = collector(engine_with(WEIGHTS), judge, refill_budget=20.0).collect(1, seed=7)
+    assert batch is not None
+    assert batch.unknown == {"deadline": judge.num_unknown} and judge.num_unknown > 0
+    assert all(reward == share(rollout) for group in batch.judged for reward, rollout in zip(
+        group.rewards_G, group.rollouts, strict=True))  # fmt: skip
+
+
+def share(rollout: Rollout) -> float:
+    """The reward by ``Judge`` of what the tokens say."""
+    token_ids = rollout.token_ids_T[rollout.token_ids_T != MODEL.tokens.turn_end]
+    return float(np.mean(token_ids % 2)) if len(token_ids) else 0.0
+
+
+def test_a_stop_gives_every_question_back_and_leaves_nothing_running():
+    engine, pool = engine_with(WEIGHTS), QuestionPool(questions(), seed=1)
+    calls = iter(range(100))
+    assert collector(engine, Judge(1), pool).collect(1, 7, lambda: next(calls) > 2) is None
+    assert engine.num_running == 0
+    waiting = sum(pool.counts(task).num_waiting for task in TASKS)
+    assert waiting > 0
+    first = pool.draw("letters").id
+    assert first == QuestionPool(questions(), seed=1).draw("letters").id  # the first question is asked first again
+
+
+def test_a_resumed_collector_asks_what_an_uninterrupted_one_asks_next():
+    one = collector(engine_with(WEIGHTS), Judge(1))
+    assert one.collect(1, seed=7) is not None
+    state = one.state()
+    other = collector(engine_with(WEIGHTS), Judge(2))
+    other.load_state(state)
+    expected, found = one.collect(2, seed=7), other.collect(2, seed=7)
+    assert expected is not None and found is not None
+    assert [group.question_id for group in found.groups] == [group.question_id for group in expected.groups]
+
+
+def test_a_prompt_that_does_not_fit_is_left_and_the_next_one_asked():
+    def strict(question_id: str):
+        if question_id.endswith(("/3", "/5")):
+            raise SampleError(question_id, "over_capacity", "too long")
+        return read(question_id)
+
+    pool = QuestionPool(questions(8), seed=1)
+    one = collector(engine_with(WEIGHTS), Judge(1), pool, read=strict)
+    for step in (1, 2, 3):
+        assert one.collect(step, seed=7) is not None
+    assert set(pool.left()) == {f"{task}/{number}" for task in TASKS for number in (3, 5)}
+
+
+def test_evaluation_asks_every_question_once_and_leaves_unknown_rewards_out():
+    sampler = Sampler(engine_with(WEIGHTS), Judge(5, 0.3), read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    asked = [one for some in questions(8).values() for one in some]
+    found = evaluate(sampler, asked, temperature=1.0, seed=3)
+    assert set(found) == set(TASKS) and all(0 < reward < 1 for reward in found.values())
+    constant = Sampler(engine_with(WEIGHTS), Judge(5, 0.3, 0.25), read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    assert evaluate(constant, asked, 1.0, 3) == pytest.approx(dict.fromkeys(TASKS, 0.25))
