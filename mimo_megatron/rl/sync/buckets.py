@@ -24,8 +24,9 @@ from mimo_megatron.errors import SyncError
 ALIGNMENT = 64
 MOST_HEADER_BYTES = 16 << 20
 """Of a manifest or header in JSON: a model of 7 B has 0.1 MB."""
-_STRICT = ConfigDict(extra="forbid", strict=True)
-_Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+STRICT = ConfigDict(extra="forbid", strict=True)
+"""Of every form on the wire: no other keys, no conversion of types."""
+Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 _Form = TypeVar("_Form")
 
 
@@ -33,12 +34,12 @@ _Form = TypeVar("_Form")
 class TensorEntry:
     """One tensor of an update."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: Annotated[str, Field(min_length=1, max_length=512)]
     dtype: str
     """As in safetensors: ``F32``, ``BF16``."""
-    shape: Annotated[tuple[_Count, ...], Field(max_length=8)]
+    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
 
     @property
     def num_bytes(self) -> int:
@@ -52,9 +53,9 @@ class TensorEntry:
 class Manifest:
     """All tensors of one policy version, in the order in which they are sent."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    version: _Count
+    version: Count
     tensors: tuple[TensorEntry, ...]
 
     def to_json(self) -> bytes:
@@ -63,7 +64,7 @@ class Manifest:
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
         """``SyncError`` for anything that ``to_json`` would not have written."""
-        manifest = _read(_MANIFEST, data, "a manifest")
+        manifest = read_form(_MANIFEST, data, "a manifest")
         check_entries(manifest.tensors)
         return manifest
 
@@ -72,10 +73,10 @@ class Manifest:
 class PackedTensor:
     """Where a tensor lies in its bucket."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     entry: TensorEntry
-    offset: _Count
+    offset: Count
     checksum: Annotated[int, Field(ge=0, lt=1 << 64)]
     """XXH3-64 of its bytes, computed where they came from."""
 
@@ -88,11 +89,11 @@ class PackedTensor:
 class BucketHeader:
     """A bucket without its bytes."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    version: _Count
-    number: _Count
-    num_bytes: _Count
+    version: Count
+    number: Count
+    num_bytes: Count
     tensors: tuple[PackedTensor, ...]
 
     def to_json(self) -> bytes:
@@ -101,9 +102,22 @@ class BucketHeader:
     @classmethod
     def from_json(cls, data: bytes) -> "BucketHeader":
         """``SyncError`` for anything that ``to_json`` would not have written, or that does not fit ``num_bytes``."""
-        header = _read(_HEADER, data, "a bucket's header")
-        check_header(header)
+        header = read_form(_HEADER, data, "a bucket's header")
+        header.check()
         return header
+
+    def check(self) -> None:
+        """``SyncError`` where tensors do not lie one after another, aligned, inside the bucket."""
+        check_entries(packed.entry for packed in self.tensors)
+        end = 0
+        for packed in self.tensors:
+            if packed.offset % ALIGNMENT or packed.offset < end or packed.end > self.num_bytes:
+                raise SyncError(
+                    f"bucket {self.number}: tensor {packed.entry} cannot lie in bytes {packed.offset} to "
+                    f"{packed.end}: the one before ends at {end}, the bucket at {self.num_bytes}, and offsets are "
+                    f"multiples of {ALIGNMENT}"
+                )
+            end = packed.end
 
     def with_data(self, data: Tensor) -> "Bucket":
         """The bucket, its bytes being ``data``."""
@@ -195,21 +209,8 @@ def check_entries(entries: Iterable[TensorEntry]) -> None:
         seen.add(entry.name)
 
 
-def check_header(header: BucketHeader) -> None:
-    """``SyncError`` where tensors do not lie one after another, aligned, inside the bucket."""
-    check_entries(packed.entry for packed in header.tensors)
-    end = 0
-    for packed in header.tensors:
-        if packed.offset % ALIGNMENT or packed.offset < end or packed.end > header.num_bytes:
-            raise SyncError(
-                f"bucket {header.number}: tensor {packed.entry} cannot lie in bytes {packed.offset} to {packed.end}: "
-                f"the one before ends at {end}, the bucket at {header.num_bytes}, and offsets are multiples of "
-                f"{ALIGNMENT}"
-            )
-        end = packed.end
-
-
-def _read(form: TypeAdapter[_Form], data: bytes, what: str) -> _Form:
+def read_form(form: TypeAdapter[_Form], data: bytes, what: str) -> _Form:
+    """What ``data`` holds. ``SyncError`` unless it is, byte for byte, what the form would write of it."""
     if len(data) > MOST_HEADER_BYTES:
         raise SyncError(f"{what} of {len(data)} bytes is refused: at most {MOST_HEADER_BYTES}")
     try:

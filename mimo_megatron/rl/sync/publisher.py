@@ -126,7 +126,8 @@ class Publisher:
                 yield Bucket(version, number, _packed(units, checksums), data)
 
     def _take_host(self, num_bytes: int) -> Tensor:
-        return self._host.take(num_bytes, torch.uint8)
+        # Of the largest at once: to grow it would take both while the reader still holds the last bucket.
+        return self._host.take(self.largest_bucket_bytes, torch.uint8)[:num_bytes]
 
     def _fill(self, data: Tensor, units: Sequence[_Unit], writes: bool) -> list[int]:
         """Checksums of the units' tensors, which are now in ``data``; nothing where this rank does not write."""

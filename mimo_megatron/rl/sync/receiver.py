@@ -22,7 +22,6 @@ from mimo_megatron.rl.sync.buckets import (
     ReadBack,
     TensorEntry,
     check_entries,
-    check_header,
     checksum,
     entry_of,
 )
@@ -140,7 +139,7 @@ class Receiver:
             kind = "came twice" if bucket.number < self._next_bucket else "came too early: one before it was dropped"
             raise SyncError(f"bucket {bucket.number} {kind} (expected: {self._next_bucket}); {_AGAIN}")
         bucket.header.with_data(bucket.data)
-        check_header(bucket.header)
+        bucket.header.check()
         first = len(self._checksums)
         wanted = manifest.tensors[first : first + len(bucket.tensors)]
         for position, packed in enumerate(bucket.tensors):
