@@ -38,6 +38,8 @@ class Question:
     said: str
     """The answer as the model is trained to say it, in pixels of the resized picture."""
     gold: str
+    region: Box | None = None
+    """The box of the digit that is asked about, in pixels of the stored picture."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def count(scene: Scene) -> Question:
 
 def locate(scene: Scene, mark: Mark) -> Question:
     said = _list(_resized(scene, mark.box))
-    return Question("locate", f"Locate the {mark.label}.", _box_mark(mark.box), said, said)
+    return Question("locate", f"Locate the {mark.label}.", _box_mark(mark.box), said, said, mark.box)
 
 
 def point(scene: Scene, mark: Mark) -> Question:
@@ -75,7 +77,7 @@ def point(scene: Scene, mark: Mark) -> Question:
     middle = ((x1 + x2) / 2, (y1 + y2) / 2)
     answer = f"<|point|>{middle[0]:g},{middle[1]:g}<|/point|>"
     said, gold = (_list(_resized(scene, place)) for place in (middle, mark.box))
-    return Question("point", f"Point to the {mark.label}.", answer, said, gold)
+    return Question("point", f"Point to the {mark.label}.", answer, said, gold, mark.box)
 
 
 def add(scene: Scene) -> Question:

@@ -6,6 +6,7 @@ before any device is touched.
 
 from collections.abc import Callable, Iterator
 
+from mimo_megatron.config.check_rl import rl_problems
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.problems import refuse
 from mimo_megatron.config.run import ParallelConfig, RunConfig
@@ -18,6 +19,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Nothing where the run fits ``world_size`` ranks, else a ``ConfigError`` that lists every failed rule."""
     problems = [message for rule in LAYOUT_RULES for message in rule(config.model, config.parallel, world_size)]
     problems += [message for rule in RULES for message in rule(config, world_size)]
+    problems += rl_problems(config)
     refuse(f"run {config.name!r} on {_ranks(world_size)}", problems)
 
 
@@ -43,10 +45,21 @@ def ranks_fill_the_layout(model: ModelConfig, layout: ParallelConfig, world_size
 def packs_divide_over_data_parallel_ranks(config: RunConfig, world_size: int) -> Iterator[str]:
     dp, rest = divmod(world_size, config.parallel.model_ranks)
     packs = config.train.packs_per_step
-    if not rest and packs % dp:
+    if config.rl is None and not rest and packs % dp:
         yield (
             f"train.packs_per_step ({packs}) % data-parallel ranks ({world_size} / {config.parallel.model_ranks} = "
             f"{dp}) = {packs % dp}, must be 0: set train.packs_per_step={-(-packs // dp) * dp}"
+        )
+
+
+def training_has_data_and_rl_has_questions(config: RunConfig, world_size: int) -> Iterator[str]:
+    num_sources = len(config.data.sources)
+    if config.rl is None and not num_sources:
+        yield "data.sources is empty: name a folder at least, or the section rl with its questions"
+    if config.rl is not None and num_sources:
+        yield (
+            f"data.sources names {num_sources} folders, but the section rl asks its own questions: "
+            "set 'data.sources=[]', or rl=null"
         )
 
 
@@ -90,7 +103,7 @@ def interleaving_needs_a_pipeline(model: ModelConfig, layout: ParallelConfig, wo
 def interleaving_fills_the_pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
     layout, packs = config.parallel, config.train.packs_per_step
     dp, rest = divmod(world_size, layout.model_ranks)
-    if layout.vpp > 1 and not rest and packs % dp == 0 and packs // dp % layout.pp:
+    if config.rl is None and layout.vpp > 1 and not rest and packs % dp == 0 and packs // dp % layout.pp:
         unit = dp * layout.pp
         yield (
             f"train.packs_per_step ({packs}) / data-parallel ranks ({dp}) % parallel.pp ({layout.pp}) = "
@@ -218,6 +231,7 @@ LAYOUT_RULES: tuple[LayoutRule, ...] = (
     balanced_vision_needs_ranks_that_share,
 )
 RULES: tuple[Rule, ...] = (
+    training_has_data_and_rl_has_questions,
     packs_divide_over_data_parallel_ranks,
     interleaving_fills_the_pipeline,
     packs_cut_evenly,

@@ -8,6 +8,7 @@ from pydantic import Field
 from mimo_megatron.config.base import Strict
 
 EngineKind = Literal["embedded", "vllm"]
+RewardTask = Literal["math", "box", "point", "count", "time", "gui", "rm_text", "rm_multimodal"]
 Normaliser = Literal["group-token-mean", "token-mean", "sequence-mean", "constant"]
 
 
@@ -16,6 +17,9 @@ class PromptSourceConfig(Strict):
 
     task: str = Field(pattern=r"^[a-z0-9_-]+$", description="What curves and quotas call these questions.")
     path: Path = Field(description="JSONL or parquet of questions: ours, verl's or TRL's columns (docs/morl.md).")
+    reward: RewardTask | None = Field(
+        None, description="What judges the answers; needed where rows do not say it: verl's and TRL's do not."
+    )
     ratio: float = Field(1.0, gt=0, description="Relative share of the groups of a step.")
     held_out: Path | None = Field(None, description="Questions of the same kind that are asked only for evaluation.")
 

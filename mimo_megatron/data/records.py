@@ -53,7 +53,14 @@ class Record:
 def parse_record(text: bytes, default_id: str) -> Record:
     """The record in ``text``. Without an ``id`` of its own it is called ``default_id``."""
     with blame(default_id, "json"):
-        tree = _strict_json(text)
+        tree = strict_json(text)
+    return record_of(tree, default_id)
+
+
+def record_of(tree: Mapping[str, Any], default_id: str) -> Record:
+    """The record that the JSON object says."""
+    tree = dict(tree)
+    with blame(default_id, "json"):
         sample_id = tree.pop("id", default_id)
         if not isinstance(sample_id, str) or not sample_id:
             raise DataError(f'"id" is {sample_id!r}; it must be a non-empty string')
@@ -66,7 +73,9 @@ def parse_record(text: bytes, default_id: str) -> Record:
     return Record(sample_id, messages, tuple(media), split, tree)
 
 
-def _strict_json(text: bytes) -> dict[str, Any]:
+def strict_json(text: bytes) -> dict[str, Any]:
+    """The JSON object in ``text``. ``DataError`` for anything else, NaN and half surrogate pairs among it."""
+
     def refuse(constant: str) -> None:
         raise DataError(f"{constant} is not JSON")
 

@@ -1,4 +1,7 @@
-r"""Counting: the last ``\boxed{}`` holds the digits of the true number, and nothing else but a listed unit word."""
+r"""Counting: the last ``\boxed{}`` holds the digits of the true number, and nothing else but a listed unit word.
+
+With ``meta.bare_answer`` the whole answer may be the digits.
+"""
 
 import re
 from typing import Any
@@ -22,7 +25,10 @@ def read_gold(gold: Any, meta: Meta) -> int:
 
 
 def read_answer(response: str, meta: Meta) -> int:
-    boxed = last_boxed(final_answer(response, meta))
+    answer = final_answer(response, meta)
+    boxed = last_boxed(answer)
+    if boxed is None and meta.bare_answer:
+        boxed = answer
     if boxed is None or not boxed.strip():
         raise Unscorable(Reason.NO_ANSWER)
     check_length(boxed, _MAX_CHARS)

@@ -87,10 +87,12 @@ def read_rows(path: Path) -> Iterator[tuple[int, GoldRow | Finding]]:
         try:
             yield number, GoldRow.model_validate_json(line)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'the line'}: {one['msg']}" for one in error.errors()
-            )
-            yield number, Finding(number, "", "", "bad", problems)
+            yield number, Finding(number, "", "", "bad", problems_of(error))
+
+
+def problems_of(error: ValidationError) -> str:
+    """What is wrong with a row, key by key."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the line'}: {one['msg']}" for one in error.errors())
 
 
 def check_golds(rows: Iterable[tuple[int, Checked | Finding]], math_problem: MathProblem) -> GoldReport:
@@ -105,7 +107,7 @@ def check_golds(rows: Iterable[tuple[int, Checked | Finding]], math_problem: Mat
             findings.append(row)
             continue
         num_rows[row.task] += 1
-        found = _row_findings(number, row, math_problem)
+        found = row_findings(number, row, math_problem)
         if row.id in first_row:
             found.append(Finding(number, row.id, row.task, "bad", f"row {first_row[row.id]} has the same id"))
         first_row.setdefault(row.id, number)
@@ -121,7 +123,9 @@ def write_findings(report: GoldReport, out: Path) -> None:
     out.write_text("".join(lines), encoding="utf-8")
 
 
-def _row_findings(number: int, row: Checked, math_problem: MathProblem) -> list[Finding]:
+def row_findings(number: int, row: Checked, math_problem: MathProblem) -> list[Finding]:
+    """What is wrong with the gold of one row."""
+
     def finding(kind: Literal["bad", "doubtful"], problem: str) -> Finding:
         return Finding(number, row.id, row.task, kind, problem[:500])
 

@@ -90,14 +90,15 @@ def answer_text(response: str, meta: Meta) -> str:
     r"""What is judged: the last ``\boxed{}`` of the final answer, or its only formula where it holds no box at all.
 
     ``Unscorable`` where there is neither: in prose without a mark no reader knows which number is meant (it would
-    take one from the reasoning), and a policy that never boxes is taught to.
+    take one from the reasoning), and a policy that never boxes is taught to. With ``meta.bare_answer`` all of an answer
+    without a box is judged.
     """
     text = final_answer(response, meta)
     boxed = last_boxed(text)
     if boxed is None:
         if _HAS_BOX.search(text):
             raise Unscorable(Reason.TRUNCATED if meta.finish_reason == "length" else Reason.UNREADABLE)
-        boxed = _only_formula(text)
+        boxed = text if meta.bare_answer else _only_formula(text)
     if not boxed.strip():
         raise Unscorable(Reason.NO_ANSWER)
     return boxed

@@ -70,6 +70,9 @@ class Meta(Wire):
 
     thinking: Literal["auto", "required"] = "auto"
     """``required``: no ``</think>``, no answer. ``auto``: without either think tag all text is the answer."""
+    bare_answer: bool = False
+    r"""Of math and count tasks: a final answer without any ``\boxed{}`` is judged whole, for questions that are
+    answered with nothing but the number. Otherwise a box is required."""
     finish_reason: Literal["stop", "length"] = "stop"
     image: ImageMeta | None = None
     """Of box, point and gui tasks; for several pictures, the one that is asked about."""

@@ -31,6 +31,18 @@ train:
   packs_per_step: 4
   text: {lr: 1e-3}
 """
+RL = """
+rl:
+  prompts:
+    - {task: box, path: a.jsonl}
+    - {task: chat, path: b.parquet, reward: rm_text, ratio: 3}
+  rollout: {groups_per_step: 4, max_new_tokens: 24}
+  reward: {text_model: runs/judge}
+"""
+
+
+def rl_recipe(folder: Path) -> Path:
+    return write(folder / "rl.yaml", RECIPE.replace("sources: [{path: data/a}, {path: data/b, weight: 2}]", "") + RL)
 
 
 @pytest.fixture
@@ -209,15 +221,15 @@ def test_every_key_of_the_schema_is_described() -> None:
     assert [key.path for key in all_keys().values() if not key.description] == []
 
 
-def test_keys_are_exactly_those_the_resolved_tree_has(recipe: Path) -> None:
+def test_keys_are_exactly_those_the_resolved_tree_has(recipe: Path, tmp_path: Path) -> None:
     def paths(tree: Any, prefix: str) -> set[str]:
         if isinstance(tree, list):
-            return set().union(*(paths(item, f"{prefix}.*") for item in tree)) if isinstance(tree[0], dict) else set()
+            return set().union(*(paths(item, f"{prefix}.*") for item in tree if isinstance(item, dict)))
         inner = {f"{prefix}.{key}".lstrip("."): value for key, value in tree.items()}
         return set(inner).union(*(paths(value, key) for key, value in inner.items() if isinstance(value, dict | list)))
 
-    tree = load_recipe(recipe).model_dump(mode="json")
-    assert set(all_keys()) - {"base", "model.preset"} == paths(tree, "")
+    trees = [load_recipe(path).model_dump(mode="json") for path in (recipe, rl_recipe(tmp_path))]
+    assert set(all_keys()) - {"base", "model.preset"} == set().union(*(paths(tree, "") for tree in trees))
 
 
 def test_explain_shows_a_key_or_a_section_or_offers_the_nearest() -> None:
@@ -243,6 +255,8 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
 @pytest.mark.parametrize(
     ("rule", "world_size", "overrides"),
     [
+        ("training_has_data_and_rl_has_questions", 1, ["data.sources=[]"]),
+        ("training_has_data_and_rl_has_questions", 1, [f"rl={from_yaml(RL, 'rl')['rl']}"]),
         ("ranks_fill_the_layout", 3, ["parallel.tp=2"]),
         ("packs_divide_over_data_parallel_ranks", 8, []),
         ("tensor_parallel_divides_the_text_model", 4, ["parallel.tp=4"]),

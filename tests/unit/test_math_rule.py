@@ -36,6 +36,15 @@ def test_a_gold_that_cannot_judge_is_refused_with_its_text(gold: object) -> None
 
 
 @pytest.mark.parametrize(
+    ("response", "reward"),
+    [("5", 1.0), (" 5\n", 1.0), ("ah</think>5", 1.0), (r"\boxed{5}", 1.0), ("6", 0.0), ("5 6", 0.0), ("5 or 6", 0.0)],
+)
+def test_a_bare_answer_is_judged_whole_where_the_question_says_so(response: str, reward: float) -> None:
+    assert score(response, FIVE, Meta(bare_answer=True)).reward == reward
+    assert ("boxed" in response) == (score(response, FIVE, META).status == "ok")
+
+
+@pytest.mark.parametrize(
     ("response", "meta", "reason"),
     [
         ("", META, Reason.NO_ANSWER),
@@ -50,6 +59,8 @@ def test_a_gold_that_cannot_judge_is_refused_with_its_text(gold: object) -> None
         (r"\boxed{" + "5" * 41 + "}", META, Reason.TOO_LARGE),
         (r"\boxed{(((9!)!)!)!}", META, Reason.REFUSED),
         (r"\boxed{5 + \foo{7} ]}", META, Reason.UNREADABLE),
+        (r"\boxed{5", Meta(bare_answer=True), Reason.UNREADABLE),
+        (r"5</think>", Meta(bare_answer=True), Reason.NO_ANSWER),
     ],
 )
 def test_what_is_not_judged_is_invalid_with_a_reason(response: str, meta: Meta, reason: Reason) -> None:

@@ -106,6 +106,15 @@ def test_counts(response: str, expected: str | float) -> None:
     assert outcome("count", response, 5, UNITS) == expected
 
 
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [("5", 1.0), (" 5 apples\n", 1.0), ("so</think>5", 1.0), (r"4 \boxed{5}", 1.0), ("6", 0.0), ("4 5", "unreadable"),
+     ("It is 5.", "unreadable"), (r"5 \boxed{5", "unreadable"), ("5" * 65, "too_large"), ("5</think>", "no_answer")],
+)  # fmt: skip
+def test_a_bare_count_is_the_whole_answer_where_the_question_says_so(response: str, expected: str | float) -> None:
+    assert outcome("count", response, 5, UNITS.model_copy(update={"bare_answer": True})) == expected
+
+
 def test_a_required_think_tag_that_is_missing_leaves_no_answer() -> None:
     assert outcome("count", r"\boxed{5}", 5, THINKING) == "no_answer"
     assert outcome("count", r"ah</think>\boxed{5}", 5, THINKING) == 1.0
