@@ -95,7 +95,7 @@ def _next_tokens(
     """int64 [Q], the same on every rank: chosen on the last stage, told to the others."""
     lane = pack.lanes[0]
     num_slots = len(lane.token_ids_S)
-    found = run_forward(model, [pack], num_slots, lambda logits_QV, _: _choose(logits_QV, sampling, draw, mesh.tp))
+    found = run_forward([model], [pack], num_slots, lambda logits_QV, _: _choose(logits_QV, sampling, draw, mesh.tp))
     token_ids_Q = found[0] if found else lane.token_ids_S.new_empty(len(lane.rows_R))
     if mesh.pp.size > 1:
         dist.broadcast(token_ids_Q, group=mesh.pp.group, group_src=mesh.pp.size - 1)

@@ -98,7 +98,7 @@ def _score_packs(
             losses_R = token_losses(logits_RV, local.lanes[0].labels_R, mesh.tp)
             return _SlotLogprobs(number, slots[local.lanes[0].rows_R.cpu()].tolist(), (-losses_R).tolist())
 
-        found += run_forward(model, [local.to(open_model.device)], num_slots, use)
+        found += run_forward([model], [local.to(open_model.device)], num_slots, use)
     return found if mesh.tp.rank == 0 else []
 
 

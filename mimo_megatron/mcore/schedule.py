@@ -132,9 +132,12 @@ def _rows(
 
 
 def run_forward(
-    model: MegatronModule, packs: Sequence[Pack], num_slots: int, use: Callable[[Tensor, Pack], Any]
+    chunks: Sequence[MegatronModule], packs: Sequence[Pack], num_slots: int, use: Callable[[Tensor, Pack], Any]
 ) -> list[Any]:
     """``use(logits, pack)`` of every pack, on the last stage; an empty list on the others."""
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    missing = -len(packs) % num_stages if len(chunks) > 1 else 0  # the interleaved schedule takes a multiple of pp
+    filled = [*packs, *[packs[-1]] * missing]
 
     def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         pack = next(pending)
@@ -143,14 +146,14 @@ def run_forward(
     with torch.no_grad():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(packs),
-            model=[model],
-            num_microbatches=len(packs),
+            data_iterator=[iter(filled) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(filled),
             seq_length=num_slots,
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
-        )
+        )[: len(packs)]
 
 
 def _total(rows: Sequence[Tensor]) -> StepSums:

@@ -43,7 +43,7 @@ def scores_of(
             numbers, scores = local.lanes[0].labels_R.tolist(), rewards_R1.squeeze(-1).tolist()
             return [(number, row, score) for row, score in zip(numbers, scores, strict=True)]
 
-        for own in run_forward(model, [local.to(open_model.device)], used, rows):
+        for own in run_forward([model], [local.to(open_model.device)], used, rows):
             found += own
     everything = [one for rank in gather_objects(found, world()) for one in rank]
     by_row = {(number, row): score for number, row, score in everything}

@@ -88,7 +88,7 @@ class Run:
     """This rank's; of vLLM all are rank 0's."""
     read: Callable[[str], EncodedSample]
     canary: Sequence[EncodedSample]
-    reference: VisionLanguageModel | None
+    reference: Sequence[VisionLanguageModel] | None
     watchdog: Watchdog
     wish: StopWish
     rounds: Rounds = field(init=False)

@@ -142,13 +142,13 @@ def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, stack: ExitStack
     return [engine]
 
 
-def _reference(trainer: Trainer, folder: RunFolder) -> VisionLanguageModel:
+def _reference(trainer: Trainer, folder: RunFolder) -> list[VisionLanguageModel]:
     """The policy that the KL divergence is measured from: the weights that the run began with."""
     config = trainer.config
     assert config.start_from is not None
     chunks = build_model(config, trainer.mesh, trainer.device)
     load_weights(config.start_from, config.model, chunks, folder.root)
-    return chunks[0].eval()
+    return [chunk.eval() for chunk in chunks]
 
 
 def _head(

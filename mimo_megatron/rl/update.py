@@ -109,7 +109,7 @@ def update_policy(
     read: Read,
     step: int,
     rate_factor: float,
-    reference: VisionLanguageModel | None = None,
+    reference: Sequence[VisionLanguageModel] | None = None,
     at_optimizer: Callable[[], None] = lambda: None,
 ) -> UpdateResult:
     """Learn from the groups. Every rank calls it with the same ones; there is at least one."""
@@ -123,7 +123,7 @@ def update_policy(
         rows_of_part = policy_rows(part, algorithm, max_new_tokens)
         packs = rollout_packs(trainer, rows_of_part, read)
         if algorithm.name == "grpo":
-            packs = _with_logprobs(trainer, trainer.bare_chunks[0], packs, "old_logprob")
+            packs = _with_logprobs(trainer, trainer.bare_chunks, packs, "old_logprob")
             if reference is not None:
                 packs = _with_logprobs(trainer, reference, packs, "reference_logprob")
         batches.append((rows_of_part, packs))
@@ -178,16 +178,16 @@ def clipping_of(algorithm: AlgorithmConfig) -> Clipping | None:
 
 
 def _with_logprobs(
-    trainer: Trainer, model: VisionLanguageModel, batches: Sequence[PackedBatch], name: str
+    trainer: Trainer, chunks: Sequence[VisionLanguageModel], batches: Sequence[PackedBatch], name: str
 ) -> list[PackedBatch]:
-    """The batches with one more column: ``model``'s log-probability of every trained token of this rank."""
+    """The batches with one more column: ``chunks``' log-probability of every trained token of this rank."""
     mesh, tokens = trainer.mesh, trainer.config.model.tokens
-    packs = [pack.to(trainer.device) for pack in local_packs(trainer.config.model.text, mesh, [model], batches)]
+    packs = [pack.to(trainer.device) for pack in local_packs(trainer.config.model.text, mesh, chunks, batches)]
 
     def use(logits_RV: Tensor, pack: LocalPack) -> Tensor:
         return -token_losses(allowed(logits_RV, tokens, mesh.tp), pack.lanes[0].labels_R, mesh.tp).cpu()
 
-    found = run_forward(model, packs, packs[0].num_stream_slots, use)
+    found = run_forward(chunks, packs, packs[0].num_stream_slots, use)
     if not found:  # an inner stage, which sees no loss
         return list(batches)
     columns = []

@@ -142,7 +142,7 @@ def our_logits(address: RankAddress, model: ModelConfig, named: Named, dtype: to
         batch = collate(samples, model, SLOTS)
         everywhere = torch.ones(batch.num_tokens)
         batch.loss_weights_S[: batch.num_tokens] = everywhere
-        (logits,) = run_forward(ours, [local_pack(batch, mesh.cp)], SLOTS, lambda logits, _pack: logits)
+        (logits,) = run_forward([ours], [local_pack(batch, mesh.cp)], SLOTS, lambda logits, _pack: logits)
         return logits
 
 

@@ -52,7 +52,7 @@ def trainer_logprobs(trainer: Trainer, samples: Sequence[EncodedSample]) -> list
         losses_R = token_losses(logits_RV, pack.lanes[0].labels_R, mesh.tp)
         return dict(zip(slots[pack.lanes[0].rows_R.cpu()].tolist(), (-losses_R).tolist(), strict=True))
 
-    found = run_forward(trainer.bare_chunks[0], [pack.to(trainer.device)], num_slots, use)
+    found = run_forward(trainer.bare_chunks, [pack.to(trainer.device)], num_slots, use)
     own = found[0] if found and mesh.tp.rank == 0 and mesh.dp.rank == 0 else {}
     by_slot = {slot: value for rank in gather_objects(own, world()) for slot, value in rank.items()}
     bounds = batch.segment_bounds
