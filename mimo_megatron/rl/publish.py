@@ -5,8 +5,11 @@ every engine's gate is closed. What fails is sent once more, whole; then ``SyncE
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mimo_megatron.config.rl import SyncConfig
 from mimo_megatron.errors import EngineError, SyncError
@@ -38,52 +41,57 @@ def publish(
 ) -> Published:
     """Bring policy ``version`` into this rank's ``engines``. A collective over all ranks."""
     began = time.perf_counter()
+    pending = list(engines)
     for attempt in (1, 2):
-        faults = _everywhere(_sent(publisher, engines, version))
-        if not faults:
+        faults = _sent(publisher, pending, version)
+        pending = [engine for engine, fault in zip(pending, faults, strict=True) if fault]
+        if not (everywhere := _of_all_ranks(faults)):
             break
-        get_logger().warning("policy version %d, attempt %d: %s", version, attempt, faults[0])
+        get_logger().warning("policy version %d, attempt %d: %s", version, attempt, everywhere[0])
     else:
-        raise SyncError(f"policy version {version} did not reach the engines, sent twice: {faults[0]}")
+        raise SyncError(f"policy version {version} did not reach the engines, sent twice: {everywhere[0]}")
     expected = trainer_logprobs(trainer, canary)
-    gaps: list[Gap] = []
-
-    def check() -> None:
-        for engine in engines:
-            found = compare(engine.logprobs(list(canary)), expected, limits, version)
-            gaps.extend(found if not gaps else ())
-
-    if faults := _everywhere(_first_fault([check])()):
-        raise SyncError(faults[0])
+    compared = [_compared(engine, canary, expected, limits, version) for engine in engines]
+    if everywhere := _of_all_ranks([found for found in compared if isinstance(found, str)]):
+        raise SyncError(everywhere[0])
     for engine in engines:
         engine.open_gate()
-    return Published(version, time.perf_counter() - began, tuple(gaps))
+    gaps = [found for found in compared if not isinstance(found, str)]
+    return Published(version, time.perf_counter() - began, tuple(gaps[0]) if gaps else ())
 
 
-def _sent(publisher: Publisher, engines: Sequence[RolloutEngine], version: int) -> str:
-    """What went wrong on this rank, or nothing. The buckets are gathered to their end whatever happens to an engine:
-    the other ranks wait in the same collectives."""
+def _sent(publisher: Publisher, engines: Sequence[RolloutEngine], version: int) -> list[str]:
+    """What went wrong with each engine of this rank, or nothing. The buckets are gathered to their end whatever happens
+    to an engine: the other ranks wait in the same collectives."""
     manifest = publisher.manifest(version)
-    fault = _first_fault(engine.begin_update for engine in engines)(manifest)
+    faults = [_fault_of(engine.begin_update, manifest) for engine in engines]
     for bucket in publisher.buckets(version):
-        fault = fault or _first_fault(engine.receive for engine in engines)(bucket)
-    return fault or _first_fault(engine.finish_update for engine in engines)()
+        faults = [fault or _fault_of(one.receive, bucket) for fault, one in zip(faults, engines, strict=True)]
+    return [fault or _fault_of(one.finish_update) for fault, one in zip(faults, engines, strict=True)]
 
 
-def _first_fault(actions: Iterable[Callable[..., None]]) -> Callable[..., str]:
-    """Calls one after another, until one fails: its fault, or nothing."""
-
-    def call(*arguments: object) -> str:
-        try:
-            for action in actions:
-                action(*arguments)
-        except EngineError as error:
-            return str(error)
-        return ""
-
-    return call
+def _fault_of(action: Callable[..., None], *arguments: object) -> str:
+    try:
+        action(*arguments)
+    except EngineError as error:
+        return str(error)
+    return ""
 
 
-def _everywhere(fault: str) -> list[str]:
-    """The faults of all ranks."""
-    return [one for one in gather_objects(fault, world()) if one]
+def _compared(
+    engine: RolloutEngine,
+    canary: Sequence[EncodedSample],
+    expected: Sequence[NDArray[np.float32]],
+    limits: SyncConfig,
+    version: int,
+) -> list[Gap] | str:
+    """The gaps, or what is wrong."""
+    try:
+        return compare(engine.logprobs(list(canary)), expected, limits, version)
+    except EngineError as error:
+        return str(error)
+
+
+def _of_all_ranks(faults: Sequence[str]) -> list[str]:
+    """Those that are any. A collective over all ranks."""
+    return [one for some in gather_objects(list(faults), world()) for one in some if one]
