@@ -1,4 +1,4 @@
-"""Lets a torchvision built for CUDA be imported beside a CPU torch; ``make vllm-env`` installs it only where it is needed.
+"""Lets a torchvision built for CUDA be imported beside a CPU torch; `make vllm-env` installs it only where needed.
 
 Such a torchvision cannot load its compiled operators, and then declares the shapes of their results without the
 operators themselves being known. vLLM wants the package for its Python parts alone, so it is enough to name the two

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from mimo_megatron.errors import EngineError, SyncError
 from mimo_megatron.rl.engine.vllm_wire import EngineSettings, ids_hash, pixels_hash
-from mimo_megatron.rl.engine.vllm_worker import BANNED_KEY, BannedTokens, WeightUpdates
+from mimo_megatron.rl.engine.vllm_worker import AWAITED, BANNED_KEY, BannedTokens, WeightUpdates
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, checksum
 from mimo_megatron.rl.sync.receiver import Receiver
 
@@ -148,8 +148,8 @@ class OfflineEngine:
         self._is_open = False
         if self._running:
             raise SyncError(f"{self.num_running} responses are being sampled; abort them before an update")
+        self._checksums, self._coming = {}, manifest.version  # so a refused manifest does not let the old weights pass
         self._receiver.begin(manifest)
-        self._checksums, self._coming = {}, manifest.version
         self._vllm.collective_rpc("mimo_begin_update")
         self._is_updating = True
 
@@ -236,7 +236,7 @@ class OfflineEngine:
 def _arguments(settings: EngineSettings) -> EngineArgs:
     return EngineArgs(
         model=settings.model,
-        load_format="dummy",
+        load_format=AWAITED,
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_sequences,
@@ -245,6 +245,7 @@ def _arguments(settings: EngineSettings) -> EngineArgs:
         enable_prefix_caching=True,
         async_scheduling=False,  # a step in flight could not be aborted
         mm_processor_cache_gb=0,
+        mm_device_do_normalize=True,  # its processor then hands over raw pixels, which can be compared
         generation_config="vllm",  # no sampling defaults from files
         logprobs_mode="processed_logprobs",
         logits_processors=[BannedTokens],
@@ -274,9 +275,12 @@ def _patches(rendered: Any) -> dict[str, list[str]]:
 
 
 def _raw_pixels(values: torch.Tensor) -> NDArray[np.uint8]:
-    raise NotImplementedError(f"{values.dtype} {values.shape} {values.min()} {values.max()}")
+    """vLLM normalises on its device, so its processor hands over raw patches, in merge-block order."""
+    if values.dtype != torch.uint8:
+        raise EngineError(f"vLLM's processor made {values.dtype} patches; raw uint8 pixels are needed to compare them")
+    return values.numpy()
 
 
 def _seed(seed: int, index: int) -> int:
     """Far apart for each response, whatever the requests' seeds."""
-    return xxhash.xxh3_64_intdigest(f"{seed}/{index}") >> (64 - _SEED_BITS)
+    return xxhash.xxh3_64_intdigest(f"{seed}/{index}".encode()) >> (64 - _SEED_BITS)

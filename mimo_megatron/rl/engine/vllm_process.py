@@ -44,9 +44,10 @@ def main() -> None:
     while True:
         connection, _ = listener.accept()
         with connection:
-            is_closed = _is_welcome(connection, token, settings) and _Session(engine, connection).serve()
-        if is_closed or settings.is_owned:
-            return
+            if _is_welcome(connection, token, settings):
+                is_closed = _Session(engine, connection).serve()
+                if is_closed or settings.is_owned:
+                    return
 
 
 class _Session:

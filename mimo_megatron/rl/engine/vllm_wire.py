@@ -65,7 +65,7 @@ class Frame:
 
 def send(sock: socket.socket, kind: str, fields: Mapping[str, Any], payload: Any = b"") -> None:
     """``payload`` is anything with a buffer of bytes."""
-    header = json.dumps({"kind": kind, **fields}, allow_nan=False, separators=(",", ":")).encode()
+    header = json.dumps({"frame": kind, **fields}, allow_nan=False, separators=(",", ":")).encode()
     view = memoryview(payload).cast("B")
     sock.sendall(_LENGTHS.pack(len(header), len(view)) + header)
     if len(view):
@@ -110,7 +110,7 @@ def _checked(header: bytearray, forms: Mapping[str, Mapping[str, type]]) -> tupl
         fields = json.loads(header)
     except (ValueError, RecursionError) as fault:
         raise WireError("a header is not JSON") from fault
-    if not isinstance(fields, dict) or not isinstance(kind := fields.pop("kind", None), str) or kind not in forms:
+    if not isinstance(fields, dict) or not isinstance(kind := fields.pop("frame", None), str) or kind not in forms:
         raise WireError("a frame of no known kind")
     form = forms[kind]
     if set(fields) != set(form) or any(type(fields[name]) is not wanted for name, wanted in form.items()):

@@ -1,4 +1,6 @@
-"""What is put into vLLM's own worker: weights that come bucket by bucket, and a ban on tokens. Runs inside vLLM.
+"""What is put into vLLM's own worker: weights that come in buckets after the start, and a ban on tokens.
+
+Runs inside vLLM.
 
 vLLM rearranges many weights when it has loaded them (on the CPU all linears become oneDNN's), so a tensor cannot be
 copied into a running model. Its layer-wise reload (what its own NCCL and IPC transfers use) takes tensors in the
@@ -12,11 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 BANNED_KEY = "mimo_megatron_banned"
+AWAITED = "mimo_megatron_awaited"
+
+
+@register_model_loader(AWAITED)
+class AwaitedWeights(BaseModelLoader):
+    """A ``load_format`` for weights that come with the first update.
+
+    vLLM's own ``dummy`` would draw buffers as well, among them the pictures' mean and standard deviation, which no
+    update brings: log-probabilities after a picture were then wrong by more than 1.
+    """
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing to fetch."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        for parameter in model.parameters():
+            parameter.data.zero_()
 
 
 class BannedTokens(LogitsProcessor):
