@@ -30,7 +30,7 @@ from mimo_megatron.errors import EngineError, SyncError
 from mimo_megatron.evaluation.score import ScoreRequest, score
 from mimo_megatron.rl.engine.protocol import GenerationRequest
 from mimo_megatron.rl.engine.vllm import VllmEngine
-from mimo_megatron.rl.engine.vllm_start import engine_tensors
+from mimo_megatron.rl.engine.vllm_start import engine_tensors, start_process
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, pack
 from mimo_megatron.train.start import read_encoding
 from mimo_megatron.types import EncodedSample, Rollout
@@ -45,8 +45,8 @@ assert _TINY.vision is not None
 MODEL = _TINY.model_copy(update={"vision": _TINY.vision.model_copy(update={"video_advance": "time"})})
 TOKENS = MODEL.tokens
 BANNED = {TOKENS.image_pad, TOKENS.video_pad, TOKENS.vision_start, TOKENS.vision_end, TOKENS.turn_start}
-MOST_GAP = 1e-4
-"""Between two fp32 implementations; measured: 4e-6 on text, pictures and a video."""
+MOST_GAP = 2e-5
+"""Between two fp32 implementations; measured: 2e-6 on words, pictures and a video."""
 Weights = Mapping[str, Tensor]
 
 
@@ -280,7 +280,7 @@ def test_a_broken_update_leaves_the_gate_closed_and_a_whole_one_opens_it(engine,
     assert engine.policy_version is None
     with pytest.raises(EngineError, match="gate is closed"):
         engine.submit(GenerationRequest("late", prompts["words"], 1, 4))
-    with pytest.raises(EngineError, match="did not arrive|no complete weights"):
+    with pytest.raises(EngineError, match="no complete weights"):
         engine.open_gate()
     assert engine.policy_version is None
     again = update(engine, random_weights(2))
@@ -308,7 +308,7 @@ def test_what_does_not_fit_or_would_be_another_policy_is_refused(engine, prompts
     update(engine, random_weights(1))
     with pytest.raises(EngineError, match="do not fit"):
         engine.submit(GenerationRequest("long", prompts["words"], 1, 2000))
-    with pytest.raises(EngineError, match="temperature 0.7"):
+    with pytest.raises(EngineError, match="another policy"):
         engine.submit(GenerationRequest("warm", prompts["words"], 1, 4, temperature=0.7))
     assert engine.status()["num_running"] == 0
 
@@ -330,12 +330,25 @@ def test_an_engine_that_is_killed_is_an_error_within_seconds(encoding, prompts):
         engine.close()
 
 
-def test_a_wrong_token_is_not_let_in_and_the_right_one_is_after_it(encoding, tmp_path):
-    engine = _started(encoding)
+def test_over_tcp_only_the_token_lets_in_and_a_new_connection_finds_the_gate_closed(encoding, prompts, tmp_path):
+    config = VllmConfig(python=Path(os.environ["VLLM_PYTHON"]), max_model_len=1024)
+    process = start_process(MODEL, encoding, config, dtype=torch.float32, max_sequences=16, listen="tcp:127.0.0.1:0")
     try:
-        assert engine._process is not None
-        address = json.loads(engine._process.address_file.read_text())
-        assert engine._process.address_file.stat().st_mode & 0o077 == 0 and len(address["token"]) == 64
-        assert engine.status()["version"] is None
+        process.wait_until_ready(300)
+        assert process.address_file.stat().st_mode & 0o077 == 0
+        address = json.loads(process.address_file.read_text())
+        wrong = tmp_path / "wrong.json"
+        wrong.write_text(json.dumps({**address, "token": "0" * len(address["token"])}))
+        with pytest.raises(EngineError, match="does not take the token"):
+            VllmEngine.connect(MODEL, wrong)
+        first = VllmEngine.connect(MODEL, process.address_file)
+        update(first, random_weights(1))
+        first.submit(GenerationRequest("g", prompts["words"], 2, 400))
+        first.close()
+        second = VllmEngine.connect(MODEL, process.address_file)
+        status = second.status()
+        assert status["num_unfinished"] == 0 and status["version"] is None
+        second.close()
     finally:
-        engine.close()
+        process.popen.kill()
+        process.end()

@@ -1,4 +1,4 @@
-"""Prompts as an outside engine wants them: one placeholder for each picture, and the picture itself, resized already."""
+"""Prompts as an outside engine wants them: one placeholder for each picture, and the picture itself, resized."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

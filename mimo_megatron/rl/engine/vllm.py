@@ -80,7 +80,7 @@ class VllmEngine:
 
     @property
     def pid(self) -> int | None:
-        return self._process and self._process.popen.pid
+        return None if self._process is None else self._process.popen.pid
 
     @property
     def policy_version(self) -> int | None:
@@ -99,7 +99,7 @@ class VllmEngine:
         if request.temperature not in (0.0, 1.0):
             raise EngineError(
                 f"request {request.id!r}: temperature {request.temperature}; vLLM reports log-probabilities at the "
-                "temperature it samples at, so only 1 and, for evaluation, 0 are taken"
+                "temperature it samples at: another policy than at 1; only 1 and, for evaluation, 0 are taken"
             )
         self._check_fits(request.prompt, request.max_new_tokens)
         prompt = self._send_prompt(request.prompt)

@@ -119,18 +119,31 @@ def write_engine_folder(
 
 
 def start_process(
-    model: ModelConfig, encoding: EncodingConfig, config: VllmConfig, *, dtype: torch.dtype, max_sequences: int
+    model: ModelConfig,
+    encoding: EncodingConfig,
+    config: VllmConfig,
+    *,
+    dtype: torch.dtype,
+    max_sequences: int,
+    listen: str | None = None,
 ) -> EngineProcess:
-    """A vLLM process of this machine that lives as long as its one connection; it is not ready yet."""
+    """A vLLM process of this machine, not ready yet. It lives as long as its one connection, a Unix socket; with
+    ``listen`` (``tcp:HOST:PORT``) until it is told to close, for one trainer after another."""
     if config.python is None or not config.python.is_file():
         raise ConfigError(
             f"rl.vllm.python is {config.python}: it names the Python of an environment with vLLM, such as "
             ".vllm-env/bin/python, which `make vllm-env` makes"
         )
     folder = Path(tempfile.mkdtemp(prefix="mimo-vllm-"))
-    listen = f"unix:{folder / 'socket'}"
     settings = write_engine_folder(
-        folder, model, encoding, config, dtype=dtype, max_sequences=max_sequences, listen=listen, is_owned=True
+        folder,
+        model,
+        encoding,
+        config,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        listen=listen or f"unix:{folder / 'socket'}",
+        is_owned=listen is None,
     )
     inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     with (folder / "log.txt").open("wb") as log:

@@ -120,11 +120,11 @@ def _checked(header: bytearray, forms: Mapping[str, Mapping[str, type]]) -> tupl
 
 def pixels_hash(patches_PC: NDArray[np.uint8]) -> str:
     """XXH3-128 of the patches' bytes, hexadecimal: equal where both sides feed the encoder the same pixels."""
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(patches_PC))
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(patches_PC).data)
 
 
 def ids_hash(token_ids: NDArray[np.int64]) -> str:
-    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(token_ids, dtype=np.int64))
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(token_ids, dtype=np.int64).data)
 
 
 @dataclass(frozen=True)
