@@ -23,7 +23,7 @@ from mimo_megatron.errors import CheckpointError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LENGTH_BYTES = 8
-_DTYPES = {
+DTYPES = {  # as safetensors spells them
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,7 +37,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _read_header(path: Path) -> dict[str, _Location]:
     data = _LENGTH_BYTES + length
     found = {}
     for name, entry in header.items():
-        dtype = _DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(f"{path}: tensor {name} has dtype {entry['dtype']}, which cannot be converted")
         begin, end = entry["data_offsets"]
@@ -203,7 +203,7 @@ def _header(specs: Sequence[Spec], dtype: torch.dtype) -> bytes:
     for spec in specs:
         begin, end = end, end + spec.numel * dtype.itemsize
         entries[spec.name] = {
-            "dtype": _DTYPE_NAMES[dtype],
+            "dtype": DTYPE_NAMES[dtype],
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }

@@ -67,6 +67,14 @@ class Rule:
         rooms = flat.split([spec.numel for spec in self.hf])
         return [self._gather(ours, source, room) for source, room in enumerate(rooms)]
 
+    def write_hf(self, ours: Tensor, hf: Sequence[Tensor]) -> None:
+        """What ``to_hf`` gives, written into tensors that are there already: every element is copied once."""
+        if not self.pieces:
+            hf[0].copy_(ours.reshape(self.hf[0].shape))
+        for piece in self.pieces:
+            here = ours.narrow(piece.dim, piece.ours_start, piece.length)
+            hf[piece.source].narrow(piece.dim, piece.hf_start, piece.length).copy_(here)
+
     def _gather(self, ours: Tensor, source: int, room: Tensor) -> Tensor:
         pieces = [piece for piece in self.pieces if piece.source == source]
         here = [ours.narrow(piece.dim, piece.ours_start, piece.length) for piece in pieces]

@@ -50,15 +50,16 @@ def map_tensor(path: Path, start: int, dtype: torch.dtype, numel: int) -> Tensor
 class Scratch:
     """A buffer lent again at every call: what ``take`` gave is overwritten after the next ``take``."""
 
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A flat tensor with undefined contents."""
         num_bytes = numel * dtype.itemsize
         if len(self._bytes) < num_bytes:
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # give the old one back first
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
+            device = self._bytes.device
+            self._bytes = torch.empty(0, dtype=torch.uint8, device=device)  # give the old one back first
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._bytes[:num_bytes].view(dtype)
 
 

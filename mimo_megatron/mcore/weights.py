@@ -7,7 +7,7 @@ Fused tensors are cut where megatron cuts them: ``linear_qkv`` by key-value grou
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,7 +49,7 @@ def _of_stage(model: Module) -> Iterator[tuple[str, Parameter]]:
 
 def shard(name: str, whole: Tensor, param: Tensor, tp: Axis) -> Tensor:
     """This tp rank's part of ``whole``, as ``param`` holds it."""
-    if tp.size == 1 or not getattr(param, "tensor_model_parallel", False):
+    if not is_cut(param, tp):
         return whole
     dim = param.partition_dim  # type: ignore[attr-defined]
     if _is_gate_and_up(name):
@@ -59,19 +59,31 @@ def shard(name: str, whole: Tensor, param: Tensor, tp: Axis) -> Tensor:
 
 def unshard(name: str, local: Tensor, param: Tensor, tp: Axis) -> Tensor:
     """The whole tensor, from all tp ranks' parts. A collective over tp."""
-    if tp.size == 1 or not getattr(param, "tensor_model_parallel", False):
+    if not is_cut(param, tp):
         return local
-    dim = param.partition_dim  # type: ignore[attr-defined]
     parts = [torch.empty_like(local) for _ in range(tp.size)]
     dist.all_gather(parts, local.contiguous(), group=tp.group)
-    if _is_gate_and_up(name):
-        return torch.cat([torch.cat([part.chunk(2, dim)[half] for part in parts], dim) for half in (0, 1)], dim)
-    return torch.cat(parts, dim)
+    return join(name, parts, param, local.new_empty(whole_shape(param, tp)))
+
+
+def is_cut(param: Tensor, tp: Axis) -> bool:
+    """Whether each tp rank holds another part of it."""
+    return tp.size > 1 and getattr(param, "tensor_model_parallel", False)
+
+
+def join(name: str, parts: Sequence[Tensor], param: Tensor, whole: Tensor) -> Tensor:
+    """``whole``, now filled with the parts that the tp ranks hold of it, in their order."""
+    dim = param.partition_dim  # type: ignore[attr-defined]
+    num_fused = 2 if _is_gate_and_up(name) else 1
+    for fused, room in enumerate(whole.chunk(num_fused, dim)):
+        for part, place in zip(parts, room.chunk(len(parts), dim), strict=True):
+            place.copy_(part.chunk(num_fused, dim)[fused])
+    return whole
 
 
 def whole_shape(param: Tensor, tp: Axis) -> tuple[int, ...]:
     shape = list(param.shape)
-    if tp.size > 1 and getattr(param, "tensor_model_parallel", False):
+    if is_cut(param, tp):
         shape[param.partition_dim] *= tp.size  # type: ignore[attr-defined]
     return tuple(shape)
 
