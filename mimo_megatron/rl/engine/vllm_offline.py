@@ -102,8 +102,12 @@ class OfflineEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             name = f"{index}/{request_id}"
-            self._vllm.add_request(name, prompt, parameters)
             self._running[name] = (request_id, index)
+            try:
+                self._vllm.add_request(name, prompt, parameters)
+            except ValueError:  # the group is refused as a whole
+                self.abort([request_id])
+                raise
         return report
 
     def abort(self, request_ids: Sequence[str]) -> None:
