@@ -84,6 +84,15 @@ def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np
     return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, vision.patch_bytes)
 
 
+def unpatchify(patches_PC: NDArray[np.uint8], grid: tuple[int, int, int], vision: VisionConfig) -> NDArray[np.uint8]:
+    """[frames, height, width, 3] pixels: the inverse of ``patchify``, repeated last frame included."""
+    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    steps, rows, columns = grid
+    blocks = patches_PC.reshape(steps, rows // merge, columns // merge, merge, merge, -1, time, patch, patch)
+    frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    return frames.reshape(steps * time, rows * patch, columns * patch, -1)
+
+
 def _decode_rgb(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
