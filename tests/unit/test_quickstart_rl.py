@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from examples.quickstart.rl_questions import KINDS, Drawn, build, draw, row_of, 
 from mimo_megatron.cli import main
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.data.tokenizer import load_tokenizer
+from mimo_megatron.reward.gold_check import GoldRow, check_golds
 from mimo_megatron.reward.service.offline import Offline
 from mimo_megatron.reward.wire import ScoreItem
 from mimo_megatron.rl.pool import quotas
@@ -22,7 +24,7 @@ RECIPE = load_recipe(ROOT / "examples/recipes/tiny/morl.yaml")
 
 
 @pytest.fixture(scope="module")
-def offline() -> Offline:
+def offline() -> Iterator[Offline]:
     with Offline() as offline:
         yield offline
 
@@ -40,6 +42,17 @@ def test_the_right_answer_as_the_model_says_it_earns_the_reward(offline: Offline
     questions = draw(name, split, 40)
     rewards = [reward(offline, name, one, one.question.said) for one in questions]
     assert all(value is not None and value >= (0.9 if name == "box" else 1.0) for value in rewards), rewards
+
+
+def test_answers_that_never_look_earn_little() -> None:
+    rows = [
+        (number, GoldRow.model_validate(row_of(KINDS[name].reward, one, "") | {"id": f"{name}/{one.id}"}))
+        for name in ("box", "point", "count", "time")
+        for number, one in enumerate(draw(name, "held_out", 60), start=1)
+    ]
+    report = check_golds(rows, lambda gold, meta: "no mathematics is in these rows")
+    assert report.num_bad == 0 and len(report.constant_rewards) == 6
+    assert max(report.constant_rewards.values()) < 0.45, report.constant_rewards
 
 
 @pytest.mark.parametrize("name", RULED)

@@ -22,6 +22,7 @@ from mimo_megatron.reward.service.offline import Offline
 from mimo_megatron.reward.wire import ImageMeta, Message, Task
 from mimo_megatron.rl.questions import Question, QuestionReader, encode_question, fingerprint
 from tests.data_fixtures import TINY, clip, picture, write_tokenizer
+from tests.repository import ROOT
 
 PICTURE = picture(100, 56)  # shown as 112 x 56
 SHA256 = hashlib.sha256(PICTURE).hexdigest()
@@ -101,6 +102,17 @@ def test_verls_and_trls_rows_give_the_question_that_ours_gives(folder: Path, kin
         (found,) = read(folder, [row], "box", kind)
         assert (found.id, found.gold, found.meta) == (box.id, box.gold, box.meta)
         assert found.raw.messages == box.raw.messages and read_media(found.raw.media[0]) == PICTURE
+
+
+def test_the_rows_that_the_docs_show_are_read(folder: Path) -> None:
+    blocks = (ROOT / "docs/morl.md").read_text().split("```json\n")[1:]
+    rows = [json.loads(block.partition("```")[0]) for block in blocks]
+    (folder / "train").mkdir()
+    for name in ("p-17.jpg", "3.png", "4.png"):
+        (folder / "train" / name).write_bytes(picture(104, 112))
+    found = [read(folder, [row], reward)[0] for row, reward in zip(rows, (None, None, "count"), strict=True)]
+    assert [(one.reward_task, one.gold) for one in found] == [("box", [[24, 14, 47, 47]]), ("math", "7"), ("count", 5)]
+    assert [len(one.raw.media) for one in found] == [1, 1, 1]
 
 
 def test_pictures_inside_parquet_are_written_once_by_content(folder: Path) -> None:
