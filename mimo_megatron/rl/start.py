@@ -114,13 +114,17 @@ def _questions(config: RunConfig, rl: RLConfig) -> tuple[Questions, Questions]:
     questions = {one.task: reader.read(one.path, one.task, one.reward) for one in rl.prompts}
     held_out = {
         one.task: [
-            replace(question, id=f"held-out/{question.id}")  # both files may number their rows alike
+            _named(f"held-out/{question.id}", question)  # both files may number their rows alike
             for question in reader.read(one.held_out, one.task, one.reward)[: rl.evaluation.questions]
         ]
         for one in rl.prompts
         if one.held_out is not None
     }
     return questions, held_out
+
+
+def _named(name: str, question: Question) -> Question:
+    return replace(question, id=name, raw=replace(question.raw, id=name))
 
 
 def _canary(questions: Questions, reader: Reader) -> list[EncodedSample]:
