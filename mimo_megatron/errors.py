@@ -37,6 +37,10 @@ class EngineError(MimoError):
     """A generation engine that failed or disagrees with the trainer."""
 
 
+class EngineLostError(EngineError):
+    """An engine's process is gone, or says nothing any more; another one can do what it was asked."""
+
+
 class SyncError(EngineError):
     """Weights that did not reach an engine as they left the trainer."""
 

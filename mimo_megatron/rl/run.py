@@ -21,6 +21,7 @@ from mimo_megatron.rl.collect import Collected, Collector, Sampler, evaluate
 from mimo_megatron.rl.curves import Curves
 from mimo_megatron.rl.engine.protocol import RolloutEngine
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
+from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.questions import Question, encode_question
 from mimo_megatron.rl.sync.canary import Gap
 from mimo_megatron.rl.sync.publisher import Publisher
@@ -84,7 +85,7 @@ class Run:
     rl: RLConfig
     trainer: Trainer
     publisher: Publisher
-    engines: Sequence[RolloutEngine]
+    engines: SeveralEngines | None
     """This rank's; of vLLM all are rank 0's."""
     read: Callable[[str], EncodedSample]
     canary: Sequence[EncodedSample]
@@ -108,6 +109,13 @@ class Run:
 
     def at_optimizer(self, step: int) -> Callable[[], None]:
         return partial(self.watchdog.at, step, "optimizer")
+
+    def live_engines(self) -> Sequence[RolloutEngine]:
+        """This rank's, with another in the place of each that was lost."""
+        if self.engines is None:
+            return ()
+        self.engines.mend()
+        return self.engines.engines
 
     def rollout(self, step: int) -> Collected | None:
         """The step's batch, on every rank; None on all of them where a signal asked rank 0 to stop."""

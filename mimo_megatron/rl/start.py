@@ -23,6 +23,8 @@ from mimo_megatron.rl.cycle import cycle
 from mimo_megatron.rl.engine.embedded import EmbeddedEngine
 from mimo_megatron.rl.engine.protocol import RolloutEngine
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
+from mimo_megatron.rl.engine.several import SeveralEngines
+from mimo_megatron.rl.engine.vllm import VllmEngine
 from mimo_megatron.rl.judging import Judging
 from mimo_megatron.rl.pool import QuestionPool, quotas
 from mimo_megatron.rl.questions import Question, QuestionReader
@@ -30,7 +32,7 @@ from mimo_megatron.rl.reward_processes import RewardProcesses
 from mimo_megatron.rl.run import Head, Reader, Run
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.rl.sync.canary import canary_samples
-from mimo_megatron.rl.sync.publisher import Publisher
+from mimo_megatron.rl.sync.publisher import Publisher, Readers
 from mimo_megatron.train.metrics import MetricsWriter
 from mimo_megatron.train.run_folder import RunFolder
 from mimo_megatron.train.saving import Resumed, Saver, resume_newest
@@ -70,15 +72,15 @@ def reinforce(address: RankAddress, config: RunConfig) -> None:
             config=config,
             rl=rl,
             trainer=trainer,
-            publisher=Publisher(trainer.bare_chunks, config.model, mesh, rl.sync.bucket_mib << 20),
-            engines=_engines(config, rl, trainer, stack),
+            publisher=_publisher(config, rl, trainer),
+            engines=_engines(config, rl, trainer, address.rank, stack),
             read=reader.read,
             canary=_canary(questions, reader),
             reference=_reference(trainer, folder) if rl.algorithm.kl_weight else None,
             watchdog=watchdog,
             wish=wish,
         )
-        run.rounds = Rounds(run.engines[0] if run.engines else None, reader.read, run.at_round)
+        run.rounds = Rounds(run.engines, reader.read, run.at_round)
         if address.rank == 0:
             dump_resolved(config, folder.config)
             run.head = _head(run, questions, held_out, tokenizer, resumed, first_step, address, stack)
@@ -135,17 +137,33 @@ def _canary(questions: Questions, reader: Reader) -> list[EncodedSample]:
     return canary_samples([reader.read(one.id) for one in kinds.values()])
 
 
-def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, stack: ExitStack) -> list[RolloutEngine]:
-    """This rank's."""
-    engine = EmbeddedEngine(
-        config.model,
-        max_sequences=rl.rollout.max_sequences,
-        max_tokens=config.data.pack_tokens,
-        dtype=DTYPES[config.train.precision],
-        device=trainer.device,
-    )
-    stack.callback(engine.close)
-    return [engine]
+def _publisher(config: RunConfig, rl: RLConfig, trainer: Trainer) -> Publisher:
+    readers: Readers = "all" if rl.rollout.engine == "embedded" else "first"
+    return Publisher(trainer.bare_chunks, config.model, trainer.mesh, rl.sync.bucket_mib << 20, readers)
+
+
+def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, rank: int, stack: ExitStack) -> SeveralEngines | None:
+    """This rank's: the embedded engine on every rank, vLLM's on rank 0."""
+
+    def embedded() -> RolloutEngine:
+        return EmbeddedEngine(
+            config.model,
+            max_sequences=rl.rollout.max_sequences,
+            max_tokens=config.data.pack_tokens,
+            dtype=DTYPES[config.train.precision],
+            device=trainer.device,
+        )
+
+    def vllm() -> RolloutEngine:
+        dtype = DTYPES[config.train.precision]
+        return VllmEngine.start(config.model, config.data, rl.vllm, dtype=dtype, max_sequences=rl.rollout.max_sequences)
+
+    if rl.rollout.engine == "vllm" and rank:
+        return None
+    begin, number = (embedded, 1) if rl.rollout.engine == "embedded" else (vllm, rl.vllm.engines)
+    engines = SeveralEngines([begin() for _ in range(number)], begin)
+    stack.callback(engines.close)
+    return engines
 
 
 def _reference(trainer: Trainer, folder: RunFolder) -> list[VisionLanguageModel]:

@@ -91,6 +91,10 @@ class Late:
         return ready
 
 
+def no_other() -> RolloutEngine:
+    raise AssertionError("none is lost")
+
+
 def questions(num: int = 24) -> dict[str, list[Question]]:
     message = {"role": "user", "content": "?"}
     return {
@@ -117,7 +121,7 @@ def collector(engine, judge: Judge, pool: QuestionPool | None = None, read=read,
 
 def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_policy_is_returned():
     replicas = [engine_with(WEIGHTS), engine_with(WEIGHTS)]
-    several = SeveralEngines([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)])
+    several = SeveralEngines([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)], no_other)
     judge = Judge(3, unknown_share=0.02)
     one = collector(several, judge)
     num_tokens = num_aborted = 0

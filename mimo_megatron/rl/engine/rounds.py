@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch.distributed as dist
 
-from mimo_megatron.rl.engine.protocol import GenerationRequest, RolloutEngine
+from mimo_megatron.rl.engine.protocol import GenerationRequest, SamplingEngine
 from mimo_megatron.types import EncodedSample, Rollout
 
 _NO_PROMPT = EncodedSample("", np.zeros(0, np.int64), np.zeros(0, np.bool_))
@@ -33,7 +33,7 @@ class _Orders:
 class Rounds:
     """Every rank's end. Objects travel over a gloo group of their own, which CUDA's queues do not hold up."""
 
-    def __init__(self, local: RolloutEngine | None, read: Read, at_round: Callable[[], None]) -> None:
+    def __init__(self, local: SamplingEngine | None, read: Read, at_round: Callable[[], None]) -> None:
         self._local, self._read, self._at_round = local, read, at_round
         self._group = dist.new_group(backend="gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()

@@ -2,7 +2,7 @@
 
 Nothing of vLLM is imported here. Beside the protocol's invariants: what vLLM's own processor makes of a prompt equals
 what the trainer has, in every expanded id and every pixel, else ``EngineError``; a process that is gone, or says
-nothing for too long, is an ``EngineError`` too, never a wait without end.
+nothing for too long, is an ``EngineLostError``, never a wait without end.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.rl import VllmConfig
 from mimo_megatron.config.run import EncodingConfig
-from mimo_megatron.errors import EngineError, SyncError
+from mimo_megatron.errors import EngineError, EngineLostError, SyncError
 from mimo_megatron.rl.engine import vllm_wire as wire
 from mimo_megatron.rl.engine.engine_media import SentMedium, check_video_rules, collapse, frames_of, sent_media
 from mimo_megatron.rl.engine.protocol import GenerationRequest
@@ -260,16 +260,16 @@ class VllmEngine:
         self._heard = time.monotonic()
         return frame
 
-    def _lost(self, what: str) -> EngineError:
+    def _lost(self, what: str) -> EngineLostError:
         """The gate is closed for good."""
         self._version = None
         if self._process is None:
-            return EngineError(f"{what}; look at its log, and start another")
+            return EngineLostError(f"{what}; look at its log, and start another")
         with contextlib.suppress(Exception):
             self._process.popen.wait(1.0)
         code = self._process.popen.poll()
         state = "still runs" if code is None else f"ended with code {code}"
-        return EngineError(f"{what}; its process {state}; its last lines:\n{self._process.last_words()}")
+        return EngineLostError(f"{what}; its process {state}; its last lines:\n{self._process.last_words()}")
 
 
 def check_report(sample: EncodedSample, report: Mapping[str, Any]) -> None:
