@@ -133,7 +133,7 @@ class Curves:
     def _append(self, name: str, *rows: Mapping[str, Any]) -> None:
         with open_to_append(self._folder / name) as file:
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 def task_numbers(batch: Collected, update: UpdateResult | None) -> dict[str, float]:
