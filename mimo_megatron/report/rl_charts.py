@@ -28,9 +28,11 @@ def rl_charts(run: RunData, found: HeldOut | None) -> list[Chart]:
         _chart(run, "Entropy, nats a token", of_tasks(run, "entropy")),
         _chart(run, "Groups of equal rewards, dropped", of_tasks(run, "zero_variance"), is_fraction=True),
         _chart(run, "Log-prob gap, engine to trainer (log)", of_tasks(run, "gap"), largest_gap, is_log=True),
-        _chart(run, "Canary: mean gap after each sync (log)", _tagged(run, "canary/mean_gap_"), is_log=True),
+        _chart(
+            run, "Canary: mean gap after each sync (log)", _tagged(run, "canary/mean_gap_", "prompt {}"), is_log=True
+        ),
         _chart(run, "Seconds a step", _tagged(run, "seconds/"), {"whole step": run.column("seconds")}),
-        _chart(run, "Tokens with a clipped ratio", _tagged(run, "policy/clipped"), is_fraction=True),
+        _chart(run, "Tokens with a clipped ratio", _tagged(run, "policy/clipped", "clipped"), is_fraction=True),
         norm_chart(run),
         lr_chart(run),
         plain_chart(run, "Tokens per second of the whole step", "tokens_per_second", (0.0, None)),
@@ -61,9 +63,10 @@ def of_tasks(run: RunData, name: str) -> dict[str, NDArray[np.float64]]:
     return {task: run.column("numbers", f"{name}/{task}") for task in task_order(run)}
 
 
-def _tagged(run: RunData, prefix: str) -> dict[str, NDArray[np.float64]]:
-    """The numbers whose tag begins so, by the rest of the tag (or all of it where there is no rest)."""
-    return {tag.removeprefix(prefix) or tag: run.column("numbers", tag) for tag in tags(run) if tag.startswith(prefix)}
+def _tagged(run: RunData, prefix: str, name: str = "{}") -> dict[str, NDArray[np.float64]]:
+    """The numbers whose tag begins so, by ``name`` filled with the rest of the tag."""
+    found = [tag for tag in tags(run) if tag.startswith(prefix)]
+    return {name.format(tag.removeprefix(prefix)): run.column("numbers", tag) for tag in found}
 
 
 def _chart(

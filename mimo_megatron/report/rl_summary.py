@@ -87,15 +87,21 @@ def progress_table(rows: Sequence[Progress]) -> Evaluation:
     return Evaluation("Mean held-out reward", ("Task", "before", "best", "last", "change"), cells)
 
 
+def evaluation_noise(run: RunData) -> float:
+    """The largest standard error that a task's mean held-out reward can have; 0 where the recipe does not tell."""
+    questions = number(run.setting("rl.evaluation.questions"))
+    return 0.5 / questions**0.5 if questions >= 1 else 0.0  # of rewards in [0, 1] the deviation is at most 1/2
+
+
 def how_evaluated(run: RunData) -> str:
     """What a held-out reward is a mean of, and how far chance alone may move it."""
-    questions, temperature = (run.setting(f"rl.evaluation.{key}") for key in ("questions", "temperature"))
-    if type(questions) is not int or questions < 1:
+    if not (noise := evaluation_noise(run)):
         return ""
-    # Of rewards in [0, 1] the standard deviation is at most 1/2.
+    questions, temperature = (run.setting(f"rl.evaluation.{key}") for key in ("questions", "temperature"))
     return (
-        f"Means over at most {questions:,} held-out questions of each task, sampled at temperature {temperature}; "
-        f"the standard error of a mean of so many is at most {0.5 / questions**0.5:.2g}."
+        f"Means over {questions:,} held-out questions of each task, or all there are, sampled at temperature "
+        f"{temperature}; the standard error of a mean of {questions:,} is at most {noise:.2g}, and a smaller change "
+        "has no colour."
     )
 
 

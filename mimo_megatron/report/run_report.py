@@ -23,6 +23,7 @@ from mimo_megatron.report.rl_summary import (
     Progress,
     Repeated,
     duration,
+    evaluation_noise,
     held_out,
     how_evaluated,
     is_repeating,
@@ -107,7 +108,7 @@ def _stage(run: RunData, page: Path, evaluation: Evaluation | None) -> _Stage:
         found = held_out(run.evaluations, task_order(run))
         rows = progress(found) if found else []
         drawn = [held_out_chart(run, found), training_chart(run), lr_chart(run)]
-        figures = rl_figures(run, rows)
+        figures = [one for one in rl_figures(run, rows) if one[0] in ("Held-out reward", "Time")]
         evaluations += [progress_table(rows)] if rows else []
     else:
         drawn = [loss_chart(run, is_wide=False), lr_chart(run)]
@@ -121,6 +122,7 @@ class _RLPart:
     """What the page shows of reinforcement learning alone."""
 
     progress: Sequence[Progress]
+    noise: float
     how_evaluated: str
     charts: Sequence[Chart]
     groups: Mapping[str, Sequence[Group]]
@@ -135,6 +137,7 @@ def _rl_part(run: RunData) -> _RLPart:
     groups = sample_groups(run.rollouts, order)
     return _RLPart(
         progress=progress(found) if found else (),
+        noise=evaluation_noise(run),
         how_evaluated=how_evaluated(run),
         charts=rl_charts(run, found),
         groups=groups,
