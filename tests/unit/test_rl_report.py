@@ -19,7 +19,7 @@ from mimo_megatron.report.charts import Series, line_chart
 from mimo_megatron.report.rl_samples import MOST_PICTURE_CHARACTERS, gold_boxes
 from mimo_megatron.report.run_report import write_journey, write_report
 from mimo_megatron.report.stills import LONGEST_SIDE
-from tests.unit.test_run_report import JSON, Page, make_run
+from tests.report_fixtures import JSON, Page, make_run
 
 TASKS = ("math", "box")
 
