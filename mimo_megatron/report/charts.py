@@ -216,15 +216,16 @@ def _markers(markers: Sequence[Marker], x_axis: _Axis, height: int) -> list[Mark
 
 def _line(series: Series, x_axis: _Axis, y_axis: _Axis) -> Markup:
     xs, ys = x_axis.place(series.xs), y_axis.place(series.ys)
-    commands, is_drawing = [], False
+    pieces: list[list[str]] = [[]]  # a missing value ends one
     for i in _thin(series.ys):
-        if not math.isfinite(ys[i]):
-            is_drawing = False
-            continue
-        commands.append(f"{'L' if is_drawing else 'M'}{_px(xs[i])} {_px(ys[i])}")
-        is_drawing = True
-    if len(commands) == 1:
-        commands.append("h0.01")  # a round line cap makes one point visible
+        if math.isfinite(ys[i]):
+            pieces[-1].append(f"{'L' if pieces[-1] else 'M'}{_px(xs[i])} {_px(ys[i])}")
+        elif pieces[-1]:
+            pieces.append([])
+    for piece in pieces:
+        if len(piece) == 1:
+            piece.append("h0.01")  # a round line cap makes one point visible
+    commands = [command for piece in pieces for command in piece]
     return Markup('<path class="line {}" d="{}"/>').format(series.css, "".join(commands))
 
 

@@ -1,7 +1,7 @@
 """Which curves a run's report draws, and how each is read: its scale, its smoothing, its marks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
@@ -30,14 +30,14 @@ def run_charts(run: RunData) -> list[Chart]:
     """Every curve that the run has numbers for."""
     charts = [
         loss_chart(run, is_wide=True),
-        _plain_chart(run, "Loss of multi-token prediction", "mtp_loss", (None, None)),
-        _norm_chart(run),
+        plain_chart(run, "Loss of multi-token prediction", "mtp_loss", (None, None)),
+        norm_chart(run),
         lr_chart(run),
-        _plain_chart(run, "Useful tokens per second", "tokens_per_second", (0.0, None)),
-        _plain_chart(run, "Vision patches per second", "patches_per_second", (0.0, None)),
-        _plain_chart(run, "Fill of the packs", "fill", (0.0, 1.0), is_fraction=True),
-        _plain_chart(run, "Model FLOPs utilisation", "mfu", (0.0, None), is_fraction=True),
-        _plain_chart(run, "Vision encoder: heaviest rank over the mean", "vision_imbalance", (1.0, None)),
+        plain_chart(run, "Useful tokens per second", "tokens_per_second", (0.0, None)),
+        plain_chart(run, "Vision patches per second", "patches_per_second", (0.0, None)),
+        plain_chart(run, "Fill of the packs", "fill", (0.0, 1.0), is_fraction=True),
+        plain_chart(run, "Model FLOPs utilisation", "mfu", (0.0, None), is_fraction=True),
+        plain_chart(run, "Vision encoder: heaviest rank over the mean", "vision_imbalance", (1.0, None)),
     ]
     return [chart for chart in charts if chart]
 
@@ -46,15 +46,23 @@ def loss_chart(run: RunData, *, is_wide: bool) -> Chart | None:
     loss = run.column("loss")
     if not np.isfinite(loss).any():
         return None
-    series = [Series("loss", run.steps, loss, "c-loss raw")]
-    levels = [("off", "off")]
-    for level in _SMOOTHING:
-        num_steps = _reach(len(loss), level)
-        series.append(Series(f"mean of {num_steps}", run.steps, smooth(loss, num_steps), f"c-loss {level}", False))
-        levels.append((level, f"{num_steps} steps"))
+    series, levels = with_smoothing([Series("loss", run.steps, loss, "c-loss")])
     width, height = (1140, 280) if is_wide else (560, 210)
-    svg = line_chart(series, label="Loss by step", markers=_markers(run), width=width, height=height)
-    return Chart("Loss per trained token", svg, smoothing=tuple(levels), is_wide=is_wide)
+    svg = line_chart(series, label="Loss by step", markers=markers_of(run), width=width, height=height)
+    return Chart("Loss per trained token", svg, smoothing=levels, is_wide=is_wide)
+
+
+def with_smoothing(lines: Sequence[Series]) -> tuple[list[Series], tuple[tuple[str, str], ...]]:
+    """Each line with its smoothed ones, of which the page shows what is picked, and the choices as (level, words)."""
+    series, levels = [], {"off": "off"}
+    for line in lines:
+        series.append(replace(line, css=f"{line.css} raw"))
+        for level in _SMOOTHING:
+            num_steps = _reach(len(line.ys), level)
+            levels[level] = f"{num_steps} steps"
+            smoothed = smooth(line.ys, num_steps)
+            series.append(Series(line.name, line.xs, smoothed, f"{line.css} {level}", has_tooltip=False))
+    return series, tuple(levels.items())
 
 
 def _reach(num_steps: int, level: str) -> int:
@@ -62,14 +70,14 @@ def _reach(num_steps: int, level: str) -> int:
     return max(at_least, num_steps // share)
 
 
-def _norm_chart(run: RunData) -> Chart | None:
+def norm_chart(run: RunData) -> Chart | None:
     norm = run.column("grad_norm")
     positive = norm[np.isfinite(norm) & (norm > 0)]
     if not len(positive):
         return None
     is_log = bool(positive.max() > _LOG_NORM_RATIO * np.median(positive))
     series = [Series("gradient norm", run.steps, np.where(norm > 0, norm, np.nan) if is_log else norm, "c1")]
-    svg = line_chart(series, label="Gradient norm by step", markers=_markers(run), is_log=is_log)
+    svg = line_chart(series, label="Gradient norm by step", markers=markers_of(run), is_log=is_log)
     return Chart("Gradient norm before clipping" + (" (log)" if is_log else ""), svg)
 
 
@@ -89,12 +97,12 @@ def lr_chart(run: RunData) -> Chart | None:
     for modules in together.values():
         rate, css = rates[modules[0]], f"c{order.index(modules[0]) % 4 + 1}"
         series.append(Series(", ".join(modules), run.steps, np.where(rate > 0, rate, np.nan) if is_log else rate, css))
-    svg = line_chart(series, label="Rates by step", markers=_markers(run), is_log=is_log, y_format=scientific)
+    svg = line_chart(series, label="Rates by step", markers=markers_of(run), is_log=is_log, y_format=scientific)
     legend = tuple((one.name, one.css) for one in series)
     return Chart("Learning rate" + (" (log)" if is_log else ""), svg, legend)
 
 
-def _plain_chart(
+def plain_chart(
     run: RunData, title: str, key: str, y_limits: tuple[float | None, float | None], *, is_fraction: bool = False
 ) -> Chart | None:
     values = run.column(key)
@@ -102,11 +110,11 @@ def _plain_chart(
         return None
     series = [Series("" if is_fraction else key.replace("_", " "), run.steps, values, "c1")]
     y_format = percent if is_fraction else None
-    svg = line_chart(series, label=f"{title} by step", markers=_markers(run), y_limits=y_limits, y_format=y_format)
+    svg = line_chart(series, label=f"{title} by step", markers=markers_of(run), y_limits=y_limits, y_format=y_format)
     return Chart(title, svg)
 
 
-def _markers(run: RunData) -> list[Marker]:
+def markers_of(run: RunData) -> list[Marker]:
     """Resumes and checkpoints that lie on the chart."""
     markers = []
     for event in run.events:
@@ -121,7 +129,7 @@ def journey_chart(runs: Sequence[RunData]) -> Chart | None:
     series, markers, offset = [], [], 0.0
     for i, run in enumerate(runs):
         loss = run.column("loss")
-        if not np.isfinite(loss).any():
+        if run.is_rl or not np.isfinite(loss).any():  # a loss of reinforcement learning is another quantity
             continue
         css, at = f"c{i % 4 + 1}", run.steps + offset
         series.append(Series(run.name, at, loss, f"{css} faint"))

@@ -3,7 +3,7 @@ file that cannot be read is counted in ``faults`` and shown, never fatal and nev
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,14 @@ class RunData:
     skipped: tuple[Row, ...]
     evaluation: Evaluation | None
     faults: tuple[str, ...] = field(default=())
+    evaluations: tuple[Row, ...] = ()
+    """Of reinforcement learning: mean held-out ``rewards`` by task, one row an evaluated step, in rising order."""
+    rollouts: tuple[Row, ...] = ()
+    """Of reinforcement learning: of each task the group at its first, its middle and its last step."""
+
+    @property
+    def is_rl(self) -> bool:
+        return isinstance(self.setting("rl"), Mapping)
 
     @property
     def name(self) -> str:
@@ -61,8 +69,8 @@ class RunData:
             values = [value.get(inner) if isinstance(value, Mapping) else None for value in values]
         return np.array([number(value) for value in values], dtype=np.float64)
 
-    def total(self, key: str) -> float:
-        return float(np.nansum(self.column(key)))
+    def total(self, key: str, inner: str | None = None) -> float:
+        return float(np.nansum(self.column(key, inner)))
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -71,17 +79,45 @@ def load_run(run_dir: Path) -> RunData:
         raise DataError(f"{run_dir} is not a folder; name the `dir` of a run that has begun")
     faults: list[str] = []
     config, config_text = _config(run_dir / "config.yaml", faults)
-    by_step = {row["step"]: row for row in _rows(run_dir / "metrics.jsonl", faults, _has_step)}
     return RunData(
         run_dir=run_dir,
         config=config,
         config_text=config_text,
-        metrics=tuple(by_step[step] for step in sorted(by_step)),
+        metrics=_by_step(_rows(run_dir / "metrics.jsonl", faults, _has_step)),
         events=tuple(_rows(run_dir / "events.jsonl", faults, lambda row: "event" in row)),
         skipped=tuple(_rows(run_dir / "skipped.jsonl", faults, lambda row: "reason" in row)),
         evaluation=_evaluation(run_dir / "evaluation.json", faults),
-        faults=tuple(faults),
+        evaluations=load_evaluations(run_dir, faults),
+        rollouts=_rollouts(run_dir / "rollouts.jsonl", faults),
+        faults=tuple(faults),  # last: the others add to it
     )
+
+
+def load_evaluations(run_dir: Path, faults: list[str]) -> tuple[Row, ...]:
+    """The rows of ``evaluations.jsonl``, one a step: a repeated step counts as it was last."""
+    return _by_step(_rows(run_dir / "evaluations.jsonl", faults, _is_evaluation))
+
+
+def _rollouts(path: Path, faults: list[str]) -> tuple[Row, ...]:
+    """Read twice, so that of a long run only what is shown is held in memory."""
+    steps_of: dict[str, set[int]] = {}
+    for row in _rows(path, faults, _is_rollout):
+        steps_of.setdefault(row["task"], set()).add(row["step"])
+    picked = {(task, step) for task, steps in steps_of.items() for step in _ends_and_middle(sorted(steps))}
+    shown: dict[tuple[str, int], Row] = {}
+    for row in _rows(path, [], _is_rollout):
+        if (key := (row["task"], row["step"])) in picked:
+            shown[key] = row
+    return tuple(shown[key] for key in sorted(shown))
+
+
+def _ends_and_middle(values: Sequence[int]) -> tuple[int, int, int]:
+    return values[0], values[len(values) // 2], values[-1]
+
+
+def _by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
+    by_step = {row["step"]: row for row in rows}
+    return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _rows(path: Path, faults: list[str], is_valid: Callable[[Row], bool]) -> Iterator[Row]:
@@ -140,6 +176,14 @@ def _text(path: Path, faults: list[str]) -> str:
 
 def _has_step(row: Row) -> bool:
     return type(row.get("step")) is int and abs(row["step"]) < _LARGEST
+
+
+def _is_evaluation(row: Row) -> bool:
+    return _has_step(row) and isinstance(row.get("rewards"), dict)
+
+
+def _is_rollout(row: Row) -> bool:
+    return _has_step(row) and isinstance(row.get("task"), str) and isinstance(row.get("responses"), list)
 
 
 def number(value: Any) -> float:

@@ -17,6 +17,23 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mimo_megatron.report.charts import compact, percent, scientific
+from mimo_megatron.report.rl_charts import held_out_chart, rl_charts, training_chart
+from mimo_megatron.report.rl_samples import Group, sample_groups
+from mimo_megatron.report.rl_summary import (
+    Progress,
+    Repeated,
+    duration,
+    evaluation_noise,
+    held_out,
+    how_evaluated,
+    is_repeating,
+    losses,
+    progress,
+    progress_table,
+    repeated_events,
+    rl_figures,
+    task_order,
+)
 from mimo_megatron.report.run_charts import Chart, journey_chart, loss_chart, lr_chart, run_charts
 from mimo_megatron.report.run_data import (
     Evaluation,
@@ -34,16 +51,18 @@ _NUM_IDS_SHOWN = 50
 def write_report(run_dir: Path) -> Path:
     """``run_dir/report.html``, written anew from what the run folder holds now."""
     run = load_run(run_dir)
+    rl = _rl_part(run) if run.is_rl else None
     return _write(
         run_dir / "report.html",
         "run.html",
         run=run,
+        rl=rl,
         facts=_facts(run),
         status=_status(run),
-        figures=_figures(run),
+        figures=rl_figures(run, rl.progress) if rl else _figures(run),
         modules=_modules(run),
-        charts=run_charts(run),
-        data=_data_table(run),
+        charts=rl.charts if rl else run_charts(run),
+        data=() if rl else _data_table(run),
         reasons=_skipped_counts(run),
         skipped=skipped_by_reason(run.skipped),
         num_ids_shown=_NUM_IDS_SHOWN,
@@ -77,16 +96,55 @@ class _Stage:
     modules: Mapping[str, str]
     figures: Mapping[str, tuple[str, str]]
     charts: Sequence[Chart]
-    evaluation: Evaluation | None
+    evaluations: Sequence[Evaluation]
     faults: Sequence[str]
     report: str | None
 
 
 def _stage(run: RunData, page: Path, evaluation: Evaluation | None) -> _Stage:
-    charts = [chart for chart in (loss_chart(run, is_wide=False), lr_chart(run)) if chart]
-    modules, figures = dict(_modules(run)), dict(_figures(run))
+    evaluations = [evaluation] if evaluation else []
+    modules, figures = dict(_modules(run)), _figures(run)
+    if run.is_rl:
+        found = held_out(run.evaluations, task_order(run))
+        rows = progress(found) if found else []
+        drawn = [held_out_chart(run, found), training_chart(run), lr_chart(run)]
+        figures = [one for one in rl_figures(run, rows) if one[0] in ("Held-out reward", "Time")]
+        evaluations += [progress_table(rows)] if rows else []
+    else:
+        drawn = [loss_chart(run, is_wide=False), lr_chart(run)]
+    charts = [chart for chart in drawn if chart]
     report = _link(run.run_dir / "report.html", page)
-    return _Stage(run.name, _status(run)[0], modules, figures, charts, evaluation, run.faults, report)
+    return _Stage(run.name, _status(run)[0], modules, dict(figures), charts, evaluations, run.faults, report)
+
+
+@dataclass(frozen=True)
+class _RLPart:
+    """What the page shows of reinforcement learning alone."""
+
+    progress: Sequence[Progress]
+    noise: float
+    how_evaluated: str
+    charts: Sequence[Chart]
+    groups: Mapping[str, Sequence[Group]]
+    num_tasks_left_out: int
+    repeated: Sequence[Repeated]
+    losses: Sequence[tuple[str, str, str]]
+
+
+def _rl_part(run: RunData) -> _RLPart:
+    order = task_order(run)
+    found = held_out(run.evaluations, order)
+    groups = sample_groups(run.rollouts, order)
+    return _RLPart(
+        progress=progress(found) if found else (),
+        noise=evaluation_noise(run),
+        how_evaluated=how_evaluated(run),
+        charts=rl_charts(run, found),
+        groups=groups,
+        num_tasks_left_out=len({row["task"] for row in run.rollouts}) - len(groups),
+        repeated=repeated_events(run),
+        losses=losses(run),
+    )
 
 
 @functools.cache
@@ -136,6 +194,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Layout", _layout(run, start.get("ranks"))),
         ("Precision", run.setting("train.precision")),
         ("Started from", run.setting("start_from")),
+        ("Algorithm", _algorithm(run)),
         ("Seed", run.setting("seed")),
         ("Commit", start.get("commit")),
     ]
@@ -153,6 +212,15 @@ def _layout(run: RunData, ranks: Any) -> str | None:
     if isinstance(ranks, int) and ranks % model_ranks == 0:
         words += f" × DP {ranks // model_ranks} ({ranks} rank{'s' if ranks != 1 else ''})"
     return words
+
+
+def _algorithm(run: RunData) -> str | None:
+    keys = ("algorithm.name", "algorithm.normaliser", "rollout.groups_per_step", "rollout.group_size", "rollout.engine")
+    values = [run.setting(f"rl.{key}") for key in keys]
+    if not all(isinstance(value, str | int) for value in values):
+        return None
+    name, normaliser, num_groups, size, engine = values
+    return f"{name}, {normaliser}; {num_groups} groups of {size} rollouts a step, engine {engine}"
 
 
 def _modules(run: RunData) -> list[tuple[str, str]]:
@@ -184,16 +252,11 @@ def _figures(run: RunData) -> list[tuple[str, tuple[str, str]]]:
         figures.append(("MFU", (percent(float(np.nanmedian(mfu))), "median step, no recompute counted")))
     if seconds:
         median = float(np.nanmedian(run.column("seconds")))
-        figures.append(("Time", (_duration(seconds), f"{median:.3g} s a step (median)")))
+        figures.append(("Time", (duration(seconds), f"{median:.3g} s a step (median)")))
     if run.metrics:
         num_skipped = sum(_skipped_counts(run).values())
         figures.append(("Skipped", (f"{num_skipped:,}", f"of {run.total('num_samples') + num_skipped:,.0f} samples")))
     return figures
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60:,}:{minutes % 60:02}:{seconds:02}"
 
 
 def _skipped_counts(run: RunData) -> dict[str, int]:
@@ -219,6 +282,8 @@ def _events(run: RunData) -> list[tuple[str, str, str, str]]:
     seen: dict[str, str] = {}
     rows = []
     for event in run.events:
+        if run.is_rl and is_repeating(event):  # these have a table of their own
+            continue
         detail = event.get("detail", "")
         if isinstance(detail, Mapping):
             flat = {key: str(value) for key, value in _flat(detail).items() if value is not None}
