@@ -162,12 +162,12 @@ class Collector:
                 groups[launch.index] = _OpenGroup(question, self._rollout.group_size)
                 self._ask(step, launch.index, question, seed)
             for rollout in self._sampler.engine.poll(_POLL_SECONDS):
-                index = _index(rollout.request_id)
+                index = int(rollout.request_id.rpartition("-")[2])
                 groups[index].rollouts[rollout.index] = rollout
                 self._sampler.judge(groups[index].question, rollout)
                 if groups[index].is_generated:
                     scheduler.generated(index)
-            for index in self._take_results(groups):
+            for index in self._take_results(step, groups):
                 outcome = self._settle(groups.pop(index), judged, unknown, index)
                 scheduler.settle(index, outcome)
             aborted = scheduler.to_abort()
@@ -186,18 +186,20 @@ class Collector:
             tuple(judged[index] for index in selected), tuple(judged.values()), scheduler.report(), dict(unknown)
         )
 
-    def _take_results(self, groups: Mapping[int, _OpenGroup]) -> list[int]:
-        """Groups whose last result has come. Waits a little where nothing is being sampled."""
+    def _take_results(self, step: int, groups: Mapping[int, _OpenGroup]) -> list[int]:
+        """Groups whose last result has come. Waits a little where nothing is being sampled. Results of groups that were
+        aborted, in this step or an earlier one, may still come: they are for nobody."""
         is_idle = self._sampler.engine.num_running == 0
         complete = []
         for result in self._sampler.judging.results(_POLL_SECONDS if is_idle else 0.0):
             name, _, number = result.id.rpartition("/")
-            group = groups.get(_index(name))
-            if group is None:  # aborted while its result was on the way
+            of_step, _, index = name.partition("-")
+            group = groups.get(int(index)) if of_step == str(step) else None
+            if group is None:
                 continue
             group.results[int(number)] = result
             if group.is_judged:
-                complete.append(_index(name))
+                complete.append(int(index))
         return complete
 
     def _settle(
@@ -262,18 +264,17 @@ def evaluate(sampler: Sampler, questions: Sequence[Question], temperature: float
         for rollout in sampler.engine.poll(_POLL_SECONDS):
             sampler.judge(asked[rollout.request_id], rollout)
         for result in sampler.judging.results(_POLL_SECONDS if sampler.engine.num_running == 0 else 0.0):
+            question = asked.get(result.id.rpartition("/")[0])
+            if question is None:  # of a group that was aborted before
+                continue
             num_open -= 1
             if result.reward is not None:
-                rewards[asked[result.id.rpartition("/")[0]].task].append(result.reward)
+                rewards[question.task].append(result.reward)
     return {task: sum(found) / len(found) for task, found in rewards.items()}
 
 
 def _name(step: int, index: int) -> str:
     return f"{step}-{index}"
-
-
-def _index(name: str) -> int:
-    return int(name.rpartition("-")[2])
 
 
 def _seed(*numbers: int) -> int:

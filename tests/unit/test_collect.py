@@ -139,6 +139,25 @@ def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_polic
     assert num_tokens > 5_000 and num_aborted > 20 and judge.num_unknown > 20  # the test has met what it is about
 
 
+def test_a_result_that_crossed_its_groups_abort_is_taken_for_no_other_group():
+    class Stubborn(Judge):
+        """Its results come, late, though nobody wants them any more."""
+
+        def cancel(self, groups: Sequence[str]) -> None:
+            self.num_cancelled = getattr(self, "num_cancelled", 0) + len(groups)
+
+    engine, judge = engine_with(WEIGHTS), Stubborn(3)
+    one = collector(engine, judge)
+    for step in range(1, 9):
+        batch = one.collect(step, seed=7)
+        assert batch is not None
+        for group in batch.judged:
+            assert group.rewards_G == tuple(share(rollout) for rollout in group.rollouts)
+    assert judge.num_cancelled > 5
+    asked = [question for some in questions(8).values() for question in some]
+    assert set(evaluate(one._sampler, asked, 1.0, 3)) == set(TASKS)
+
+
 def test_a_planted_token_of_another_policy_is_refused_and_counted():
     engine = engine_with(WEIGHTS)
     batch = collector(engine, Judge(1)).collect(1, seed=7)

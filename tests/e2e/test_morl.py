@@ -1,0 +1,180 @@
+"""Reinforcement learning by the command line: the shipped base learns sums, is killed and stopped, and goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.repository import ROOT
+
+pytestmark = pytest.mark.slow
+BASE = ROOT / "examples/quickstart/base/text"
+RECIPE = """
+name: test-morl
+dir: {dir}
+seed: 3
+model: {{preset: tiny-vl, vision: null}}
+start_from: {base}
+data: {{tokenizer: {base}, pack_tokens: 512, pack_patches: 1}}
+train:
+  steps: {steps}
+  precision: fp32
+  optimizer: {{weight_decay: 0.0}}
+  schedule: {{decay: constant}}
+  text: {{lr: 1e-4}}
+  checkpoint: {{every_steps: 1}}
+rl:
+  prompts:
+    - {{task: sums, path: {questions}/sums.jsonl, held_out: {questions}/held_out.jsonl}}
+    - {{task: lengths, path: {questions}/lengths.jsonl, ratio: 0.5}}
+  rollout: {{group_size: 6, groups_per_step: 6, max_new_tokens: 6}}
+  sync: {{bucket_mib: 1}}
+  evaluation: {{every_steps: 2, questions: 10}}
+"""
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    draw = random.Random(1)
+
+    def rows(num: int, task: str) -> str:
+        lines = []
+        for number in range(num):
+            digits = [draw.randint(0, 9) for _ in range(draw.randint(2, 4))]
+            said = " ".join(map(str, digits))
+            text, gold = (
+                (f"Add the digits {said}.", str(sum(digits)))
+                if task == "math"
+                else (f"How many digits: {said}?", len(digits))
+            )
+            message = {"role": "user", "content": text}
+            row = {"id": str(number), "task": task, "gold": gold, "meta": {"bare_answer": True}, "messages": [message]}
+            lines.append(json.dumps(row) + "\n")
+        return "".join(lines)
+
+    for name, task, num in (("sums", "math", 60), ("held_out", "math", 10), ("lengths", "count", 60)):
+        (folder / f"{name}.jsonl").write_text(rows(num, task))
+    return folder
+
+
+def recipe(folder: Path, questions: Path, steps: int) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(dir=folder / "run", base=BASE, questions=questions, steps=steps))
+    return path
+
+
+def command(path: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "mimo_megatron.cli", "rl", str(path), *words]
+
+
+def finish(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(path, *words), cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def begun(path: Path, until: str, seconds: float = 120) -> subprocess.Popen[bytes]:
+    """A run that has come so far that ``until`` exists."""
+    process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + seconds
+    while not (path.parent / "run" / until).exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    return process
+
+
+def assert_whole(run: Path, steps: int) -> None:
+    """Every step once, on policy, and nothing left behind."""
+    found = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in found] == list(range(1, steps + 1))
+    for row in found:
+        numbers = row["numbers"]
+        assert numbers["policy/largest_ratio_error"] == 0.0
+        assert numbers["policy/largest_gap"] < 1e-3
+        assert not any(tag.startswith(("stale/", "unknown/")) for tag in numbers)
+        assert {"reward/sums", "length/sums", "entropy/sums", "gap/sums", "zero_variance/sums"} <= set(numbers)
+    assert (run / "checkpoints/latest").read_text().strip() == f"step_{steps:06d}"
+    assert (run / "report.html").is_file()
+
+
+def test_a_run_learns_on_policy_and_tells_every_step(tmp_path, questions):
+    done = finish(recipe(tmp_path, questions, 3))
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "run"
+    assert_whole(run, 3)
+    evaluations = rows(run / "evaluations.jsonl")
+    assert [row["step"] for row in evaluations] == [0, 2, 3]
+    assert all(0 <= row["rewards"]["sums"] <= 1 for row in evaluations)
+    shown = rows(run / "rollouts.jsonl")
+    assert {row["task"] for row in shown} == {"sums", "lengths"}
+    assert all(response["text"] for row in shown for response in row["responses"])
+    assert not [one for one in psutil.process_iter(["cmdline"]) if "serve-rewards" in (one.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("overrides", [("parallel.tp=2",), ("parallel.pp=2",), ("--ranks", "2")], ids=" ".join)
+def test_a_layout_of_two_ranks_samples_and_learns(overrides, tmp_path, questions):
+    done = finish(recipe(tmp_path, questions, 2), *overrides)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_whole(tmp_path / "run", 2)
+
+
+def test_vanilla_grpo_takes_its_updates_with_old_and_reference_log_probabilities(tmp_path, questions):
+    words = ("rl.algorithm.name=grpo", "rl.algorithm.updates_per_batch=3", "rl.algorithm.kl_weight=0.01")
+    done = finish(recipe(tmp_path, questions, 2), *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (row["numbers"] for row in rows(tmp_path / "run/metrics.jsonl"))
+    assert 0 < first["policy/largest_ratio_error"] < 1  # the second and third update are off policy
+    assert second["policy/largest_gap"] > 0
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_step_and_ends_at_the_same_count(tmp_path, questions):
+    path = recipe(tmp_path, questions, 4)
+    for checkpoint in ("step_000001", "step_000002"):
+        process = begun(path, f"checkpoints/{checkpoint}")
+        time.sleep(random.Random(checkpoint).random())
+        for one in psutil.Process(process.pid).children(recursive=True):
+            one.kill()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = finish(path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed after step" in done.stderr
+    assert_whole(tmp_path / "run", 4)
+
+
+def test_a_signal_stops_a_run_between_two_steps_with_its_questions_given_back(tmp_path, questions):
+    path = recipe(tmp_path, questions, 40)
+    process = begun(path, "checkpoints/step_000001")
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    steps = len(rows(tmp_path / "run/metrics.jsonl"))
+    assert 1 <= steps < 40
+    done = finish(path, f"train.steps={steps + 1}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_whole(tmp_path / "run", steps + 1)
+
+
+def test_the_reward_service_is_started_again_when_it_dies_and_no_answer_is_worth_nothing_by_it(tmp_path, questions):
+    path = recipe(tmp_path, questions, 4)
+    process = begun(path, "checkpoints/step_000001")
+    (service,) = [
+        one for one in psutil.Process(process.pid).children() if "serve-rewards" in one.cmdline()
+    ]  # fmt: skip
+    service.kill()
+    assert process.wait(120) == 0
+    assert_whole(tmp_path / "run", 4)
+
+
+def test_a_recipe_without_the_section_is_refused_by_name(tmp_path):
+    done = finish(ROOT / "examples/recipes/tiny/stage1.yaml")
+    assert done.returncode == 2 and "has no section rl" in done.stderr.replace("\n", " ")
