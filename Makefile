@@ -85,7 +85,7 @@ format: $(STAMP)  ## let ruff rewrite what it can
 demo: $(STAMP)  ## data, four stages, Hugging Face export and a table of answers (BASE=train trains the tiny base again)
 	$(BIN)/python -m examples.quickstart.demo --base $(BASE)
 
-prove: $(STAMP)  ## every layout equals one process: 625 cases; writes docs/support-matrix.md
+prove: $(STAMP)  ## every layout equals one process: 701 cases; writes docs/support-matrix.md
 	$(BIN)/mimo-megatron prove --matrix docs/support-matrix.md --json benchmarks/results/prove.json
 
 bench: $(STAMP)  ## every CPU benchmark; rows go to benchmarks/results/

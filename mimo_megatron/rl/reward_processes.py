@@ -16,6 +16,8 @@ from mimo_megatron.errors import RewardError
 from mimo_megatron.log import get_logger
 
 _START_SECONDS = 180.0
+_FRAME = str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))
+"""Of the box that the command line puts around an error."""
 _WATCH_SECONDS = 0.5
 _STOP_SECONDS = 15.0
 
@@ -42,8 +44,8 @@ class _Server:
         line = self.process.stdout.readline() if ready else ""
         if not line.startswith("{"):
             self.process.kill()
-            said = self.log.read_text(errors="replace").strip().splitlines()[-8:]
-            raise RewardError(f"{self.name} did not start; {self.log} ends with:\n" + "\n".join(said))
+            words = self.log.read_text(errors="replace").translate(_FRAME).split()
+            raise RewardError(f"{self.name} did not start; {self.log} ends with: {' '.join(words[-60:])}")
         self.url = json.loads(line)["url"]
         self.port = int(self.url.rpartition(":")[2])
 
