@@ -71,10 +71,10 @@ def responses_fit(rl: RLConfig, config: RunConfig) -> Iterator[str]:
 
 
 def vllm_is_found(rl: RLConfig, config: RunConfig) -> Iterator[str]:
-    if rl.rollout.engine == "vllm" and rl.vllm.python is None and rl.vllm.addresses is None:
+    if rl.rollout.engine == "vllm" and rl.vllm.python is None:
         yield (
-            "rl.rollout.engine is vllm, but neither rl.vllm.python nor rl.vllm.addresses is given: `make vllm-env` "
-            "makes an environment, whose bin/python is rl.vllm.python"
+            "rl.rollout.engine is vllm, but rl.vllm.python is not given: `make vllm-env` makes an environment; set "
+            "rl.vllm.python=.vllm-env/bin/python"
         )
 
 

@@ -75,9 +75,6 @@ class VllmConfig(Strict):
 
     python: Path | None = Field(None, description="Python of an environment with vLLM; `make vllm-env` makes one.")
     engines: int = Field(1, ge=1, description="Engines started on this machine.")
-    addresses: Path | None = Field(
-        None, description="A folder where engines on other nodes write their addresses; none are started here then."
-    )
     kv_cache_gib: int = Field(1, gt=0, description="Memory of an engine's key-value cache.")
     max_model_len: int = Field(4096, gt=0, description="Longest prompt with its response, in tokens.")
 

@@ -264,12 +264,12 @@ def evaluate(sampler: Sampler, questions: Sequence[Question], temperature: float
         for rollout in sampler.engine.poll(_POLL_SECONDS):
             sampler.judge(asked[rollout.request_id], rollout)
         for result in sampler.judging.results(_POLL_SECONDS if sampler.engine.num_running == 0 else 0.0):
-            question = asked.get(result.id.rpartition("/")[0])
-            if question is None:  # of a group that was aborted before
+            name = result.id.rpartition("/")[0]
+            if name not in asked:  # of a group that was aborted before
                 continue
             num_open -= 1
             if result.reward is not None:
-                rewards[question.task].append(result.reward)
+                rewards[asked[name].task].append(result.reward)
     return {task: sum(found) / len(found) for task, found in rewards.items()}
 
 

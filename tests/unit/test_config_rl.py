@@ -45,7 +45,7 @@ def test_each_rule_of_rl_fires_alone(tmp_path: Path, rule: str, overrides: list[
     "overrides",
     [
         ["rl.algorithm={name: grpo, updates_per_batch: 4, kl_weight: 0.01}"],
-        ["rl.rollout.engine=vllm", "rl.vllm.addresses=run/engines"],
+        ["rl.rollout.engine=vllm", "rl.vllm.python=.vllm-env/bin/python"],
         ["rl.reward={url: 'http://localhost:8100', text_model: null}"],
         ["rl.evaluation.every_steps=5", "rl.prompts.0.held_out=c.jsonl"],
         ["train.packs_per_step=3"],

@@ -66,10 +66,10 @@ def test_each_stage_starts_from_the_last_checkpoint_of_the_stage_before(folder: 
 def test_the_tiny_policy_and_its_judges_are_the_last_checkpoints_of_their_recipes() -> None:
     tiny = {
         name: load_recipe(ROOT / f"examples/recipes/tiny/{name}.yaml")
-        for name in ("morl", "stage4", "reward_model_text", "reward_model_multimodal")
+        for name in ("morl", "morl_start", "reward_model_text", "reward_model_multimodal")
     }
     policy = tiny["morl"]
-    assert policy.rl is not None and policy.start_from == last_checkpoint(tiny["stage4"])
+    assert policy.rl is not None and policy.start_from == last_checkpoint(tiny["morl_start"])
     assert policy.rl.reward.text_model == last_checkpoint(tiny["reward_model_text"])
     assert policy.rl.reward.multimodal_model == last_checkpoint(tiny["reward_model_multimodal"])
 
