@@ -187,7 +187,7 @@ def test_a_response_without_a_reward_is_never_worth_nothing_but_drops_its_group(
     judge = Judge(1, unknown_share=0.2)
     batch = collector(engine_with(WEIGHTS), judge, refill_budget=20.0).collect(1, seed=7)
     assert batch is not None
-    assert batch.unknown == {"deadline": judge.num_unknown} and judge.num_unknown > 0
+    assert set(batch.unknown) == {"deadline"} and 0 < batch.unknown["deadline"] <= judge.num_unknown
     assert all(reward == share(rollout) for group in batch.judged for reward, rollout in zip(
         group.rewards_G, group.rollouts, strict=True))  # fmt: skip
 
