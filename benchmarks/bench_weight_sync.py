@@ -104,8 +104,7 @@ def engine(path: Path, num_distinct: int, wire: Connection) -> None:
         cpu = _cpu_seconds()
         receiver.begin(Manifest.from_json(announced))
         while (message := wire.recv_bytes()) not in (b"finish", b"compare"):
-            for name, tensor in receiver.take(reader.read(SlotNotice.from_json(message))):
-                weights[name].copy_(tensor)
+            receiver.copy(reader.read(SlotNotice.from_json(message)), weights.__getitem__)
             _answer(wire)
         receiver.finish(weights.__getitem__ if message == b"compare" else None)
         _answer(wire, cpu_seconds=_cpu_seconds() - cpu, peak_bytes=_resident_bytes("VmHWM") - resident)

@@ -5,7 +5,7 @@ Invariants: the pieces of a rule cover every element of both sides exactly once;
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -67,13 +67,14 @@ class Rule:
         rooms = flat.split([spec.numel for spec in self.hf])
         return [self._gather(ours, source, room) for source, room in enumerate(rooms)]
 
-    def write_hf(self, ours: Tensor, hf: Sequence[Tensor]) -> None:
-        """What ``to_hf`` gives, written into tensors that are there already: every element is copied once."""
+    def moves_to_hf(self, ours: Tensor, hf: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(source, there, here): copying every ``here`` to its ``there``, of ``hf[source]``, writes what ``to_hf``
+        gives into tensors that exist already. Those of one source are in the order of its rows."""
         if not self.pieces:
-            hf[0].copy_(ours.reshape(self.hf[0].shape))
+            yield 0, hf[0], ours.reshape(self.hf[0].shape)
         for piece in self.pieces:
-            here = ours.narrow(piece.dim, piece.ours_start, piece.length)
-            hf[piece.source].narrow(piece.dim, piece.hf_start, piece.length).copy_(here)
+            there = hf[piece.source].narrow(piece.dim, piece.hf_start, piece.length)
+            yield piece.source, there, ours.narrow(piece.dim, piece.ours_start, piece.length)
 
     def _gather(self, ours: Tensor, source: int, room: Tensor) -> Tensor:
         pieces = [piece for piece in self.pieces if piece.source == source]

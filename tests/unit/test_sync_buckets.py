@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mimo_megatron.errors import SyncError
 from mimo_megatron.rl.sync import buckets
-from mimo_megatron.rl.sync.buckets import ALIGNMENT, BucketHeader, Manifest, TensorEntry, pack
+from mimo_megatron.rl.sync.buckets import ALIGNMENT, BucketHeader, Manifest, TensorEntry, checksum, copy_hashed, pack
 from mimo_megatron.rl.sync.shared_memory import SlotNotice
 
 TENSORS = [
@@ -35,6 +35,13 @@ def test_a_bucket_holds_its_tensors_at_multiples_of_64_bytes_with_their_checksum
         written = BUCKET.data[packed.offset : packed.end].numpy().tobytes()
         assert packed.checksum == xxh3_64_intdigest(written)
     assert [packed.entry.dtype for packed in BUCKET.tensors] == ["F32", "BF16", "F32", "F16"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 1 << 16, (1 << 16) + 1, 300_001])
+def test_copying_by_blocks_gives_the_same_bytes_and_checksum(length: int) -> None:
+    here, there, digest = torch.randn(length).to(torch.bfloat16), torch.zeros(length, dtype=torch.bfloat16), xxh3_64()
+    copy_hashed(there, here, digest)
+    assert torch.equal(there, here) and digest.intdigest() == checksum(here)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: type(form).__name__)

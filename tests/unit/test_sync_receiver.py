@@ -27,10 +27,16 @@ def sent(version: int = VERSION) -> list[Bucket]:
     return [pack(version, number, items[2 * number : 2 * number + 2]) for number in range(3)]
 
 
-def run(receiver: Receiver, announced: Manifest, buckets: list[Bucket]) -> dict[str, Tensor]:
+def run(receiver: Receiver, announced: Manifest, buckets: list[Bucket], in_one_go: bool = False) -> dict[str, Tensor]:
     """One update, as an engine runs it."""
     receiver.begin(announced)
-    held = {name: tensor.clone() for bucket in buckets for name, tensor in receiver.take(bucket)}
+    held = {name: torch.zeros_like(tensor) for name, tensor in WEIGHTS.items()}
+    for bucket in buckets:
+        if in_one_go:
+            receiver.copy(bucket, held.__getitem__)
+        else:
+            for name, tensor in receiver.take(bucket):
+                held[name].copy_(tensor)
     receiver.finish(held.__getitem__)
     return held
 
@@ -44,9 +50,10 @@ def assert_closed_until_a_full_resend(receiver: Receiver) -> None:
     assert receiver.version == VERSION
 
 
-def test_a_whole_update_is_taken() -> None:
+@pytest.mark.parametrize("in_one_go", [False, True], ids=["take", "copy"])
+def test_a_whole_update_is_taken(in_one_go: bool) -> None:
     receiver = Receiver(EXPECTED)
-    held = run(receiver, manifest(), sent())
+    held = run(receiver, manifest(), sent(), in_one_go)
     assert list(held) == list(WEIGHTS) and all(torch.equal(held[name], WEIGHTS[name]) for name in WEIGHTS)
     assert receiver.version == VERSION and not receiver.is_open
     run(receiver, manifest(5), sent(5))
@@ -136,11 +143,12 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
+@pytest.mark.parametrize("in_one_go", [False, True], ids=["take", "copy"])
 @pytest.mark.parametrize("fault, words", FAULTS.values(), ids=FAULTS)
-def test_a_planted_fault_is_caught_by_name(fault: Fault, words: str) -> None:
+def test_a_planted_fault_is_caught_by_name(fault: Fault, words: str, in_one_go: bool) -> None:
     receiver = Receiver(EXPECTED)
     with pytest.raises(SyncError, match=words):
-        run(receiver, manifest(), fault(sent()))
+        run(receiver, manifest(), fault(sent()), in_one_go)
     assert_closed_until_a_full_resend(receiver)
 
 

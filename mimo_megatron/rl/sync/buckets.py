@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from mimo_megatron.convert.hf_io import DTYPE_NAMES, DTYPES
 from mimo_megatron.errors import SyncError
@@ -27,6 +29,7 @@ MOST_HEADER_BYTES = 16 << 20
 STRICT = ConfigDict(extra="forbid", strict=True)
 """Of every form on the wire: no other keys, no conversion of types."""
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
+_BLOCK_BYTES = 1 << 17
 _Form = TypeVar("_Form")
 
 
@@ -159,7 +162,25 @@ def entry_of(name: str, tensor: Tensor) -> TensorEntry:
 
 def checksum(tensor: Tensor) -> int:
     """XXH3-64 of a contiguous CPU tensor's bytes. Other threads run meanwhile."""
-    return xxh3_64_intdigest(tensor.detach().view(-1).view(torch.uint8).numpy().data)
+    return xxh3_64_intdigest(_bytes_of(tensor).data)
+
+
+def copy_hashed(there: Tensor, here: Tensor, digest: xxh3_64) -> None:
+    """Copy one contiguous CPU tensor to another of its dtype and shape, and add its bytes to ``digest``.
+
+    By blocks, so that they are hashed out of the cache: 5.4 GB per CPU-second, where copying and then hashing whole
+    tensors comes to 4.0 (copying alone: 6.4).
+    """
+    assert there.shape == here.shape and there.dtype == here.dtype
+    to, of = _bytes_of(there), _bytes_of(here)
+    for start in range(0, len(of), _BLOCK_BYTES):
+        block = of[start : start + _BLOCK_BYTES]
+        to[start : start + _BLOCK_BYTES] = block
+        digest.update(block.data)
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
 def offsets_of(entries: Iterable[TensorEntry]) -> tuple[list[int], int]:
@@ -224,5 +245,5 @@ def read_form(form: TypeAdapter[_Form], data: bytes, what: str) -> _Form:
     return found
 
 
-ReadBack = Callable[[str], Tensor]
-"""The tensor that an engine holds under this name, as it would be sent: whole, in the manifest's dtype and shape."""
+TensorOf = Callable[[str], Tensor]
+"""The tensor that an engine holds under this name: whole, in the manifest's dtype and shape."""

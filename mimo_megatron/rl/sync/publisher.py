@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
+from xxhash import xxh3_64
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.convert.families import rules_for
@@ -38,6 +39,7 @@ from mimo_megatron.rl.sync.buckets import (
     PackedTensor,
     TensorEntry,
     checksum,
+    copy_hashed,
     offsets_of,
     round_up,
     view,
@@ -134,9 +136,10 @@ class Publisher:
         pp, is_on_host = self._mesh.pp, self._device.type == "cpu"
         filled = data if is_on_host else self._staging.take(data.numel(), torch.uint8)
         own = [unit for unit in units if unit.owner == pp.rank]
+        checksums = {}
         for unit, ours in zip(own, self._whole([unit.rule for unit in own]), strict=True):
             if writes:
-                unit.rule.write_hf(ours, unit.views(filled))
+                checksums[unit.rule.ours.name] = _write(unit, ours, filled)
         if not writes:
             return []
         if pp.size > 1:
@@ -144,8 +147,9 @@ class Publisher:
                 dist.broadcast(filled[start:end], group=pp.group, group_src=owner)
         if not is_on_host:
             data.copy_(filled)
-        checksums = [checksum(one) if unit.owner == pp.rank else 0 for unit in units for one in unit.views(data)]
-        return self._summed(checksums) if pp.size > 1 else checksums
+            checksums = {unit.rule.ours.name: [checksum(one) for one in unit.views(data)] for unit in own}
+        found = [one for unit in units for one in checksums.get(unit.rule.ours.name, [0] * len(unit.entries))]
+        return self._summed(found) if pp.size > 1 else found
 
     def _summed(self, checksums: Sequence[int]) -> list[int]:
         """Those of all pipeline ranks; each tensor has one owner, and the others give 0."""
@@ -222,6 +226,18 @@ class Publisher:
             for name, shape in found
             if shapes.get(name) != shape and not name.startswith(_UNSENT)
         ]
+
+
+def _write(unit: _Unit, ours: Tensor, filled: Tensor) -> list[int]:
+    """Checksums of the unit's tensors, now in the bucket's bytes; none of what is not on the host."""
+    views = unit.views(filled)
+    digests = [xxh3_64() for _ in views]
+    for source, there, here in unit.rule.moves_to_hf(ours, views):
+        if here.device.type == "cpu":
+            copy_hashed(there, here, digests[source])
+        else:
+            there.copy_(here)
+    return [digest.intdigest() for digest in digests]
 
 
 def _cut(units: Sequence[_Unit], bucket_bytes: int) -> list[list[_Unit]]:

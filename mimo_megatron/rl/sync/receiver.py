@@ -4,7 +4,7 @@ Invariants, each tested with a planted fault:
 
 * The manifest names exactly the expected tensors, shapes and dtypes, and a later version than the one held.
 * Buckets come in order, none missing and none twice; tensors come in the manifest's order, each once.
-* A tensor is given out only after the checksum of its bytes was found right.
+* ``take`` gives a tensor out only after the checksum of its bytes was found right.
 * After any fault the receiver is closed until the next ``begin``: the whole update is sent again.
 
 What went wrong half-way leaves the engine's weights mixed, so its gate stays closed until an update ends well.
@@ -13,16 +13,18 @@ What went wrong half-way leaves the engine's weights mixed, so its gate stays cl
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
+from xxhash import xxh3_64
 
 from mimo_megatron.errors import SyncError
 from mimo_megatron.rl.sync.buckets import (
     Bucket,
     Manifest,
     PackedTensor,
-    ReadBack,
     TensorEntry,
+    TensorOf,
     check_entries,
     checksum,
+    copy_hashed,
     entry_of,
 )
 
@@ -34,7 +36,8 @@ class Receiver:
     """Checks one update after another; ``version`` is that of the last one that ended well.
 
     For each bucket: ``for name, tensor in receiver.take(bucket): weights[name].copy_(tensor)``. The loop must run to
-    its end before the next call, and the tensors are views of the bucket: they are to be copied, not kept.
+    its end before the next call, and the tensors are views of the bucket: they are to be copied, not kept. An engine
+    whose weights lie on the CPU says ``receiver.copy(bucket, weights.__getitem__)``.
     """
 
     def __init__(self, expected: Mapping[str, TensorEntry]):
@@ -66,17 +69,20 @@ class Receiver:
 
     def take(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """(name, view of its bytes) of every tensor in the bucket, each checked before it is given out."""
-        manifest = self._under_way()
-        try:
-            self._check_bucket(bucket, manifest)
-        except SyncError:
-            self._manifest = None
-            raise
-        self._next_bucket += 1
-        self._is_taking = True
+        self._admit(bucket)
         return self._tensors(bucket)
 
-    def finish(self, read_back: ReadBack | None = None) -> None:
+    def copy(self, bucket: Bucket, place_of: TensorOf) -> None:
+        """As ``take`` and a copy of each tensor to ``place_of(name)``, a contiguous CPU tensor, in one go: a third
+        faster. Wrong bytes are found when they have been copied; the engine's gate is closed, and stays so."""
+        self._admit(bucket)
+        for packed in bucket.tensors:
+            digest = xxh3_64()
+            copy_hashed(place_of(packed.entry.name), bucket.view(packed), digest)
+            self._verify(bucket, packed, digest.intdigest())
+        self._is_taking = False
+
+    def finish(self, read_back: TensorOf | None = None) -> None:
         """``SyncError`` unless every tensor came. With ``read_back`` also what the engine now holds is compared with
         the checksums, which finds a copy into the wrong place."""
         manifest = self._under_way()
@@ -102,16 +108,28 @@ class Receiver:
     def _tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         for packed in bucket.tensors:
             tensor = bucket.view(packed)
-            found = checksum(tensor)
-            if found != packed.checksum:
-                self._manifest = None
-                raise SyncError(
-                    f"bucket {bucket.number}: the bytes of {packed.entry.name} are not those that were sent: checksum "
-                    f"{found:016x}, announced {packed.checksum:016x}; {_AGAIN}"
-                )
-            self._checksums[packed.entry.name] = packed.checksum
+            self._verify(bucket, packed, checksum(tensor))
             yield packed.entry.name, tensor
         self._is_taking = False
+
+    def _verify(self, bucket: Bucket, packed: PackedTensor, found: int) -> None:
+        if found != packed.checksum:
+            self._manifest = None
+            raise SyncError(
+                f"bucket {bucket.number}: the bytes of {packed.entry.name} are not those that were sent: checksum "
+                f"{found:016x}, announced {packed.checksum:016x}; {_AGAIN}"
+            )
+        self._checksums[packed.entry.name] = packed.checksum
+
+    def _admit(self, bucket: Bucket) -> None:
+        manifest = self._under_way()
+        try:
+            self._check_bucket(bucket, manifest)
+        except SyncError:
+            self._manifest = None
+            raise
+        self._next_bucket += 1
+        self._is_taking = True
 
     def _check_expected(self, manifest: Manifest) -> None:
         announced = {entry.name: entry for entry in manifest.tensors}
@@ -152,7 +170,7 @@ class Receiver:
         return f"bucket {bucket.number} holds {packed.entry}{again}, where the manifest has {announced}; {_AGAIN}"
 
 
-def _check_held(manifest: Manifest, checksums: Mapping[str, int], read_back: ReadBack) -> None:
+def _check_held(manifest: Manifest, checksums: Mapping[str, int], read_back: TensorOf) -> None:
     wrong = []
     for entry in manifest.tensors:
         held = read_back(entry.name)
