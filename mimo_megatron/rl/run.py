@@ -4,8 +4,8 @@ Questions, pool, rewards and curves live on rank 0. Every rank has the trainer a
 engine its own engine; prompts are read from disk by each rank that needs them.
 """
 
-import functools
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,7 @@ from mimo_megatron.train.step import Trainer
 from mimo_megatron.train.watchdog import Phase, Watchdog
 from mimo_megatron.types import EncodedSample
 
-_KEPT_PROMPTS = 4096
+_KEPT_BYTES = 1 << 30
 
 
 class StepTimes:
@@ -52,20 +52,33 @@ class StepTimes:
 
 
 class Reader:
-    """Prompts by question id, the last ones kept."""
+    """Prompts by question id. The last ones are kept, as far as a gibibyte of pixels reaches: a group's responses are
+    packed from one reading."""
 
     def __init__(
         self, questions: Mapping[str, Question], tokenizer: TextTokenizer, config: RunConfig, rl: RLConfig
     ) -> None:
         self.questions = questions
         self._tokenizer, self._config, self._rl = tokenizer, config, rl
-        self.read = functools.lru_cache(_KEPT_PROMPTS)(self._read)
+        self._kept: OrderedDict[str, EncodedSample] = OrderedDict()
+        self._num_bytes = 0
 
-    def _read(self, question_id: str) -> EncodedSample:
-        question = self.questions[question_id]
-        return encode_question(
-            question, self._tokenizer, self._config.model, self._config.data, self._rl.rollout.max_new_tokens
-        )
+    def read(self, question_id: str) -> EncodedSample:
+        """``SampleError`` where it cannot be read, or does not fit."""
+        if question_id not in self._kept:
+            question, most = self.questions[question_id], self._rl.rollout.max_new_tokens
+            prompt = encode_question(question, self._tokenizer, self._config.model, self._config.data, most)
+            self._kept[question_id] = prompt
+            self._num_bytes += _num_bytes(prompt)
+        self._kept.move_to_end(question_id)
+        found = self._kept[question_id]
+        while self._num_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            self._num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        return found
+
+
+def _num_bytes(prompt: EncodedSample) -> int:
+    return prompt.token_ids_T.nbytes + sum(one.patches_PC.nbytes for one in prompt.media)
 
 
 @dataclass

@@ -42,6 +42,8 @@ class UpdateResult:
     """Mean over the tokens of each response, in nats, before it was learnt from."""
     gaps_N: tuple[float, ...]
     """Mean |log p of the trainer - log p of the engine| over the tokens of each response."""
+    num_slots: int
+    """Capacity of the packs of all ranks."""
     largest_gap: float
     largest_ratio_error: float
     """Largest |ratio - 1| at any token; 0 on policy."""
@@ -142,6 +144,7 @@ def update_policy(
         rows=tuple(rows),
         entropies_N=tuple((entropies_N / tokens_N).tolist()),
         gaps_N=tuple((gaps_N / tokens_N).tolist()),
+        num_slots=sum(len(packs) for _, packs in batches) * trainer.mesh.dp.size * trainer.config.data.pack_tokens,
         largest_gap=float(largest[0]),
         largest_ratio_error=float(largest[1]),
         clipped_fraction=float(clipped_N.sum() / tokens_N.sum()),

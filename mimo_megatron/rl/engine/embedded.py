@@ -1,8 +1,9 @@
 """The embedded engine: continuous batching in the trainer's own process, on one device.
 
 A group's prompt goes through the model once and its keys and values into a row for each response; then all open rows
-take one token a step. A row that ends makes room for the next group. Pictures are encoded once for each policy version.
-Its limits are its simplicity: the cache has a full row for every sequence, and the model is whole on its device.
+take one token a step. A row that ends makes room for the next group. Pictures are encoded once for each policy version,
+as far as a gibibyte of their features reaches. Its limits are its simplicity: the cache has a full row for every
+sequence, and the model is whole on its device.
 
 Dims: Q open rows, V vocabulary, T tokens of a response, M merged vision tokens.
 """
@@ -26,6 +27,9 @@ from mimo_megatron.rl.engine.protocol import GenerationRequest
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, entry_of
 from mimo_megatron.rl.sync.receiver import Receiver
 from mimo_megatron.types import EncodedMedia, EncodedSample, Rollout
+
+_FEATURE_BYTES = 1 << 30
+"""Of pictures kept for other questions about them."""
 
 
 @dataclass
@@ -230,7 +234,10 @@ class EmbeddedEngine:
             parts = features_MD.split([one.num_patches // merge for one in new.values()])
             self._features.update(zip(new, parts, strict=True))
             self.num_encoded += len(new)
-        return torch.cat([self._features[key] for key in keys])
+        found_MD = torch.cat([self._features[key] for key in keys])
+        while sum(one.nbytes for one in self._features.values()) > _FEATURE_BYTES:
+            del self._features[next(iter(self._features))]  # the oldest
+        return found_MD
 
 
 def _draws(request: GenerationRequest, index: int) -> NDArray[np.float64]:
