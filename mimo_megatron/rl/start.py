@@ -1,7 +1,7 @@
 """`mimo-megatron rl`: everything that a run of reinforcement learning needs, opened in order and closed again."""
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -11,6 +11,7 @@ from mimo_megatron.config.check import check
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.rl import RLConfig
 from mimo_megatron.config.run import RunConfig
+from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from mimo_megatron.errors import ConfigError, Interrupted
 from mimo_megatron.mcore.boot import RankAddress, megatron, side_store
@@ -130,11 +131,14 @@ def _named(name: str, question: Question) -> Question:
 
 
 def _canary(questions: Questions, reader: Reader) -> list[EncodedSample]:
-    """A prompt of each kind of media."""
-    kinds: dict[tuple[str, ...], Question] = {}
+    """The first prompt of each kind of media that can be read and fits."""
+    found: dict[tuple[str, ...], EncodedSample] = {}
     for one in chain(*questions.values()):
-        kinds.setdefault(tuple(ref.kind for ref in one.raw.media[:1]), one)
-    return canary_samples([reader.read(one.id) for one in kinds.values()])
+        kind = tuple(ref.kind for ref in one.raw.media[:1])
+        if kind not in found:
+            with suppress(SampleError):  # it is left out when it is drawn, and counted
+                found[kind] = reader.read(one.id)
+    return canary_samples(list(found.values()))
 
 
 def _publisher(config: RunConfig, rl: RLConfig, trainer: Trainer) -> Publisher:
