@@ -141,8 +141,7 @@ class EmbeddedEngine:
         self._next_version = manifest.version
 
     def receive(self, bucket: Bucket) -> None:
-        for name, tensor in self._receiver.take(bucket):
-            self._model.weights[name].copy_(tensor)
+        self._receiver.copy(bucket, self._model.weights.__getitem__)
 
     def finish_update(self) -> None:
         self._receiver.finish(self._model.weights.__getitem__)
