@@ -141,10 +141,14 @@ class EmbeddedEngine:
         self._next_version = manifest.version
 
     def receive(self, bucket: Bucket) -> None:
-        self._receiver.copy(bucket, self._model.weights.__getitem__)
+        if self._device.type == "cpu":  # copied and hashed in one pass
+            self._receiver.copy(bucket, self._model.weights.__getitem__)
+            return
+        for name, tensor in self._receiver.take(bucket):
+            self._model.weights[name].copy_(tensor)
 
     def finish_update(self) -> None:
-        self._receiver.finish(self._model.weights.__getitem__)
+        self._receiver.finish(lambda name: self._model.weights[name].cpu())
         self._features.clear()
 
     def open_gate(self) -> None:
