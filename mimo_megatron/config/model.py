@@ -127,8 +127,13 @@ class SpecialTokens(Strict):
 
     @property
     def never_sampled(self) -> tuple[int, ...]:
-        """Those that only a prompt may hold. ``turn_end`` and ``pad`` end a response."""
+        """Those that only a prompt may hold."""
         return self.turn_start, self.vision_start, self.vision_end, self.image_pad, self.video_pad
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Those that end a response."""
+        return self.turn_end, self.pad
 
 
 class ModelConfig(Strict):

@@ -136,7 +136,7 @@ def write_hf_companions(
     """
     tokens = model.tokens
     write_json(folder / "config.json", hf_config(model, dtype))
-    generation = {"bos_token_id": tokens.pad, "pad_token_id": tokens.pad, "eos_token_id": [tokens.turn_end, tokens.pad]}
+    generation = {"bos_token_id": tokens.pad, "pad_token_id": tokens.pad, "eos_token_id": list(tokens.ends)}
     write_json(folder / "generation_config.json", generation)
     if encoding is not None:
         copy_tokenizer(encoding.tokenizer, folder)

@@ -50,7 +50,7 @@ def generate(
     if not prompts:
         return []
     device = next(model.parameters()).device
-    ends = (model.model_config.tokens.turn_end, model.model_config.tokens.pad)
+    ends = model.model_config.tokens.ends
     pack, next_positions_Q = _prompt_pack(prompts, model.model_config, sampling, device)
     draw = torch.Generator(device).manual_seed(sampling.seed)
     answers: list[list[int]] = [[] for _ in prompts]

@@ -6,7 +6,7 @@ what is returned was sampled, whole, by the policy version that the engine said.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +38,7 @@ class Sampler:
     read: Read
     """The prompt of a question, by its id."""
     tokenizer: TextTokenizer
-    end_token: int
+    end_tokens: Collection[int]
     max_new_tokens: int
 
     def ask(
@@ -71,7 +71,7 @@ class Sampler:
     def text(self, rollout: Rollout) -> str:
         """The response without the token that ended it."""
         token_ids = rollout.token_ids_T.tolist()
-        return self.tokenizer.decode(token_ids[:-1] if token_ids[-1] == self.end_token else token_ids)
+        return self.tokenizer.decode(token_ids[:-1] if token_ids[-1] in self.end_tokens else token_ids)
 
 
 @dataclass

@@ -200,7 +200,7 @@ def _head(
     rates = PassRates(prior_groups=rl.rollout.prior_groups)
     judging = stack.enter_context(_judging(rl, config.dir, stack))
     engine = RoundsEngine(run.rounds)
-    sampler = Sampler(engine, judging, run.read, tokenizer, config.model.tokens.turn_end, rl.rollout.max_new_tokens)
+    sampler = Sampler(engine, judging, run.read, tokenizer, config.model.tokens.ends, rl.rollout.max_new_tokens)
     shares = quotas({one.task: one.ratio for one in rl.prompts}, rl.rollout.groups_per_step)
     metrics = stack.enter_context(
         MetricsWriter(config.dir, config, config.train.steps, sys.stderr.isatty(), num_ranks=address.world_size)

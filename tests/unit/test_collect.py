@@ -112,7 +112,7 @@ def read(question_id: str):
 
 def collector(engine, judge: Judge, pool: QuestionPool | None = None, read=read, **rollout) -> Collector:
     settings = dict(group_size=4, groups_per_step=6, max_new_tokens=6, max_sequences=16, max_groups_running=5)
-    sampler = Sampler(engine, judge, read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    sampler = Sampler(engine, judge, read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
     pool = pool or QuestionPool(questions(), seed=1)
     return Collector(
         sampler, pool, PassRates(), RolloutConfig(**(settings | rollout)), {"letters": 4, "lengths": 2}
@@ -194,7 +194,7 @@ def test_a_response_without_a_reward_is_never_worth_nothing_but_drops_its_group(
 
 def share(rollout: Rollout) -> float:
     """The reward by ``Judge`` of what the tokens say."""
-    token_ids = rollout.token_ids_T[rollout.token_ids_T != MODEL.tokens.turn_end]
+    token_ids = rollout.token_ids_T[~np.isin(rollout.token_ids_T, MODEL.tokens.ends)]
     return float(np.mean(token_ids % 2)) if len(token_ids) else 0.0
 
 
@@ -234,9 +234,9 @@ def test_a_prompt_that_does_not_fit_is_left_and_the_next_one_asked():
 
 
 def test_evaluation_asks_every_question_once_and_leaves_unknown_rewards_out():
-    sampler = Sampler(engine_with(WEIGHTS), Judge(5, 0.3), read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    sampler = Sampler(engine_with(WEIGHTS), Judge(5, 0.3), read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
     asked = [one for some in questions(8).values() for one in some]
     found = evaluate(sampler, asked, temperature=1.0, seed=3)
     assert set(found) == set(TASKS) and all(0 < reward < 1 for reward in found.values())
-    constant = Sampler(engine_with(WEIGHTS), Judge(5, 0.3, 0.25), read, Spelled(), MODEL.tokens.turn_end, 6)  # type: ignore[arg-type]
+    constant = Sampler(engine_with(WEIGHTS), Judge(5, 0.3, 0.25), read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
     assert evaluate(constant, asked, 1.0, 3) == pytest.approx(dict.fromkeys(TASKS, 0.25))

@@ -205,7 +205,7 @@ def test_responses_have_versions_and_log_probabilities_and_repeat_by_seed(engine
     ]
     for one in rollouts:
         assert set(one.versions_T) == {version} and len(one.versions_T) == len(one.token_ids_T) == len(one.logprobs_T)
-        assert (one.finish_reason == "stop") == (one.token_ids_T[-1] == TOKENS.turn_end)
+        assert (one.finish_reason == "stop") == (one.token_ids_T[-1] in TOKENS.ends)
         assert one.finish_reason == "stop" or len(one.token_ids_T) == 12
     first, again = rollouts[:8], rollouts[8:]
     assert [one.token_ids_T.tolist() for one in first] == [one.token_ids_T.tolist() for one in again]

@@ -63,7 +63,7 @@ class EmbeddedEngine:
         self._max_sequences, self._max_tokens = max_sequences, max_tokens
         self._cache = self._model.cache(max_sequences)
         self._banned = torch.tensor(model.tokens.never_sampled, device=device)
-        self._ends = (model.tokens.turn_end, model.tokens.pad)
+        self._ends = model.tokens.ends
         self._waiting: list[GenerationRequest] = []
         self._rows: list[_Row] = []
         self._last_Q = torch.zeros(0, dtype=torch.int64)

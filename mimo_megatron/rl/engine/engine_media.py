@@ -1,6 +1,5 @@
 """Prompts as an outside engine wants them: one placeholder for each picture, and the picture itself, resized."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +88,3 @@ def _time_positions(one: EncodedMedia, sample: EncodedSample, model: ModelConfig
     num_merged = one.num_patches // model.vision.merge_factor
     alone = np.full(num_merged, model.tokens.video_pad, np.int64)
     return mrope_positions(alone, [one], model)[0, :: num_merged // one.grid[0]]
-
-
-def banned_tokens(model: ModelConfig) -> Sequence[int]:
-    """What only a prompt may hold."""
-    tokens = model.tokens
-    return sorted({tokens.image_pad, tokens.video_pad, tokens.vision_start, tokens.vision_end, tokens.turn_start})

@@ -96,7 +96,7 @@ class OfflineEngine:
                 max_tokens=max_new_tokens,
                 seed=_seed(seed, index),
                 logprobs=0,
-                stop_token_ids=[self._settings.stop],
+                stop_token_ids=self._settings.ends,
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,

@@ -19,7 +19,6 @@ from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.convert.hf_io import DTYPE_NAMES
 from mimo_megatron.errors import ConfigError, EngineError
-from mimo_megatron.rl.engine.engine_media import banned_tokens
 from mimo_megatron.rl.engine.vllm_wire import EngineSettings
 from mimo_megatron.rl.sync.buckets import Manifest, TensorEntry
 
@@ -109,8 +108,8 @@ def write_engine_folder(
         max_model_len=config.max_model_len,
         max_sequences=max_sequences,
         kv_cache_bytes=config.kv_cache_gib << 30,
-        banned=list(banned_tokens(model)),
-        stop=model.tokens.turn_end,
+        banned=list(model.tokens.never_sampled),
+        ends=list(model.tokens.ends),
         is_owned=is_owned,
     )
     path = folder / "settings.json"

@@ -146,8 +146,8 @@ class EngineSettings:
     kv_cache_bytes: int
     banned: list[int]
     """Tokens that are never sampled."""
-    stop: int
-    """The token that ends a response; it stays in the response."""
+    ends: list[int]
+    """The tokens that end a response; the one that does stays in it."""
     is_owned: bool
     """End when the trainer's connection ends; else close the gate and wait for another."""
 
