@@ -40,6 +40,31 @@ def on_policy_is_one_update_without_kl(rl: RLConfig, config: RunConfig) -> Itera
         yield f"rl.algorithm.kl_weight ({algorithm.kl_weight:g}) must be 0 with on-policy: set it to 0, or name=grpo"
 
 
+def evaluation_is_sampled_or_greedy(rl: RLConfig, config: RunConfig) -> Iterator[str]:
+    temperature = rl.evaluation.temperature
+    if temperature not in (0.0, 1.0):
+        yield (
+            f"rl.evaluation.temperature ({temperature:g}) must be 1 (the policy's mean reward) or 0 (its likeliest "
+            "answers): engines report log-probabilities of these alone"
+        )
+
+
+def the_divergence_is_from_a_start(rl: RLConfig, config: RunConfig) -> Iterator[str]:
+    if rl.algorithm.kl_weight and config.start_from is None:
+        yield (
+            f"rl.algorithm.kl_weight ({rl.algorithm.kl_weight:g}) measures from the weights of start_from, which is "
+            "null: set start_from, or kl_weight=0"
+        )
+
+
+def a_group_fits_an_engine(rl: RLConfig, config: RunConfig) -> Iterator[str]:
+    if rl.rollout.group_size > rl.rollout.max_sequences:
+        yield (
+            f"rl.rollout.group_size ({rl.rollout.group_size}) > max_sequences ({rl.rollout.max_sequences}): an engine "
+            "begins a group as a whole; raise max_sequences"
+        )
+
+
 def tasks_have_a_name_each(rl: RLConfig, config: RunConfig) -> Iterator[str]:
     for task, count in Counter(one.task for one in rl.prompts).items():
         if count > 1:
@@ -118,6 +143,9 @@ def evaluation_has_questions(rl: RLConfig, config: RunConfig) -> Iterator[str]:
 RL_RULES: tuple[RLRule, ...] = (
     the_policy_is_what_is_sampled,
     on_policy_is_one_update_without_kl,
+    evaluation_is_sampled_or_greedy,
+    the_divergence_is_from_a_start,
+    a_group_fits_an_engine,
     tasks_have_a_name_each,
     each_task_has_a_group_in_every_step,
     responses_fit,

@@ -15,7 +15,7 @@ from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.log import get_logger
 from mimo_megatron.reward.wire import ScoreItem, ScoreResult
-from mimo_megatron.rl.engine.protocol import GenerationRequest, SamplingEngine
+from mimo_megatron.rl.engine.protocol import GenerationRequest, ReadPrompt, SamplingEngine
 from mimo_megatron.rl.groups import RewardedGroup
 from mimo_megatron.rl.judging import Judging
 from mimo_megatron.rl.pool import QuestionPool
@@ -26,7 +26,6 @@ from mimo_megatron.types import EncodedSample, Rollout
 
 _POLL_SECONDS = 0.05
 _MEMORY_GROUPS = 50
-Read = Callable[[str], EncodedSample]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Sampler:
 
     engine: SamplingEngine
     judging: Judging
-    read: Read
-    """The prompt of a question, by its id."""
+    read: ReadPrompt
     tokenizer: TextTokenizer
     end_tokens: Collection[int]
     max_new_tokens: int

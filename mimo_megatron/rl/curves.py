@@ -75,7 +75,11 @@ class Curves:
         self._metrics.event(event, step, detail)
 
     def evaluated(self, step: int, rewards: Mapping[str, float]) -> None:
-        """``rewards``: mean held-out reward of each task."""
+        """``rewards``: mean held-out reward of each task; none where no response got one."""
+        if not rewards:
+            self._metrics.event("evaluation_without_rewards", step, "no held-out response got a reward")
+            get_logger().warning("after step %d no held-out response got a reward: look at the reward service", step)
+            return
         self._append(EVALUATIONS, {"step": step, "rewards": dict(rewards)})
         words = ", ".join(f"{task} {reward:.3f}" for task, reward in rewards.items())
         get_logger().info("held-out reward after step %d: %.3f (%s)", step, fmean(rewards.values()), words)

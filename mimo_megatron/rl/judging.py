@@ -2,7 +2,7 @@
 
 import queue
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -33,6 +33,11 @@ class Judging:
         self._thread.close()
 
     def ask(self, group: str, items: Sequence[ScoreItem]) -> None:
+        self._running = {
+            name: open_ones
+            for name, futures in self._running.items()
+            if (open_ones := [one for one in futures if not one.done()])
+        }
         self._running.setdefault(group, []).append(self._thread.begin(self._score(list(items))))
 
     def results(self, seconds: float) -> list[ScoreResult]:
@@ -63,7 +68,5 @@ class Judging:
         try:
             async for result in self._client.score(items):
                 self._results.put(result)
-        except CancelledError:
-            raise
         except Exception as error:
             self._results.put(error)  # raised where the results are read

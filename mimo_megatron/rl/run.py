@@ -19,7 +19,7 @@ from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.rl.collect import Collected, Collector, Sampler, evaluate
 from mimo_megatron.rl.curves import Curves
-from mimo_megatron.rl.engine.protocol import RolloutEngine
+from mimo_megatron.rl.engine.protocol import ReadPrompt, RolloutEngine
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
 from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.questions import Question, encode_question
@@ -100,7 +100,7 @@ class Run:
     publisher: Publisher
     engines: SeveralEngines | None
     """This rank's; of vLLM all are rank 0's."""
-    read: Callable[[str], EncodedSample]
+    read: ReadPrompt
     canary: Sequence[EncodedSample]
     reference: Sequence[VisionLanguageModel] | None
     watchdog: Watchdog

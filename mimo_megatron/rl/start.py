@@ -32,7 +32,6 @@ from mimo_megatron.rl.questions import Question, QuestionReader
 from mimo_megatron.rl.reward_processes import RewardProcesses
 from mimo_megatron.rl.run import Head, Reader, Run
 from mimo_megatron.rl.scheduler.rates import PassRates
-from mimo_megatron.rl.sync.canary import canary_samples
 from mimo_megatron.rl.sync.publisher import Publisher, Readers
 from mimo_megatron.train.metrics import MetricsWriter
 from mimo_megatron.train.run_folder import RunFolder
@@ -131,14 +130,15 @@ def _named(name: str, question: Question) -> Question:
 
 
 def _canary(questions: Questions, reader: Reader) -> list[EncodedSample]:
-    """The first prompt of each kind of media that can be read and fits."""
+    """The first prompt of text alone, and the first that begins with each kind of media, of those that can be read and
+    fit."""
     found: dict[tuple[str, ...], EncodedSample] = {}
     for one in chain(*questions.values()):
         kind = tuple(ref.kind for ref in one.raw.media[:1])
         if kind not in found:
             with suppress(SampleError):  # it is left out when it is drawn, and counted
                 found[kind] = reader.read(one.id)
-    return canary_samples(list(found.values()))
+    return list(found.values())
 
 
 def _publisher(config: RunConfig, rl: RLConfig, trainer: Trainer) -> Publisher:

@@ -26,12 +26,10 @@ from mimo_megatron.model.local_pack import LocalPack
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Axis, Mesh
+from mimo_megatron.rl.engine.protocol import ReadPrompt
 from mimo_megatron.rl.groups import PolicyRow, RewardedGroup, policy_rows, policy_sample
 from mimo_megatron.train.step import StepResult, Trainer, local_packs, train_step
 from mimo_megatron.types import EncodedSample, PackedBatch
-
-Read = Callable[[str], EncodedSample]
-"""The prompt of a question, by its id."""
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,17 @@ class PolicyLoss:
 
 
 def allowed(logits_RV: Tensor, tokens: SpecialTokens, tp: Axis) -> Tensor:
-    """The policy is the distribution that engines sample from: tokens that only prompts hold have no part in it."""
+    """The policy is the distribution that engines sample from: tokens that only prompts hold have no part in it.
+    In place: a copy would be of the logits' size."""
     first = tp.rank * logits_RV.shape[-1]
     local = [token - first for token in tokens.never_sampled if 0 <= token - first < logits_RV.shape[-1]]
-    return logits_RV.index_fill(-1, torch.tensor(local, dtype=torch.int64, device=logits_RV.device), -torch.inf)
+    return logits_RV.index_fill_(-1, torch.tensor(local, dtype=torch.int64, device=logits_RV.device), -torch.inf)
 
 
 def update_policy(
     trainer: Trainer,
     groups: Sequence[RewardedGroup],
-    read: Read,
+    read: ReadPrompt,
     step: int,
     rate_factor: float,
     reference: Sequence[VisionLanguageModel] | None = None,
@@ -151,7 +150,7 @@ def update_policy(
     )
 
 
-def rollout_packs(trainer: Trainer, rows: Sequence[PolicyRow], read: Read) -> list[PackedBatch]:
+def rollout_packs(trainer: Trainer, rows: Sequence[PolicyRow], read: ReadPrompt) -> list[PackedBatch]:
     """This data-parallel rank's packs of the rows: the same in number on all of them, the last ones perhaps empty."""
     config, mesh = trainer.config, trainer.mesh
     tokens, patches = ([getattr(row, name) for row in rows] for name in ("num_tokens", "num_patches"))

@@ -18,7 +18,10 @@ from tests.unit.test_config import failed, rl_recipe
         ("the_policy_is_what_is_sampled", ["rl.rollout.temperature=0.9"]),
         ("the_policy_is_what_is_sampled", ["rl.rollout.top_p=0.95", "rl.algorithm.name=grpo"]),
         ("on_policy_is_one_update_without_kl", ["rl.algorithm.updates_per_batch=2"]),
-        ("on_policy_is_one_update_without_kl", ["rl.algorithm.kl_weight=0.01"]),
+        ("on_policy_is_one_update_without_kl", ["rl.algorithm.kl_weight=0.01", "start_from=a"]),
+        ("evaluation_is_sampled_or_greedy", ["rl.evaluation.temperature=0.5"]),
+        ("the_divergence_is_from_a_start", ["rl.algorithm={name: grpo, kl_weight: 0.01}"]),
+        ("a_group_fits_an_engine", ["rl.rollout.group_size=65"]),
         ("tasks_have_a_name_each", ["rl.prompts.0.task=chat"]),
         ("each_task_has_a_group_in_every_step", ["rl.prompts.1.ratio=3.1"]),
         ("responses_fit", ["rl.rollout.max_new_tokens=512"]),
@@ -44,7 +47,7 @@ def test_each_rule_of_rl_fires_alone(tmp_path: Path, rule: str, overrides: list[
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rl.algorithm={name: grpo, updates_per_batch: 4, kl_weight: 0.01}"],
+        ["rl.algorithm={name: grpo, updates_per_batch: 4, kl_weight: 0.01}", "start_from=a"],
         ["rl.rollout.engine=vllm", "rl.vllm.python=.vllm-env/bin/python"],
         ["rl.reward={url: 'http://localhost:8100', text_model: null}"],
         ["rl.evaluation.every_steps=5", "rl.prompts.0.held_out=c.jsonl"],

@@ -122,6 +122,11 @@ def test_a_prompt_that_does_not_fit_is_refused_and_never_cut():
         engine.submit(ask("many", TEXT, 5, most=2))
 
 
+def test_a_temperature_that_is_neither_sampling_nor_greedy_is_refused():
+    with pytest.raises(EngineError, match=r"temperature 0\.5"):
+        engine_with(WEIGHTS).submit(ask("warm", TEXT, temperature=0.5))
+
+
 def test_a_response_ends_with_the_end_token_or_by_length():
     engine = engine_with(WEIGHTS)
     engine.submit(ask("some", TEXT, 16, most=200))

@@ -86,6 +86,11 @@ class EmbeddedEngine:
     def submit(self, request: GenerationRequest) -> None:
         if self._version is None:
             raise EngineError(f"request {request.id!r}: the gate is closed; finish the update of the weights first")
+        if request.temperature not in (0.0, 1.0):
+            raise EngineError(
+                f"request {request.id!r}: temperature {request.temperature:g} would sample another policy than the one "
+                "whose log-probabilities are reported; only 1 and, for evaluation, 0 are taken"
+            )
         num_tokens = request.prompt.num_tokens + request.max_new_tokens
         if num_tokens > self._max_tokens or request.num_responses > self._max_sequences:
             raise EngineError(

@@ -9,7 +9,7 @@ An engine samples responses to groups of equal requests from one policy version.
 * Placeholders of images and videos, and all tokens that only a prompt may hold, are never sampled.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest
 from mimo_megatron.types import EncodedSample, Rollout
+
+ReadPrompt = Callable[[str], EncodedSample]
+"""The prompt of a question, by its id. ``SampleError`` where it cannot be read, or does not fit."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch.distributed as dist
 
-from mimo_megatron.rl.engine.protocol import GenerationRequest, SamplingEngine
+from mimo_megatron.rl.engine.protocol import GenerationRequest, ReadPrompt, SamplingEngine
 from mimo_megatron.types import EncodedSample, Rollout
 
 _NO_PROMPT = EncodedSample("", np.zeros(0, np.int64), np.zeros(0, np.bool_))
 _SLICE_SECONDS = 0.1
-Read = Callable[[str], EncodedSample]
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class _Orders:
 class Rounds:
     """Every rank's end. Objects travel over a gloo group of their own, which CUDA's queues do not hold up."""
 
-    def __init__(self, local: SamplingEngine | None, read: Read, at_round: Callable[[], None]) -> None:
+    def __init__(self, local: SamplingEngine | None, read: ReadPrompt, at_round: Callable[[], None]) -> None:
         self._local, self._read, self._at_round = local, read, at_round
         self._group = dist.new_group(backend="gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         has: list[bool] = [False] * self.size
         dist.all_gather_object(has, local is not None, group=self._group)
+        self.is_over = False
+        """Whether the last round said that the batch is complete."""
         self.ranks_with_engine = [rank for rank in range(self.size) if has[rank]]
 
     def play(self, orders: _Orders) -> list[Rollout]:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import select
 import socket
+import subprocess
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -265,7 +266,7 @@ class VllmEngine:
         self._version = None
         if self._process is None:
             return EngineLostError(f"{what}; look at its log, and start another")
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.popen.wait(1.0)
         code = self._process.popen.poll()
         state = "still runs" if code is None else f"ended with code {code}"

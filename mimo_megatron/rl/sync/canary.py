@@ -78,11 +78,3 @@ def compare(
             )
         gaps.append(gap)
     return gaps
-
-
-def canary_samples(prompts: Sequence[EncodedSample]) -> list[EncodedSample]:
-    """The first prompt of text alone and the first with each kind of media: what the two sides must agree on."""
-    kinds: dict[str, EncodedSample] = {}
-    for prompt in prompts:
-        kinds.setdefault(prompt.media[0].kind if prompt.media else "text", prompt)
-    return list(kinds.values())
