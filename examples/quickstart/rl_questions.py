@@ -4,7 +4,7 @@ Held-out questions are about digits and photographs of the share that no model h
 divided by a hash of their text, so that reinforcement learning never asks what it is evaluated on. Each file is what
 `mimo-megatron rl` and `mimo-megatron rewards check` read.
 
-    python -m examples.quickstart.rl_questions OUT [--train 400] [--held-out 100] [--tasks math box ...]
+    python -m examples.quickstart.rl_questions OUT [--train 1000] [--held-out 200] [--tasks math box ...]
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    "math": Kind("math", TEXT, words=("Add ", "Subtract ")),
+    "math": Kind("math", TEXT, words=("Add ", "Subtract ", "How many digits")),
     "box": Kind("box", PICTURES, "locate"),
     "point": Kind("point", PICTURES, "point"),
     "count": Kind("count", COUNTED, "count"),
@@ -185,8 +185,8 @@ def _meta(reward: Task, sample: DemoSample) -> Meta:
 def main() -> None:
     parser = argparse.ArgumentParser(description="The demo's questions for reinforcement learning.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=400, help="training questions of each task")
-    parser.add_argument("--held-out", type=int, default=100, help="held-out questions of each task")
+    parser.add_argument("--train", type=int, default=1000, help="training questions of each task")
+    parser.add_argument("--held-out", type=int, default=200, help="held-out questions of each task")
     parser.add_argument("--tasks", nargs="*", default=list(KINDS), choices=list(KINDS))
     given = parser.parse_args()
     build(given.out, given.train, given.held_out, given.tasks)
