@@ -40,6 +40,8 @@ class EngineError(MimoError):
 class EngineLostError(EngineError):
     """An engine's process is gone, or says nothing any more; another one can do what it was asked."""
 
+    exit_code = 77
+
 
 class SyncError(EngineError):
     """Weights that did not reach an engine as they left the trainer."""

@@ -1,6 +1,6 @@
 """For tests of rollouts: weights by Hugging Face's names, engines that hold them, and prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.convert.families import rules_for
 from mimo_megatron.rl.engine.embedded import EmbeddedEngine
 from mimo_megatron.rl.engine.protocol import GenerationRequest, RolloutEngine
+from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.sync.buckets import Manifest, entry_of, pack
 from mimo_megatron.types import EncodedSample, Rollout
 from tests.samples import random_media, random_sample, tiny_model
@@ -71,3 +72,13 @@ def finished(engine: RolloutEngine) -> dict[tuple[str, int], Rollout]:
 def with_response(prompt: EncodedSample, rollout: Rollout) -> EncodedSample:
     token_ids_T = np.concatenate([prompt.token_ids_T, rollout.token_ids_T])
     return EncodedSample(prompt.id, token_ids_T, np.ones(len(token_ids_T), np.bool_), prompt.media)
+
+
+def no_other() -> RolloutEngine:
+    raise AssertionError("no engine was lost")
+
+
+def several_of(engines: Sequence[RolloutEngine], another: Callable[[], RolloutEngine]) -> SeveralEngines:
+    """These as one, and ``another`` in the place of each that is lost."""
+    ready = list(engines)
+    return SeveralEngines(lambda _: ready.pop(0) if ready else another(), len(engines))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mimo_megatron.cli.verb import Arguments, Values, Verb, add_layout, count
+from mimo_megatron.cli.verb import Arguments, Values, Verb, add_layout, add_parent, count, mind_parent
 
 
 def _evaluate_arguments(parser: Arguments) -> None:
@@ -47,9 +47,12 @@ def _serve_arguments(parser: Arguments) -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer (default: the checkpoint's own)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--pack-tokens", type=count, default=8192, help="slots of a pack (default 8192)")
+    add_parent(parser)
 
 
 def _serve(values: Values) -> int:
+    mind_parent(values)
+
     from mimo_megatron.reward.service.settings import read_token
     from mimo_megatron.reward_model.server import serve_reward_model
     from mimo_megatron.train.start import read_encoding

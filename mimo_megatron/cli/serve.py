@@ -1,8 +1,12 @@
-"""The verb that serves rewards."""
+"""Verbs that serve rewards, and what a trainer uses on other machines."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mimo_megatron.cli.verb import Arguments, Values, Verb, count
+from mimo_megatron.cli.verb import Arguments, Values, Verb, add_parent, add_recipe, count, mind_parent
+
+if TYPE_CHECKING:
+    from mimo_megatron.config.run import RunConfig
 
 
 def _rewards_arguments(parser: Arguments) -> None:
@@ -23,6 +27,7 @@ def _rewards_arguments(parser: Arguments) -> None:
         help="a replica that vLLM serves, and its mu and tau; repeatable",
     )  # fmt: skip
     parser.add_argument("--reward-model-token-file", type=Path, help="a file with the token that replicas ask for")
+    add_parent(parser)
 
 
 def _rewards(values: Values) -> int:
@@ -35,6 +40,7 @@ def _rewards(values: Values) -> int:
     from mimo_megatron.reward.service.worker import Limits
 
     log.set_up()
+    mind_parent(values)
     workers = values.workers or len(os.sched_getaffinity(0))
     token = read_token(values.reward_model_token_file) if values.reward_model_token_file else None
     models = [model_spec(text, False, token) for text in values.reward_model]
@@ -53,4 +59,54 @@ def _rewards(values: Values) -> int:
     return 0
 
 
-VERBS = (Verb("serve-rewards", "judge responses over HTTP: rules, and reward models", _rewards_arguments, _rewards),)
+def _for_rl_arguments(parser: Arguments) -> None:
+    add_recipe(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address of this machine for the trainer's (default: none)")
+
+
+def _rl_config(values: Values, key: str) -> "RunConfig":
+    """The recipe; ``ConfigError`` where it does not name the folder ``rl.KEY.folder``."""
+    from mimo_megatron import log
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.errors import ConfigError
+
+    config = load_recipe(values.recipe, values.overrides)
+    if config.rl is None or getattr(config.rl, key).folder is None:
+        raise ConfigError(
+            f"{values.recipe} has no rl.{key}.folder, in which this is announced to the trainer: give one that both "
+            f"machines share, to both, such as rl.{key}.folder=runs/services"
+        )
+    log.set_up()
+    return config
+
+
+def _engine(values: Values) -> int:
+    config = _rl_config(values, "vllm")
+
+    from mimo_megatron.rl.engine.elsewhere import keep_engine
+    from mimo_megatron.train.step import DTYPES
+
+    assert config.rl is not None
+    keep_engine(
+        config.model, config.data, config.rl.vllm, values.host,
+        dtype=DTYPES[config.train.precision], max_sequences=config.rl.rollout.max_sequences,
+    )  # fmt: skip
+    return 0
+
+
+def _rl_rewards(values: Values) -> int:
+    config = _rl_config(values, "reward")
+
+    from mimo_megatron.rl.reward_processes import keep_rewards
+    from mimo_megatron.rl.start import MEDIA
+
+    assert config.rl is not None
+    keep_rewards(config.rl.reward, config.dir / "rewards", values.host, image_root=config.dir / MEDIA)
+    return 0
+
+
+VERBS = (
+    Verb("serve-rewards", "judge responses over HTTP: rules, and reward models", _rewards_arguments, _rewards),
+    Verb("serve-rl-engine", "keep a vLLM alive for a recipe's trainer elsewhere", _for_rl_arguments, _engine),
+    Verb("serve-rl-rewards", "keep a recipe's rewards alive for its trainer elsewhere", _for_rl_arguments, _rl_rewards),
+)

@@ -33,6 +33,17 @@ def add_recipe(parser: Arguments) -> None:
     )
 
 
+def add_parent(parser: Arguments) -> None:
+    parser.add_argument("--parent", type=int, metavar="PID", help="the process that started this one, and that ends it")
+
+
+def mind_parent(values: Values) -> None:
+    if values.parent is not None:
+        from mimo_megatron.train.signals import end_with_parent
+
+        end_with_parent(values.parent)
+
+
 def add_layout(parser: Arguments) -> None:
     """A checkpoint and the layout in which it is used."""
     parser.add_argument("checkpoint", type=Path, help="a checkpoint of ours, or a Hugging Face folder")

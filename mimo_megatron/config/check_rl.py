@@ -96,11 +96,16 @@ def responses_fit(rl: RLConfig, config: RunConfig) -> Iterator[str]:
 
 
 def vllm_is_found(rl: RLConfig, config: RunConfig) -> Iterator[str]:
-    if rl.rollout.engine == "vllm" and rl.vllm.python is None:
+    if rl.rollout.engine == "vllm" and rl.vllm.python is None and rl.vllm.folder is None:
         yield (
             "rl.rollout.engine is vllm, but rl.vllm.python is not given: `make vllm-env` makes an environment; set "
-            "rl.vllm.python=.vllm-env/bin/python"
+            "rl.vllm.python=.vllm-env/bin/python, or rl.vllm.folder to use engines that run elsewhere"
         )
+
+
+def one_service_judges(rl: RLConfig, config: RunConfig) -> Iterator[str]:
+    if rl.reward.url is not None and rl.reward.folder is not None:
+        yield "rl.reward has both url and folder: give the one that names the service"
 
 
 def reward_models_are_found(rl: RLConfig, config: RunConfig) -> Iterator[str]:
@@ -150,6 +155,7 @@ RL_RULES: tuple[RLRule, ...] = (
     each_task_has_a_group_in_every_step,
     responses_fit,
     vllm_is_found,
+    one_service_judges,
     reward_models_are_found,
     the_policy_writes_text,
     no_prediction_layers,

@@ -74,16 +74,22 @@ class VllmConfig(Strict):
     """Where vLLM runs. Its Python is its own: vLLM and the trainer want other versions of the same packages."""
 
     python: Path | None = Field(None, description="Python of an environment with vLLM; `make vllm-env` makes one.")
-    engines: int = Field(1, ge=1, description="Engines started on this machine.")
+    engines: int = Field(1, ge=1, description="Engines, started on this machine where folder is null.")
+    folder: Path | None = Field(
+        None, description="Where engines on other machines announce themselves: those of `serve-rl-engine`."
+    )
     kv_cache_gib: int = Field(1, gt=0, description="Memory of an engine's key-value cache.")
     max_model_len: int = Field(4096, gt=0, description="Longest prompt with its response, in tokens.")
 
 
 class RewardConfig(Strict):
-    """Who judges. Without a url a service is started on this machine for as long as the run."""
+    """Who judges. Without url and folder a service is started on this machine for as long as the run."""
 
     url: str | None = Field(None, description="Address of a running `serve-rewards`.")
     token_file: Path | None = Field(None, description="A file with the service's bearer token.")
+    folder: Path | None = Field(
+        None, description="Where a service on another machine announces itself: that of `serve-rl-rewards`."
+    )
     text_model: Path | None = Field(None, description="Checkpoint of the reward model of the task rm_text.")
     multimodal_model: Path | None = Field(None, description="Checkpoint of the reward model of the task rm_multimodal.")
     deadline_seconds: float = Field(300.0, gt=0, description="A response without a verdict by then has no reward.")

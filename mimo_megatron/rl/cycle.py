@@ -45,5 +45,5 @@ def cycle(run: Run, first_step: int) -> int:
 def sync(run: Run, step: int) -> None:
     """The weights after ``step`` become the engines' policy, which is named after the step."""
     run.watch(step, "sync")
-    published = publish(run.trainer, run.publisher, run.live_engines(), step, run.canary, run.rl.sync)
+    published = publish(run.trainer, run.publisher, run.engines, step, run.canary, run.rl.sync)
     run.version, run.gaps = published.version, published.gaps

@@ -1,21 +1,30 @@
-"""A reward service and its reward models on this machine, for as long as the run: started, watched, replaced."""
+"""A reward service and its reward models on this machine: started, watched, replaced. For a run of this machine, or,
+announced in a folder that machines share, for one of another (`mimo-megatron serve-rl-rewards`)."""
 
 import json
+import os
 import secrets
 import select
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from mimo_megatron.config.rl import RewardConfig
 from mimo_megatron.errors import RewardError
 from mimo_megatron.log import get_logger
+from mimo_megatron.rl.announcements import announced, read_announcement
+from mimo_megatron.train.signals import StopWish
 
+ANNOUNCEMENT = "rewards.json"
+KEYS = ("url", "token")
 _START_SECONDS = 180.0
+_PATIENCE_SECONDS = 600.0
 _FRAME = str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))
 """Of the box that the command line puts around an error."""
 _WATCH_SECONDS = 0.5
@@ -36,6 +45,7 @@ class _Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mimo_megatron.cli", *self.arguments, "--port", str(self.port)]
+        command += ["--parent", str(os.getpid())]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         self.num_starts += 1
@@ -65,13 +75,17 @@ class RewardProcesses:
     so that those who wait for an answer get it."""
 
     def __init__(
-        self, models: Mapping[str, Path], folder: Path, *, image_root: Path | None = None, tokenizer: Path | None = None
-    ) -> None:
-        self._folder, self._image_root, self._tokenizer = folder, image_root, tokenizer
-        self._models = models
+        self, reward: RewardConfig, folder: Path, *, image_root: Path | None = None, host: str = "127.0.0.1",
+        port: int = 0, token: str | None = None,
+    ) -> None:  # fmt: skip
+        """The service is at ``host`` and ``port`` (0: any that is free); its models are for this machine alone."""
+        models = {"text": reward.text_model, "multimodal": reward.multimodal_model}
+        self._models = {kind: checkpoint for kind, checkpoint in models.items() if checkpoint is not None}
+        self._folder, self._image_root = folder, image_root
+        self._host, self._port = host, port
         self._is_over = threading.Event()
         self._servers: list[_Server] = []
-        self.token = secrets.token_hex(16)
+        self.token = token or secrets.token_hex(16)
 
     @property
     def url(self) -> str:
@@ -98,7 +112,8 @@ class RewardProcesses:
                 for word in ("--reward-model", f"{kind}={server.url}")
             ]
             credentials = ["--token-file", str(token_file), "--reward-model-token-file", str(token_file)]
-            self._begin("reward-service", ["serve-rewards", *replicas, *credentials])
+            words = ["serve-rewards", *replicas, *credentials, "--host", self._host]
+            self._begin("reward-service", words, self._port)
         except BaseException:
             self._stop()
             raise
@@ -111,8 +126,8 @@ class RewardProcesses:
         self._watching.join()
         self._stop()
 
-    def _begin(self, name: str, words: Sequence[str]) -> None:
-        server = _Server(name, list(words), self._folder / f"{name}.log")
+    def _begin(self, name: str, words: Sequence[str], port: int = 0) -> None:
+        server = _Server(name, list(words), self._folder / f"{name}.log", port)
         self._servers.append(server)
         server.start()
 
@@ -129,3 +144,35 @@ class RewardProcesses:
     def _stop(self) -> None:
         for server in reversed(self._servers):
             server.stop()
+
+
+def keep_rewards(reward: RewardConfig, folder: Path, host: str, *, image_root: Path) -> None:
+    """Serve the recipe's rewards at ``host``, announced in ``reward.folder``, until SIGTERM. A keeper that was killed
+    goes on at the address and with the token of the announcement that it left, so that a trainer finds it again."""
+    assert reward.folder is not None
+    before = read_announcement(reward.folder / ANNOUNCEMENT, KEYS)
+    port, token = 0, None
+    if before is not None and before["url"].startswith(f"http://{host}:"):
+        port, token = int(before["url"].rpartition(":")[2]), before["token"]
+    with (
+        StopWish() as wish,
+        RewardProcesses(reward, folder, image_root=image_root, host=host, port=port, token=token) as processes,
+    ):
+        content = {"url": processes.url, "token": processes.token}
+        with announced(reward.folder, ANNOUNCEMENT, content):
+            get_logger().info("rewards at %s, announced in %s", processes.url, reward.folder)
+            while not wish.name:
+                time.sleep(_WATCH_SECONDS)
+
+
+def announced_service(folder: Path) -> tuple[str, str]:
+    """Address and token of the service that is announced there, waited for. ``RewardError`` where there is none."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (found := read_announcement(folder / ANNOUNCEMENT, KEYS)) is None:
+        if time.monotonic() > deadline:
+            raise RewardError(
+                f"no service is announced in {folder}: start one with `mimo-megatron serve-rl-rewards`, or look at its "
+                "log"
+            )
+        time.sleep(_WATCH_SECONDS)
+    return found["url"], found["token"]

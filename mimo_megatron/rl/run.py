@@ -19,7 +19,7 @@ from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.rl.collect import Collected, Collector, Sampler, evaluate
 from mimo_megatron.rl.curves import Curves
-from mimo_megatron.rl.engine.protocol import ReadPrompt, RolloutEngine
+from mimo_megatron.rl.engine.protocol import ReadPrompt
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
 from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.questions import Question, encode_question
@@ -122,13 +122,6 @@ class Run:
 
     def at_optimizer(self, step: int) -> Callable[[], None]:
         return partial(self.watchdog.at, step, "optimizer")
-
-    def live_engines(self) -> Sequence[RolloutEngine]:
-        """This rank's, with another in the place of each that was lost."""
-        if self.engines is None:
-            return ()
-        self.engines.mend()
-        return self.engines.engines
 
     def rollout(self, step: int) -> Collected | None:
         """The step's batch, on every rank; None on all of them where a signal asked rank 0 to stop."""

@@ -21,6 +21,7 @@ from mimo_megatron.reward.service.settings import read_token
 from mimo_megatron.rl.collect import Collector, Sampler
 from mimo_megatron.rl.curves import Curves
 from mimo_megatron.rl.cycle import cycle
+from mimo_megatron.rl.engine.elsewhere import AnnouncedEngines
 from mimo_megatron.rl.engine.embedded import EmbeddedEngine
 from mimo_megatron.rl.engine.protocol import RolloutEngine
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
@@ -29,7 +30,7 @@ from mimo_megatron.rl.engine.vllm import VllmEngine
 from mimo_megatron.rl.judging import Judging
 from mimo_megatron.rl.pool import QuestionPool, quotas
 from mimo_megatron.rl.questions import Question, QuestionReader
-from mimo_megatron.rl.reward_processes import RewardProcesses
+from mimo_megatron.rl.reward_processes import RewardProcesses, announced_service
 from mimo_megatron.rl.run import Head, Reader, Run
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.rl.sync.publisher import Publisher, Readers
@@ -149,7 +150,7 @@ def _publisher(config: RunConfig, rl: RLConfig, trainer: Trainer) -> Publisher:
 def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, rank: int, stack: ExitStack) -> SeveralEngines | None:
     """This rank's: the embedded engine on every rank, vLLM's on rank 0."""
 
-    def embedded() -> RolloutEngine:
+    def embedded(_: float) -> RolloutEngine:
         return EmbeddedEngine(
             config.model,
             max_sequences=rl.rollout.max_sequences,
@@ -158,14 +159,18 @@ def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, rank: int, stack
             device=trainer.device,
         )
 
-    def vllm() -> RolloutEngine:
+    def vllm(_: float) -> RolloutEngine:
         dtype = DTYPES[config.train.precision]
         return VllmEngine.start(config.model, config.data, rl.vllm, dtype=dtype, max_sequences=rl.rollout.max_sequences)
 
     if rl.rollout.engine == "vllm" and rank:
         return None
-    begin, number = (embedded, 1) if rl.rollout.engine == "embedded" else (vllm, rl.vllm.engines)
-    engines = SeveralEngines([begin() for _ in range(number)], begin)
+    if rl.rollout.engine == "embedded":
+        engines = SeveralEngines(embedded, 1)
+    elif rl.vllm.folder is None:
+        engines = SeveralEngines(vllm, rl.vllm.engines)
+    else:
+        engines = SeveralEngines(AnnouncedEngines(config.model, rl.vllm.folder).take, rl.vllm.engines)
     stack.callback(engines.close)
     return engines
 
@@ -219,10 +224,10 @@ def _head(
 def _judging(rl: RLConfig, folder: Path, stack: ExitStack) -> Judging:
     """Rewards from the recipe's service, or from one of this run's own."""
     reward = rl.reward
+    if reward.folder is not None:
+        return Judging(*announced_service(reward.folder), reward.deadline_seconds)
     if reward.url is not None:
         token = read_token(reward.token_file) if reward.token_file is not None else None
         return Judging(reward.url, token, reward.deadline_seconds)
-    models = {"text": reward.text_model, "multimodal": reward.multimodal_model}
-    named = {kind: path for kind, path in models.items() if path is not None}
-    processes = stack.enter_context(RewardProcesses(named, folder / "rewards", image_root=folder / MEDIA))
+    processes = stack.enter_context(RewardProcesses(reward, folder / "rewards", image_root=folder / MEDIA))
     return Judging(processes.url, processes.token, reward.deadline_seconds)

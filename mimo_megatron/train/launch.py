@@ -1,8 +1,10 @@
-"""Run a rank function on N local ranks by forking, for one machine without torchrun."""
+"""Run a rank function on N local ranks by forking, for one machine without torchrun; or on this rank of torchrun's."""
 
+import argparse
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +15,15 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mimo_megatron.errors import HungError, Interrupted, MimoError, NonFiniteError
+from mimo_megatron.config.load import load_recipe
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.errors import EngineLostError, HungError, Interrupted, MimoError, NonFiniteError
 from mimo_megatron.mcore.boot import RankAddress
-from mimo_megatron.train.signals import SIGNALS
+from mimo_megatron.train.signals import SIGNALS, end_with_parent
 
 _GRACE_SECONDS = 5.0
 """For the other ranks to end by themselves after one has ended with an error; then SIGTERM, then SIGKILL."""
-_BY_EXIT_CODE = {kind.exit_code: kind for kind in (MimoError, NonFiniteError, Interrupted)}
+_BY_EXIT_CODE = {kind.exit_code: kind for kind in (MimoError, NonFiniteError, Interrupted, EngineLostError)}
 
 
 def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
@@ -35,7 +39,7 @@ def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
             _enter,
-            args=(num_ranks, Path(folder), threads, body, args),
+            args=(os.getpid(), num_ranks, Path(folder), threads, body, args),
             nprocs=num_ranks,
             join=False,
             start_method="fork",
@@ -83,9 +87,12 @@ def _passing_signals_on(pids: list[int]) -> Iterator[list[int]]:
 
 
 def _enter(
-    rank: int, num_ranks: int, folder: Path, threads: int, body: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, parent: int, num_ranks: int, folder: Path, threads: int, body: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(threads)  # first: a forked child hangs in the parent's OpenMP pool otherwise
+    end_with_parent(parent, signal.SIGKILL)  # ranks that outlive a killed launcher would write beside the next start's
+    torch.set_num_threads(
+        threads
+    )  # before anything computes: a forked child hangs in the parent's OpenMP pool otherwise
     try:
         body(RankAddress(rank, num_ranks, rank, f"file://{folder / 'rendezvous'}"), *args)
     except MimoError as error:
@@ -94,3 +101,18 @@ def _enter(
             f"{code if code in _BY_EXIT_CODE else MimoError.exit_code}\n{error}"
         )
         os._exit(code)  # no collective is issued after an error
+
+
+def run_torchrun(body: Callable[[RankAddress, RunConfig], None], description: str | None) -> int:
+    """The main function of a script under torchrun: ``body`` on this rank, with the recipe that the command line names.
+    The exit code."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    try:
+        body(RankAddress.from_environment(), load_recipe(options.recipe, options.overrides))
+    except MimoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -2,18 +2,20 @@
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from mimo_megatron.config.rl import SyncConfig
 from mimo_megatron.config.run import ParallelConfig
-from mimo_megatron.errors import EngineError, SyncError
+from mimo_megatron.errors import EngineError, EngineLostError, SyncError
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.rl.engine.embedded import EmbeddedEngine
+from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.publish import Published, publish
 from mimo_megatron.rl.sync.buckets import Bucket
 from mimo_megatron.rl.sync.publisher import Publisher
 from mimo_megatron.train.step import Trainer, build_trainer
 from tests.harness import run_ranks
-from tests.rl_fixtures import MODEL, ask, empty_engine, prompts
+from tests.rl_fixtures import MODEL, ask, empty_engine, no_other, prompts, several_of
 from tests.samples import run_config
 
 LAYOUTS = {
@@ -63,6 +65,17 @@ class Misplaced(EmbeddedEngine):
         up.copy_(kept)
 
 
+class Mortal(EmbeddedEngine):
+    """Is lost at the second bucket of version ``last_version``."""
+
+    last_version = -1
+
+    def receive(self, bucket: Bucket) -> None:
+        if bucket.number == 1 and self._next_version == self.last_version:
+            raise EngineLostError("the process is gone")
+        super().receive(bucket)
+
+
 def scale_weights(trainer: Trainer, factor: float) -> None:
     with torch.no_grad():
         for chunk in trainer.bare_chunks:
@@ -85,9 +98,10 @@ def published(address: RankAddress, layout: dict) -> tuple[list[Published], list
     with megatron(ParallelConfig(**layout), address) as mesh:
         trainer = trainer_of(address, layout, mesh)
         publisher, engine = Publisher(trainer.bare_chunks, MODEL, mesh, BUCKET), empty_engine()
-        first = publish(trainer, publisher, [engine], 1, prompts(), LIMITS)
+        engines = several_of([engine], no_other)
+        first = publish(trainer, publisher, engines, 1, prompts(), LIMITS)
         scale_weights(trainer, 1.1)
-        second = publish(trainer, publisher, [engine], 2, prompts(), LIMITS)
+        second = publish(trainer, publisher, engines, 2, prompts(), LIMITS)
         engine.submit(ask("one", prompts()[1], temperature=0.0))
         (rollout,) = [one for _ in range(20) for one in engine.poll(0.1)]
         assert (rollout.versions_T == 2).all()
@@ -110,13 +124,14 @@ def with_fault(address: RankAddress, kind: type[EmbeddedEngine], num_times: int)
         trainer = trainer_of(address, {}, mesh)
         publisher = Publisher(trainer.bare_chunks, MODEL, mesh, BUCKET)
         engine = engine_of(kind if address.rank == 0 else EmbeddedEngine)
-        publish(trainer, publisher, [engine], 1, prompts(), LIMITS)
+        engines = several_of([engine], no_other)
+        publish(trainer, publisher, engines, 1, prompts(), LIMITS)
         scale_weights(trainer, 1.3)
         if isinstance(engine, Damaged):
             engine.num_times = num_times
         said = []
         for attempt in (
-            lambda: publish(trainer, publisher, [engine], 2, prompts(), LIMITS),
+            lambda: publish(trainer, publisher, engines, 2, prompts(), LIMITS),
             lambda: engine.submit(ask("one", prompts()[0])),
         ):
             try:
@@ -142,3 +157,31 @@ def test_the_canary_stops_what_checksums_cannot_see(kind):
     for published, asked in run_ranks(with_fault, 2, kind, 0):
         assert "engine and trainer differ" in published and "Nothing was sampled" in published
         assert "the gate is closed" in asked
+
+
+def with_loss(address: RankAddress, are_all_mortal: bool) -> tuple[list[int | None], int]:
+    """Policy versions of this rank's two engines after an update in which rank 0 lost one, and how many it had."""
+    with megatron(ParallelConfig(), address) as mesh:
+        trainer = trainer_of(address, {}, mesh)
+        publisher = Publisher(trainer.bare_chunks, MODEL, mesh, BUCKET)
+        begun = []
+
+        def begin(_: float) -> EmbeddedEngine:
+            engine = engine_of(Mortal)
+            engine.last_version = 2 if address.rank == 0 and (are_all_mortal or not begun) else -1
+            begun.append(engine)
+            return engine
+
+        engines = SeveralEngines(begin, 2)
+        for version in (1, 2):
+            publish(trainer, publisher, engines, version, prompts(), LIMITS)
+        return [one.policy_version for one in engines.engines], len(begun)
+
+
+def test_an_engine_lost_during_an_update_is_replaced_in_the_same_update():
+    assert run_ranks(with_loss, 2, False) == [([2, 2], 3), ([2, 2], 2)]
+
+
+def test_engines_that_are_lost_at_every_attempt_end_the_run():
+    with pytest.raises(ProcessRaisedException, match="engines end whenever policy version 2 is sent to them"):
+        run_ranks(with_loss, 1, True)

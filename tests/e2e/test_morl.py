@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -83,9 +84,9 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def begun(path: Path, until: str, seconds: float = 120) -> subprocess.Popen[bytes]:
+def begun(path: Path, until: str, seconds: float = 120, words: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """A run that has come so far that ``until`` exists."""
-    process = subprocess.Popen(command(path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(path, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + seconds
     while not (path.parent / "run" / until).exists():
         assert process.poll() is None and time.monotonic() < end
@@ -142,14 +143,50 @@ def test_a_killed_run_goes_on_from_its_last_whole_step_and_ends_at_the_same_coun
     for checkpoint in ("step_000001", "step_000002"):
         process = begun(path, f"checkpoints/{checkpoint}")
         time.sleep(random.Random(checkpoint).random())
-        for one in psutil.Process(process.pid).children(recursive=True):
-            one.kill()
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert children and psutil.wait_procs(children, 30)[1] == []  # its services end with it
     done = finish(path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after step" in done.stderr
     assert_whole(tmp_path / "run", 4)
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path, questions):
+    process = begun(recipe(tmp_path, questions, 40), "checkpoints/step_000001", words=("--ranks", "2"))
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(children) >= 3 and psutil.wait_procs(children, 30)[1] == []  # two ranks, and rank 0's reward service
+
+
+def test_a_killed_reward_keeper_comes_back_where_it_was_and_its_trainer_never_notices(tmp_path, questions):
+    path, services = recipe(tmp_path, questions, 8), tmp_path / "services"
+    serve = [sys.executable, "-m", "mimo_megatron.cli", "serve-rl-rewards", str(path), f"rl.reward.folder={services}"]
+    keeper = subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        process = begun(path, "checkpoints/step_000001", words=(f"rl.reward.folder={services}",))
+        before = json.loads((services / "rewards.json").read_text())
+        children = psutil.Process(keeper.pid).children()
+        keeper.kill()
+        assert children and psutil.wait_procs(children, 30)[1] == []
+        steps_before = len(rows(tmp_path / "run/metrics.jsonl"))
+        keeper = subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.DEVNULL)
+        assert process.wait(120) == 0 and steps_before < 8
+        assert json.loads((services / "rewards.json").read_text()) == before
+    finally:
+        keeper.terminate()
+        keeper.wait(30)
+    assert_whole(tmp_path / "run", 8)
+    assert list(services.iterdir()) == []
+
+
+def test_a_service_for_a_trainer_elsewhere_asks_for_the_folder_in_which_it_is_found(tmp_path, questions):
+    for verb, key in (("serve-rl-rewards", "rl.reward.folder"), ("serve-rl-engine", "rl.vllm.folder")):
+        words = [sys.executable, "-m", "mimo_megatron.cli", verb, str(recipe(tmp_path, questions, 4))]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and f"has no {key}" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_a_signal_stops_a_run_between_two_steps_with_its_questions_given_back(tmp_path, questions):

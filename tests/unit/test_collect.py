@@ -13,13 +13,12 @@ from mimo_megatron.reward.verdict import Reason, judged, unknown
 from mimo_megatron.reward.wire import Meta, ScoreItem, ScoreResult
 from mimo_megatron.rl.collect import Collector, Sampler, evaluate
 from mimo_megatron.rl.engine.protocol import GenerationRequest, RolloutEngine
-from mimo_megatron.rl.engine.several import SeveralEngines
 from mimo_megatron.rl.groups import without_stale
 from mimo_megatron.rl.pool import QuestionPool
 from mimo_megatron.rl.questions import Question
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.types import RawSample, Rollout
-from tests.rl_fixtures import MODEL, engine_with, prompts, random_weights, update
+from tests.rl_fixtures import MODEL, engine_with, no_other, prompts, random_weights, several_of, update
 
 TASKS = ("letters", "lengths")
 WEIGHTS = random_weights(scale=0.12)
@@ -91,10 +90,6 @@ class Late:
         return ready
 
 
-def no_other() -> RolloutEngine:
-    raise AssertionError("none is lost")
-
-
 def questions(num: int = 24) -> dict[str, list[Question]]:
     message = {"role": "user", "content": "?"}
     return {
@@ -121,7 +116,7 @@ def collector(engine, judge: Judge, pool: QuestionPool | None = None, read=read,
 
 def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_policy_is_returned():
     replicas = [engine_with(WEIGHTS), engine_with(WEIGHTS)]
-    several = SeveralEngines([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)], no_other)
+    several = several_of([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)], no_other)
     judge = Judge(3, unknown_share=0.02)
     one = collector(several, judge)
     num_tokens = num_aborted = 0

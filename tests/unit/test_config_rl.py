@@ -22,6 +22,7 @@ from tests.unit.test_config import failed, rl_recipe
         ("evaluation_is_sampled_or_greedy", ["rl.evaluation.temperature=0.5"]),
         ("the_divergence_is_from_a_start", ["rl.algorithm={name: grpo, kl_weight: 0.01}"]),
         ("a_group_fits_an_engine", ["rl.rollout.group_size=65"]),
+        ("one_service_judges", ["rl.reward={url: 'http://localhost:8100', folder: a}"]),
         ("tasks_have_a_name_each", ["rl.prompts.0.task=chat"]),
         ("each_task_has_a_group_in_every_step", ["rl.prompts.1.ratio=3.1"]),
         ("responses_fit", ["rl.rollout.max_new_tokens=512"]),

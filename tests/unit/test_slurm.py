@@ -1,4 +1,4 @@
-"""The batch script, run for real with stand-ins for SLURM's commands and for the ranks; and the ranks' exit codes."""
+"""The batch scripts, run for real with stand-ins for SLURM's commands and for what they start; and exit codes."""
 
 import os
 import signal
@@ -9,19 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from mimo_megatron.errors import HUNG_EXIT_CODE, Interrupted, NonFiniteError
+from mimo_megatron.errors import HUNG_EXIT_CODE, EngineLostError, Interrupted, NonFiniteError
 
-SCRIPT = Path(__file__).parents[2] / "examples/slurm/pretrain.sbatch"
-LAUNCHER = SCRIPT.parents[1] / "torchrun.py"
+SCRIPTS = Path(__file__).parents[2] / "examples/slurm"
+PRETRAIN, MORL = SCRIPTS / "pretrain.sbatch", SCRIPTS / "morl.sbatch"
+LAUNCHER = SCRIPTS.parent / "torchrun.py"
 COMMANDS = {
-    "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> "$LOG"; fi',
+    "scontrol": (
+        'if [ "$1" != show ]; then echo "scontrol $*" >> "$LOG"; exit; fi\n'
+        "for number in $(seq $(tr -dc 0-9 <<< ${3%-*}) $(tr -dc 0-9 <<< ${3#*-})); do echo node$number; done"
+    ),
     # As the real one: a signal of its own kills the tasks at once; what scancel sends reaches the tasks alone.
     "srun": (
-        'echo "srun $*" >> "$LOG"; while [ "${1#--}" != "$1" ]; do shift; done\n'
-        '"$@" & task=$!; echo $task > "$LOG.task"; trap "kill -KILL $task" TERM\n'
+        'echo "srun $*" >> "$LOG"; part=\n'
+        'while [ "${1#--}" != "$1" ]; do case $1 in --het-group=*) part=+${1#*=};; esac; shift; done\n'
+        '"$@" & task=$!; echo $task > "$LOG.123456$part"; trap "kill -KILL $task" TERM\n'
         "code=0; wait $task || code=$?; exit $code"
     ),
-    "scancel": 'echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG.task")',
+    "scancel": 'echo "scancel $*" >> "$LOG"; kill -TERM $(cat "$LOG.$2")',
+    "sleep": "exec /bin/sleep 0.05",
+    # Fails the first time that it is asked for a verb.
+    "mimo-megatron": 'echo "mimo-megatron $*" >> "$LOG"; [ -e "$LOG.$1" ] || { touch "$LOG.$1"; exit 1; }',
     "python": (
         'trap \'echo "ranks stopped" >> "$LOG"; exit $CODE\' TERM\n'
         'echo "python $* CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS" >> "$LOG"\n'
@@ -37,20 +45,25 @@ class Cluster:
         self.folder, self.log = folder, folder / "log"
         (folder / ".venv/bin").mkdir(parents=True)
         (folder / ".venv/bin/activate").write_text("")
+        (folder / "examples").mkdir()
+        (folder / "examples/slurm").symlink_to(SCRIPTS)
         (folder / "bin").mkdir()
         self.log.write_text("")
         for name, body in COMMANDS.items():
             (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
             (folder / "bin" / name).chmod(0o755)
 
-    def submit(self, *arguments: str, ticks: int = 0, code: int = 0, **more: str) -> subprocess.Popen[str]:
+    def submit(
+        self, *arguments: str, script: Path = PRETRAIN, ticks: int = 0, code: int = 0, **more: str
+    ) -> subprocess.Popen[str]:
         environment = {
             **os.environ, "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "LOG": str(self.log),
             "TICKS": str(ticks), "CODE": str(code), "SLURM_JOB_ID": "123456", "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8", **more,
+            "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NODELIST_HET_GROUP_0": "node[7-8]",
+            "SLURM_JOB_NODELIST_HET_GROUP_1": "node[1-3]", "SLURM_GPUS_ON_NODE": "8", **more,
         }  # fmt: skip
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *arguments], cwd=self.folder, env=environment, text=True,
+            ["bash", str(script), *arguments], cwd=self.folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -66,8 +79,9 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def test_the_script_is_valid_bash() -> None:
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+@pytest.mark.parametrize("name", ["pretrain.sbatch", "morl.sbatch", "ranks.sh"])
+def test_a_script_is_valid_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
 
 
 def test_torchrun_meets_on_the_first_node_with_the_recipe_and_its_overrides(cluster: Cluster) -> None:
@@ -119,8 +133,52 @@ def test_an_image_runs_in_a_container_that_sees_the_working_directory(cluster: C
     )
 
 
-def test_without_a_recipe_it_says_how_to_use_it(cluster: Cluster) -> None:
-    job = cluster.submit()
+def test_reinforcement_learning_starts_trainers_engines_and_rewards_that_look_for_each_other_in_one_folder(
+    cluster: Cluster,
+) -> None:
+    (cluster.folder / "runs/services-123456").mkdir(parents=True)
+    (cluster.folder / "runs/services-123456/engine-of-an-attempt-before.json").touch()
+    job = cluster.submit("r.yaml", "seed=3", script=MORL, ticks=40)
+    cluster.wait_for("mimo-megatron serve-rl-engine")
+    cluster.wait_for("mimo-megatron serve-rl-rewards")
+    assert job.wait(20) == 0
+    log = cluster.log.read_text()
+    told = (
+        "r.yaml seed=3 rl.rollout.engine=vllm rl.vllm.engines=24 rl.vllm.folder=runs/services-123456 "
+        "rl.reward.folder=runs/services-123456"
+    )
+    host = os.uname().nodename
+    assert f"examples/rl_vlm.py {told}" in log
+    for group, verb in ((1, "serve-rl-engine"), (2, "serve-rl-rewards")):
+        assert f"srun --het-group={group} --kill-on-bad-exit=0 bash" in log
+        assert log.count(f"mimo-megatron {verb} {told} --host {host}") == 2  # it failed once, and was begun again
+    assert "--nnodes=2 --nproc-per-node=8" in log and "--rdzv-endpoint=node7:23456" in log
+    assert list((cluster.folder / "runs/services-123456").iterdir()) == []
+
+
+def test_a_warning_reaches_the_trainers_alone_and_requeues_the_job(cluster: Cluster) -> None:
+    job = cluster.submit("r.yaml", script=MORL, ticks=400, code=143)
+    cluster.wait_for("CUDA_DEVICE_MAX_CONNECTIONS")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 0
+    log = cluster.log.read_text()
+    assert "scancel --signal=TERM 123456+0" in log
+    assert log.index("ranks stopped") < log.index("scontrol requeue 123456")
+
+
+@pytest.mark.parametrize(("restarts", "is_requeued"), [("0", True), ("10", False)])
+def test_a_run_whose_engines_were_all_lost_is_requeued_ten_times(
+    restarts: str, is_requeued: bool, cluster: Cluster
+) -> None:
+    code = EngineLostError.exit_code
+    job = cluster.submit("r.yaml", script=MORL, code=code, SLURM_RESTART_COUNT=restarts)
+    assert job.wait(20) == (0 if is_requeued else code)
+    assert ("scontrol requeue 123456" in cluster.log.read_text()) == is_requeued
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, MORL])
+def test_without_a_recipe_it_says_how_to_use_it(cluster: Cluster, script: Path) -> None:
+    job = cluster.submit(script=script)
     assert job.wait(20) == 2 and job.stderr is not None and "usage: sbatch" in job.stderr.read()
 
 

@@ -330,7 +330,9 @@ def test_an_engine_that_is_killed_is_an_error_within_seconds(encoding, prompts):
         engine.close()
 
 
-def test_over_tcp_only_the_token_lets_in_and_a_new_connection_finds_the_gate_closed(encoding, prompts, tmp_path):
+def test_over_tcp_only_the_token_lets_in_and_a_new_connection_finds_the_gate_closed_and_begins_anew(
+    encoding, prompts, tmp_path
+):
     config = VllmConfig(python=Path(os.environ["VLLM_PYTHON"]), max_model_len=1024)
     process = start_process(MODEL, encoding, config, dtype=torch.float32, max_sequences=16, listen="tcp:127.0.0.1:0")
     try:
@@ -348,6 +350,8 @@ def test_over_tcp_only_the_token_lets_in_and_a_new_connection_finds_the_gate_clo
         second = VllmEngine.connect(MODEL, process.address_file)
         status = second.status()
         assert status["num_unfinished"] == 0 and status["version"] is None
+        update(second, random_weights(2))  # of the same version: another trainer may have begun anew, or gone back
+        assert second.policy_version is not None
         second.close()
     finally:
         process.popen.kill()

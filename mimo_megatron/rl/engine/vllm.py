@@ -34,6 +34,8 @@ START_SECONDS = 600.0
 """Start of the process: 25 s for a tiny model on 2 idle cores; a 7B model's memory has to be filled."""
 CALL_SECONDS = 600.0
 """Longest answer; the first pass of vLLM on a CPU takes up to 40 s."""
+HELLO_SECONDS = 10.0
+"""An engine that serves another trainer does not answer."""
 _PIXELS_KEPT_BYTES = 1 << 30
 """Pixels that an engine keeps for prompts to come."""
 
@@ -44,6 +46,7 @@ class VllmEngine:
     def __init__(self, model: ModelConfig, address_file: Path, process: EngineProcess | None = None) -> None:
         self._model = model
         self._process = process
+        self.is_closed = False
         self._socket, self._max_tokens = _connected(address_file, self._lost)
         self._version: int | None = None
         self._coming: int | None = None
@@ -169,6 +172,7 @@ class VllmEngine:
         return self._call("status", {})[0]
 
     def close(self) -> None:
+        self.is_closed = True
         with contextlib.suppress(EngineError):
             if self._process is not None and self._process.popen.poll() is None:
                 self._call("close", {})
@@ -310,19 +314,22 @@ def _connected(address_file: Path, lost: Any) -> tuple[socket.socket, int]:
     """A connection that knows the token, and the engine's longest sequence."""
     found = json.loads(address_file.read_text())
     kind, _, rest = found["address"].partition(":")
+    sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET)
+    sock.settimeout(HELLO_SECONDS)
     try:
         if kind == "unix":
-            sock = socket.socket(socket.AF_UNIX)
             sock.connect(rest)
         else:
             host, _, port = rest.rpartition(":")
-            sock = socket.create_connection((host, int(port)), 30.0)
+            sock.connect((host, int(port)))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(CALL_SECONDS)
         wire.send(sock, "hello", {"token": found["token"]})
         frame = wire.receive(sock, wire.ANSWERS)
     except (OSError, wire.WireError) as fault:
+        sock.close()
         raise lost(f"vLLM at {found['address']} cannot be reached: {fault}") from fault
     if frame is None or frame.kind != "ok":
         raise lost(f"vLLM at {found['address']} does not take the token of {address_file}")
+    sock.settimeout(CALL_SECONDS)
+    wire.keep_alive(sock)
     return sock, frame.fields["result"]["max_model_len"]

@@ -183,8 +183,10 @@ class OfflineEngine:
             raise EngineError(f"no complete weights: version {self._coming} did not arrive; send them again")
         self._is_open = True
 
-    def close_gate(self) -> None:
-        self._is_open = False
+    def forget_trainer(self) -> None:
+        """Its connection has ended: nothing is sampled until another sends weights, of whatever version."""
+        self._is_open, self._coming, self._held = False, -1, -1
+        self._receiver = Receiver(self._expected)
 
     def status(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from mimo_megatron.errors import EngineError, MimoError, SyncError
 from mimo_megatron.rl.engine import vllm_wire as wire
 from mimo_megatron.rl.engine.vllm_offline import Finished, Medium, OfflineEngine
 from mimo_megatron.rl.sync.buckets import BucketHeader, Manifest
+from mimo_megatron.train.signals import end_with_parent
 
 _ALIVE_SECONDS = 1.0
 _HELLO_SECONDS = 10.0
@@ -35,6 +36,7 @@ _MAX_PIXEL_BYTES = 1 << 30
 
 def main() -> None:
     settings = wire.read_settings(Path(sys.argv[1]).read_text())
+    end_with_parent(settings.parent)
     engine = OfflineEngine(settings)
     listener, address = _listen(settings.listen)
     token = secrets.token_hex(32)
@@ -81,7 +83,7 @@ class _Session:
             return False
         finally:
             self.engine.abort_all()
-            self.engine.close_gate()
+            self.engine.forget_trainer()
 
     def _is_readable(self, seconds: float | None) -> bool:
         return bool(select.select([self.connection], [], [], seconds)[0])
@@ -166,6 +168,7 @@ def _is_welcome(connection: socket.socket, token: str, settings: wire.EngineSett
     except (OSError, wire.WireError):
         return False
     connection.settimeout(None)
+    wire.keep_alive(connection)
     return True
 
 

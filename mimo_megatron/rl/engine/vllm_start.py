@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.convert.hf_io import DTYPE_NAMES
-from mimo_megatron.errors import ConfigError, EngineError
+from mimo_megatron.errors import ConfigError, EngineError, Interrupted
 from mimo_megatron.rl.engine.vllm_wire import EngineSettings
 from mimo_megatron.rl.sync.buckets import Manifest, TensorEntry
 
@@ -48,14 +49,16 @@ class EngineProcess:
         lines = (self.folder / "log.txt").read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_LINES:])
 
-    def wait_until_ready(self, seconds: float) -> None:
-        """``EngineError`` where it ends or is not ready in time."""
+    def wait_until_ready(self, seconds: float, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """``EngineError`` where it ends or is not ready in time, ``Interrupted`` where it was asked to stop waiting."""
         deadline = time.monotonic() + seconds
         while not self.address_file.exists():
             if (code := self.popen.poll()) is not None:
                 raise EngineError(
                     f"vLLM ended with code {code} before it was ready; its last lines:\n{self.last_words()}"
                 )
+            if should_stop():
+                raise Interrupted("stopped before vLLM was ready")
             if time.monotonic() > deadline:
                 raise EngineError(f"vLLM was not ready within {seconds:.0f} s; its last lines:\n{self.last_words()}")
             time.sleep(0.1)
@@ -111,6 +114,7 @@ def write_engine_folder(
         banned=list(model.tokens.never_sampled),
         ends=list(model.tokens.ends),
         is_owned=is_owned,
+        parent=os.getpid(),
     )
     path = folder / "settings.json"
     path.write_text(json.dumps(asdict(settings), indent=1) + "\n")
@@ -127,7 +131,7 @@ def start_process(
     listen: str | None = None,
 ) -> EngineProcess:
     """A vLLM process of this machine, not ready yet. It lives as long as its one connection, a Unix socket; with
-    ``listen`` (``tcp:HOST:PORT``) until it is told to close, for one trainer after another."""
+    ``listen`` (``tcp:HOST:PORT``) as long as this process, for one trainer after another."""
     if config.python is None or not config.python.is_file():
         raise ConfigError(
             f"rl.vllm.python is {config.python}: it names the Python of an environment with vLLM, such as "

@@ -63,6 +63,15 @@ class Frame:
     payload: bytearray
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """End the connection where the other side's machine is gone, after about two minutes; a Unix socket needs none."""
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
+
 def send(sock: socket.socket, kind: str, fields: Mapping[str, Any], payload: Any = b"") -> None:
     """``payload`` is anything with a buffer of bytes."""
     header = json.dumps({"frame": kind, **fields}, allow_nan=False, separators=(",", ":")).encode()
@@ -150,6 +159,8 @@ class EngineSettings:
     """The tokens that end a response; the one that does stays in it."""
     is_owned: bool
     """End when the trainer's connection ends; else close the gate and wait for another."""
+    parent: int
+    """The process that starts it, and that it ends with."""
 
 
 def read_settings(text: str) -> EngineSettings:
