@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mimo_megatron.train.signals import end_with_parent
+
 Arguments = argparse.ArgumentParser
 Values = argparse.Namespace
 
@@ -39,8 +41,6 @@ def add_parent(parser: Arguments) -> None:
 
 def mind_parent(values: Values) -> None:
     if values.parent is not None:
-        from mimo_megatron.train.signals import end_with_parent
-
         end_with_parent(values.parent)
 
 
