@@ -60,8 +60,12 @@ def publish(
     else:
         raise EngineLostError(f"engines end whenever policy version {version} is sent to them: {everywhere[0]}")
     gaps = _compared(trainer, engines, canary, limits, version)
-    for engine in engines.engines if engines is not None else ():
-        engine.open_gate()
+    for engine in list(engines.engines) if engines is not None else ():
+        try:
+            engine.open_gate()
+        except EngineLostError as fault:
+            assert engines is not None
+            engines.lose(engine, fault)
     return Published(version, time.perf_counter() - began, gaps)
 
 

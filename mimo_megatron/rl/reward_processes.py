@@ -91,13 +91,10 @@ class RewardProcesses:
     def url(self) -> str:
         return self._servers[-1].url
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the reward models, then of the service."""
-        return [one.process.pid for one in self._servers if one.process is not None]
-
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self._folder, self._image_root):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
         token_file = self._folder / "token"
         token_file.touch(mode=0o600)
         token_file.write_text(self.token)
