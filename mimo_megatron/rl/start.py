@@ -34,6 +34,7 @@ from mimo_megatron.rl.reward_processes import RewardProcesses, announced_service
 from mimo_megatron.rl.run import Head, Reader, Run
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.rl.sync.publisher import Publisher, Readers
+from mimo_megatron.rl.sync.shared_memory import LocalBuckets
 from mimo_megatron.train.metrics import MetricsWriter
 from mimo_megatron.train.run_folder import RunFolder
 from mimo_megatron.train.saving import Resumed, Saver, resume_newest
@@ -69,12 +70,13 @@ def reinforce(address: RankAddress, config: RunConfig) -> None:
         by_id = {one.id: one for one in chain(*questions.values(), *held_out.values())}
         reader = Reader(by_id, tokenizer, config, rl)
         wish = stack.enter_context(StopWish())
+        publisher = _publisher(config, rl, trainer)
         run = Run(
             config=config,
             rl=rl,
             trainer=trainer,
-            publisher=_publisher(config, rl, trainer),
-            engines=_engines(config, rl, trainer, address.rank, stack),
+            publisher=publisher,
+            engines=_engines(config, rl, trainer, publisher, address.rank, stack),
             read=reader.read,
             canary=_canary(questions, reader),
             reference=_reference(trainer, folder) if rl.algorithm.kl_weight else None,
@@ -147,27 +149,33 @@ def _publisher(config: RunConfig, rl: RLConfig, trainer: Trainer) -> Publisher:
     return Publisher(trainer.bare_chunks, config.model, trainer.mesh, rl.sync.bucket_mib << 20, readers)
 
 
-def _engines(config: RunConfig, rl: RLConfig, trainer: Trainer, rank: int, stack: ExitStack) -> SeveralEngines | None:
+def _engines(
+    config: RunConfig, rl: RLConfig, trainer: Trainer, publisher: Publisher, rank: int, stack: ExitStack
+) -> SeveralEngines | None:
     """This rank's: the embedded engine on every rank, vLLM's on rank 0."""
+    dtype, sequences = DTYPES[config.train.precision], rl.rollout.max_sequences
 
     def embedded(_: float) -> RolloutEngine:
         return EmbeddedEngine(
             config.model,
-            max_sequences=rl.rollout.max_sequences,
+            max_sequences=sequences,
             max_tokens=config.data.pack_tokens,
-            dtype=DTYPES[config.train.precision],
+            dtype=dtype,
             device=trainer.device,
         )
-
-    def vllm(_: float) -> RolloutEngine:
-        dtype = DTYPES[config.train.precision]
-        return VllmEngine.start(config.model, config.data, rl.vllm, dtype=dtype, max_sequences=rl.rollout.max_sequences)
 
     if rl.rollout.engine == "vllm" and rank:
         return None
     if rl.rollout.engine == "embedded":
         engines = SeveralEngines(embedded, 1)
     elif rl.vllm.folder is None:
+        memory = LocalBuckets(publisher.largest_bucket_bytes)
+        stack.callback(memory.close)
+
+        def vllm(_: float) -> RolloutEngine:
+            given = config.model, config.data, rl.vllm
+            return VllmEngine.start(*given, dtype=dtype, max_sequences=sequences, memory=memory)
+
         engines = SeveralEngines(vllm, rl.vllm.engines)
     else:
         engines = SeveralEngines(AnnouncedEngines(config.model, rl.vllm.folder).take, rl.vllm.engines)

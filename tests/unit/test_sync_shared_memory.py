@@ -15,7 +15,7 @@ import torch
 
 from mimo_megatron.errors import SyncError
 from mimo_megatron.rl.sync.buckets import Bucket, checksum, pack, sealed
-from mimo_megatron.rl.sync.shared_memory import SHARED_MEMORY, SlotNotice, SlotReader, SlotRing
+from mimo_megatron.rl.sync.shared_memory import SHARED_MEMORY, LocalBuckets, SlotNotice, SlotReader, SlotRing
 
 MEGABYTE = 1 << 20
 FORK = multiprocessing.get_context("fork")
@@ -196,3 +196,21 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_what_lives_is_
     SlotRing(MEGABYTE, ["one"]).close()
     assert not left.exists() and living.path.exists()
     living.close()
+
+
+def test_a_bucket_for_several_engines_is_written_once_and_in_the_next_update_again() -> None:
+    memory = LocalBuckets(4096)
+    reader = SlotReader(memory.path)
+    try:
+        first, second = small(3), small(4)
+        memory.begin()
+        notice = memory.notice(first)
+        first.data.zero_()
+        assert memory.notice(first) == notice and reader.read(notice).data.any()  # what lies there is the first writing
+        assert memory.notice(second).slot != notice.slot
+        memory.begin()
+        assert not reader.read(memory.notice(first)).data.any()
+    finally:
+        reader.close()
+        memory.close()
+    assert not memory.path.exists()

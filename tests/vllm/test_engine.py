@@ -32,6 +32,7 @@ from mimo_megatron.rl.engine.protocol import GenerationRequest
 from mimo_megatron.rl.engine.vllm import VllmEngine
 from mimo_megatron.rl.engine.vllm_start import engine_tensors, start_process
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, pack
+from mimo_megatron.rl.sync.shared_memory import LocalBuckets
 from mimo_megatron.train.start import read_encoding
 from mimo_megatron.types import EncodedSample, Rollout
 from tests.data_fixtures import clip, picture, write_tokenizer
@@ -93,14 +94,17 @@ def prompts(corpus: Path, encoding: EncodingConfig) -> dict[str, EncodedSample]:
 
 @pytest.fixture(scope="module")
 def engine(encoding: EncodingConfig) -> Iterator[VllmEngine]:
-    engine = _started(encoding)
+    """Weights come to it through shared memory; over TCP they come as bytes, which a test of its own shows."""
+    memory = LocalBuckets(16 << 20)
+    engine = _started(encoding, memory)
     yield engine
     engine.close()
+    memory.close()
 
 
-def _started(encoding: EncodingConfig) -> VllmEngine:
-    python = Path(os.environ["VLLM_PYTHON"])
-    return VllmEngine.start(MODEL, encoding, VllmConfig(python=python, max_model_len=1024), max_sequences=16)
+def _started(encoding: EncodingConfig, memory: LocalBuckets | None = None) -> VllmEngine:
+    config = VllmConfig(python=Path(os.environ["VLLM_PYTHON"]), max_model_len=1024)
+    return VllmEngine.start(MODEL, encoding, config, max_sequences=16, memory=memory)
 
 
 def _encoded(corpus: Path, encoding: EncodingConfig, *, is_open: bool) -> list[EncodedSample]:

@@ -28,6 +28,7 @@ from mimo_megatron.rl.engine.engine_media import SentMedium, check_video_rules, 
 from mimo_megatron.rl.engine.protocol import GenerationRequest
 from mimo_megatron.rl.engine.vllm_start import EngineProcess, start_process
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest
+from mimo_megatron.rl.sync.shared_memory import LocalBuckets
 from mimo_megatron.types import EncodedSample, Rollout
 
 START_SECONDS = 600.0
@@ -43,9 +44,16 @@ _PIXELS_KEPT_BYTES = 1 << 30
 class VllmEngine:
     """A ``RolloutEngine``. ``VllmEngine.start`` on this machine, ``VllmEngine.connect`` to one that runs elsewhere."""
 
-    def __init__(self, model: ModelConfig, address_file: Path, process: EngineProcess | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        address_file: Path,
+        process: EngineProcess | None = None,
+        memory: LocalBuckets | None = None,
+    ) -> None:
         self._model = model
         self._process = process
+        self._memory = memory
         self.is_closed = False
         self._socket, self._max_tokens = _connected(address_file, self._lost)
         self._version: int | None = None
@@ -56,6 +64,8 @@ class VllmEngine:
         self._sent_bytes: dict[str, int] = {}
         """Pixels that the engine holds, by key, oldest first."""
         self._heard = time.monotonic()
+        if memory is not None:
+            self._call("open_memory", {"path": str(memory.path)})
 
     @classmethod
     def start(
@@ -66,12 +76,14 @@ class VllmEngine:
         *,
         dtype: torch.dtype = torch.float32,
         max_sequences: int = 64,
+        memory: LocalBuckets | None = None,
     ) -> "VllmEngine":
-        """A vLLM of this machine without weights: its gate opens after the first update. It ends with ``close``."""
+        """A vLLM of this machine without weights: its gate opens after the first update. It ends with ``close``.
+        Weights come through ``memory``, or without one through the socket."""
         process = start_process(model, encoding, config, dtype=dtype, max_sequences=max_sequences)
         try:
             process.wait_until_ready(START_SECONDS)
-            return cls(model, process.address_file, process)
+            return cls(model, process.address_file, process, memory)
         except BaseException:
             process.popen.kill()
             process.end()
@@ -155,10 +167,15 @@ class VllmEngine:
             raise SyncError(f"{self.num_running} responses are being sampled; abort them before an update")
         self._version = None
         self._coming = manifest.version
+        if self._memory is not None:
+            self._memory.begin()
         self._call("begin_update", {"manifest": manifest.to_json().decode()})
 
     def receive(self, bucket: Bucket) -> None:
-        self._call("bucket", {"header": bucket.header.to_json().decode()}, bucket.data.numpy())
+        if self._memory is None:
+            self._call("bucket", {"header": bucket.header.to_json().decode()}, bucket.data.numpy())
+        else:
+            self._call("slot", {"notice": self._memory.notice(bucket).to_json().decode()})
 
     def finish_update(self) -> None:
         self.last_update, _ = self._call("finish_update", {})

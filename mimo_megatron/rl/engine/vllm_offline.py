@@ -24,6 +24,7 @@ from mimo_megatron.rl.engine.vllm_wire import EngineSettings, ids_hash, pixels_h
 from mimo_megatron.rl.engine.vllm_worker import AWAITED, BANNED_KEY, BannedTokens, WeightUpdates
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, checksum
 from mimo_megatron.rl.sync.receiver import Receiver
+from mimo_megatron.rl.sync.shared_memory import SlotReader
 
 _SEED_BITS = 63
 
@@ -59,6 +60,8 @@ class OfflineEngine:
         self._checksums: dict[str, int] = {}
         self._coming = self._held = -1
         self._is_updating = self._is_open = False
+        self.memory: SlotReader | None = None
+        """Where buckets of this machine's trainer lie; None where they come as bytes."""
         self._media: dict[str, Medium] = {}
         self._running: dict[str, tuple[str, int]] = {}
         """vLLM's request -> (request of the trainer, index of the response)."""

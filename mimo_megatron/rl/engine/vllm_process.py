@@ -23,6 +23,7 @@ from mimo_megatron.errors import EngineError, MimoError, SyncError
 from mimo_megatron.rl.engine import vllm_wire as wire
 from mimo_megatron.rl.engine.vllm_offline import Finished, Medium, OfflineEngine
 from mimo_megatron.rl.sync.buckets import BucketHeader, Manifest
+from mimo_megatron.rl.sync.shared_memory import SlotNotice, SlotReader
 from mimo_megatron.train.signals import end_with_parent
 
 _ALIVE_SECONDS = 1.0
@@ -134,6 +135,14 @@ def _call(engine: OfflineEngine, frame: wire.Frame) -> tuple[dict[str, Any], byt
                 raise SyncError("a bucket came without bytes")
             data = torch.frombuffer(frame.payload, dtype=torch.uint8)
             engine.receive(BucketHeader.from_json(fields["header"].encode()).with_data(data))
+        case "open_memory":
+            engine.memory = SlotReader(Path(fields["path"]))
+        case "slot":
+            if engine.memory is None:
+                raise SyncError("no memory was opened in which the bucket could lie")
+            lent = engine.memory.read(SlotNotice.from_json(fields["notice"].encode()))
+            # Copied, since vLLM may keep tensors until their layer is complete, and the slot is written again.
+            engine.receive(lent.header.with_data(lent.data.clone()))
         case "finish_update":
             return dict(engine.finish_update()), b""
         case "open_gate":

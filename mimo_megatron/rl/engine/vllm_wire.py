@@ -39,6 +39,8 @@ CALLS: dict[str, dict[str, type]] = {
     "logprobs": {"token_ids": list, "media": list},
     "begin_update": {"manifest": str},
     "bucket": {"header": str},
+    "open_memory": {"path": str},
+    "slot": {"notice": str},
     "finish_update": {},
     "open_gate": {},
     "status": {},

@@ -166,6 +166,32 @@ class SlotReader:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
 
+class LocalBuckets:
+    """The writer's end for engines that answer a bucket before the next one comes: it is copied once for all of them,
+    and none holds a slot longer than its call. Engines may come and go, so the name stays until ``close``."""
+
+    def __init__(self, largest_bucket_bytes: int) -> None:
+        self._ring = SlotRing(largest_bucket_bytes, ())
+        self._written: tuple[Bucket, SlotNotice] | None = None
+
+    @property
+    def path(self) -> Path:
+        return self._ring.path
+
+    def begin(self) -> None:
+        """An update begins: what lies there is not to be told again."""
+        self._written = None
+
+    def notice(self, bucket: Bucket) -> SlotNotice:
+        if self._written is None or self._written[0] is not bucket:
+            self._written = bucket, self._ring.write(bucket)
+        return self._written[1]
+
+    def close(self) -> None:
+        self._written = None
+        self._ring.close()
+
+
 def remove_abandoned(folder: Path = SHARED_MEMORY) -> None:
     """Remove this user's memory whose writer was killed before it could."""
     for path in folder.glob(f"{_PREFIX}*"):
