@@ -57,15 +57,17 @@ class Sampler:
         self.engine.submit(request)
 
     def judge(self, question: Question, rollout: Rollout) -> None:
-        meta = question.meta.model_copy(update={"finish_reason": rollout.finish_reason})
-        item = ScoreItem(
+        self.judging.ask(rollout.request_id, [self.item(question, rollout)])
+
+    def item(self, question: Question, rollout: Rollout) -> ScoreItem:
+        """The response as it is judged."""
+        return ScoreItem(
             id=f"{rollout.request_id}/{rollout.index}",
             task=question.reward_task,
             response=self.text(rollout),
             gold=question.gold,
-            meta=meta,
+            meta=question.meta.model_copy(update={"finish_reason": rollout.finish_reason}),
         )
-        self.judging.ask(rollout.request_id, [item])
 
     def text(self, rollout: Rollout) -> str:
         """The response without the token that ended it."""
