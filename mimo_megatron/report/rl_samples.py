@@ -15,14 +15,24 @@ from mimo_megatron.report.run_data import Row, number
 from mimo_megatron.report.stills import Still, stills
 
 Rectangle = tuple[float, float, float, float]
-"""x, y, width, height in pixels of the stored picture."""
+"""x, y, width, height in pixels of the stored picture; of a point the last two are 0."""
 
 MOST_TASKS = 16
 MOST_PICTURE_CHARACTERS = 4_000_000
 """Of all pictures on the page, as written."""
 _MOST_MEDIA = 4  # of a question
-_MOST_RESPONSES = 8  # of a group
-_MOST_BOXES = 16  # of a gold
+_COLOURS = (
+    "c1",
+    "c2",
+    "c4",
+    "c5",
+    "c7",
+    "c6",
+    "c8",
+    "c3",
+)  # c3 is nearly the gold's green: the last
+_MOST_RESPONSES = len(_COLOURS)  # of a group
+_MOST_SHAPES = 16  # of a gold, and of a response
 _MOST_CHARACTERS = 2000  # of a text
 
 
@@ -36,12 +46,21 @@ class Shown:
 
 @dataclass(frozen=True)
 class Response:
+    number: int
+    """Of the group's, from 1."""
     text: str
     reward: float | None
     reason: str
     tokens: str
     is_cut: bool
     """It had the longest length that the recipe allows."""
+    shapes: tuple[Rectangle, ...]
+    """What its rule read, where it is drawn."""
+
+    @property
+    def colour(self) -> str:
+        """A class of the page."""
+        return f"said{self.number}"
 
     @property
     def shade(self) -> float:
@@ -55,11 +74,28 @@ class Group:
     question_id: str
     question: str
     gold: str
-    boxes: tuple[Rectangle, ...]
-    """The gold, where it can be drawn: a box or boxes, of a question with one picture."""
+    shapes: tuple[Rectangle, ...]
+    """The gold's, where they are drawn: of a question with one picture."""
     media: tuple[Shown, ...]
     mean: float | None
     responses: tuple[Response, ...]
+
+    @property
+    def marks(self) -> list["Mark"]:
+        """What is drawn on the picture, the gold below all others."""
+        said = [(shape, one.colour, f"response {one.number}") for one in self.responses for shape in one.shapes]
+        drawn = [*((shape, "gold", "gold") for shape in self.shapes), *said]
+        covers = [sum(other[0] == one[0] for other in drawn[place + 1 :]) for place, one in enumerate(drawn)]
+        return [Mark(*one, num_covers) for one, num_covers in zip(drawn, covers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Mark:
+    shape: Rectangle
+    colour: str
+    name: str
+    num_covers: int
+    """Equal ones above it: so much wider it is drawn, and all can be seen."""
 
 
 def sample_groups(rollouts: Sequence[Row], order: Sequence[str]) -> dict[str, list[Group]]:
@@ -91,27 +127,33 @@ def _group(row: Row, budget: _Budget) -> Group:
     shown = [budget.show(one) for one in media[:_MOST_MEDIA]]
     if len(media) > _MOST_MEDIA:
         shown.append(Shown((), f"and {len(media) - _MOST_MEDIA} more"))
-    is_picture = len(media) == 1 and media[0][:1] == ["image"] if media and isinstance(media[0], list) else False
+    is_drawn = len(media) == 1 and isinstance(media[0], list) and media[0][:1] == ["image"]
     gold = row.get("gold")
     return Group(
         step=row["step"],
         question_id=_shortened(str(row.get("question", ""))),
         question=_shortened("\n".join(_said(row.get("messages")))),
         gold=_shortened(gold if isinstance(gold, str) else json.dumps(gold, ensure_ascii=False)),
-        boxes=gold_boxes(gold) if is_picture else (),
+        shapes=shapes_of(row.get("shapes")) if is_drawn else (),
         media=tuple(shown),
         mean=_known(row.get("mean")),
-        responses=tuple(_response(one) for one in row["responses"][:_MOST_RESPONSES] if isinstance(one, Mapping)),
+        responses=tuple(
+            _response(number, one, is_drawn)
+            for number, one in enumerate(row["responses"][:_MOST_RESPONSES], start=1)
+            if isinstance(one, Mapping)
+        ),
     )
 
 
-def _response(row: Mapping[str, Any]) -> Response:
+def _response(number: int, row: Mapping[str, Any], is_drawn: bool) -> Response:
     return Response(
+        number,
         text=_shortened(str(row.get("text", ""))),
         reward=_known(row.get("reward")),
         reason=_shortened(str(row.get("reason", ""))),
         tokens=_shortened(str(row.get("tokens", ""))),
         is_cut=row.get("finish") == "length",
+        shapes=shapes_of(row.get("shapes")) if is_drawn else (),
     )
 
 
@@ -131,17 +173,18 @@ def _said(messages: Any) -> Iterator[str]:
         yield ("" if role == "user" else f"{role}: ") + " ".join(words)
 
 
-def gold_boxes(gold: Any) -> tuple[Rectangle, ...]:
-    """The rectangles of ``[x1, y1, x2, y2]`` or a list of such, as golds of boxes and points are written; none of
-    anything else."""
-    corners = gold if isinstance(gold, list) and gold and isinstance(gold[0], list) else [gold]
-    boxes = []
-    for one in corners[:_MOST_BOXES]:
-        sides = [number(side) for side in one] if isinstance(one, list) else []
-        if len(sides) != 4 or not all(map(math.isfinite, sides)) or sides[0] >= sides[2] or sides[1] >= sides[3]:
+def shapes_of(value: Any) -> tuple[Rectangle, ...]:
+    """The boxes and points of a list of ``[x1, y1, x2, y2]`` and ``[x, y]``; none where one is anything else."""
+    shapes = []
+    for one in value[:_MOST_SHAPES] if isinstance(value, list) else []:
+        ends = [number(end) for end in one] if isinstance(one, list) else []
+        if len(ends) not in (2, 4) or not all(map(math.isfinite, ends)):
             return ()
-        boxes.append((sides[0], sides[1], sides[2] - sides[0], sides[3] - sides[1]))
-    return tuple(boxes)
+        x1, y1, x2, y2 = (*ends, *ends)[:4]
+        if len(ends) == 4 and (x1 >= x2 or y1 >= y2):
+            return ()
+        shapes.append((x1, y1, x2 - x1, y2 - y1))
+    return tuple(shapes)
 
 
 def _known(value: Any) -> float | None:

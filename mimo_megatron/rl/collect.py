@@ -6,7 +6,7 @@ what is returned was sampled, whole, by the policy version that the engine said.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from mimo_megatron.rl.engine.protocol import GenerationRequest, ReadPrompt, Samp
 from mimo_megatron.rl.groups import RewardedGroup
 from mimo_megatron.rl.judging import Judging
 from mimo_megatron.rl.pool import QuestionPool
+from mimo_megatron.rl.progress import Progress, Tell, tell_nobody
 from mimo_megatron.rl.questions import Question
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.rl.scheduler.step import Outcome, SchedulerSettings, StepReport, StepScheduler
@@ -56,15 +57,17 @@ class Sampler:
         self.engine.submit(request)
 
     def judge(self, question: Question, rollout: Rollout) -> None:
-        meta = question.meta.model_copy(update={"finish_reason": rollout.finish_reason})
-        item = ScoreItem(
+        self.judging.ask(rollout.request_id, [self.item(question, rollout)])
+
+    def item(self, question: Question, rollout: Rollout) -> ScoreItem:
+        """The response as it is judged."""
+        return ScoreItem(
             id=f"{rollout.request_id}/{rollout.index}",
             task=question.reward_task,
             response=self.text(rollout),
             gold=question.gold,
-            meta=meta,
+            meta=question.meta.model_copy(update={"finish_reason": rollout.finish_reason}),
         )
-        self.judging.ask(rollout.request_id, [item])
 
     def text(self, rollout: Rollout) -> str:
         """The response without the token that ended it."""
@@ -142,14 +145,18 @@ class Collector:
         self._rates.load_state(state["pass_rates"])
         self._lengths, self._typical = dict(state["lengths"]), dict(state["typical"])
 
-    def collect(self, step: int, seed: int, should_stop: Callable[[], bool] = lambda: False) -> Collected | None:
-        """The groups of one batch; None where it was asked to stop, with everything given back."""
+    def collect(
+        self, step: int, seed: int, should_stop: Callable[[], bool] = lambda: False, tell: Tell = tell_nobody
+    ) -> Collected | None:
+        """The groups of one batch; None where it was asked to stop, with everything given back. ``tell`` hears how far
+        it is, some times a second."""
         settings = SchedulerSettings(self._quotas, self._rollout.max_groups_running, self._rollout.refill_budget)
         scheduler = StepScheduler(settings, self._rates)
         questions: dict[int, Question] = {}
         groups: dict[int, _OpenGroup] = {}
         judged: dict[int, RewardedGroup] = {}
         unknown: Counter[str] = Counter()
+        num_responses = num_tokens = 0
         while not scheduler.is_done:
             if should_stop():
                 self._give_back(step, questions, sorted(questions), list(groups))
@@ -159,7 +166,9 @@ class Collector:
                 questions[launch.index] = question
                 groups[launch.index] = _OpenGroup(question, self._rollout.group_size)
                 self._ask(step, launch.index, question, seed)
+            tell(self._progress(scheduler.report(), groups.values(), num_responses, num_tokens))
             for rollout in self._sampler.engine.poll(_POLL_SECONDS):
+                num_responses, num_tokens = num_responses + 1, num_tokens + len(rollout.token_ids_T)
                 index = int(rollout.request_id.rpartition("-")[2])
                 groups[index].rollouts[rollout.index] = rollout
                 self._sampler.judge(groups[index].question, rollout)
@@ -172,6 +181,7 @@ class Collector:
             self._forget(step, aborted)
             for index in aborted:
                 groups.pop(index, None)
+        tell(self._progress(scheduler.report(), (), num_responses, num_tokens))
         selected = scheduler.selected()
         returned = scheduler.to_return()
         self._give_back(step, questions, returned, [])
@@ -182,6 +192,20 @@ class Collector:
             self._pool.give_back(questions[index], is_lost=True)
         return Collected(
             tuple(judged[index] for index in selected), tuple(judged.values()), scheduler.report(), dict(unknown)
+        )
+
+    def _progress(
+        self, report: StepReport, groups: Iterable[_OpenGroup], num_responses: int, num_tokens: int
+    ) -> Progress:
+        tasks = report.tasks.values()
+        return Progress(
+            num_settled=sum(min(one.valid, one.quota) for one in tasks),
+            num_wanted=sum(one.quota for one in tasks),
+            num_running=self._sampler.engine.num_running,
+            num_judging=sum(len(group.rollouts) - len(group.results) for group in groups),
+            num_responses=num_responses,
+            num_tokens=num_tokens,
+            num_replaced=sum(one.zero_variance + one.dropped for one in tasks),
         )
 
     def _take_results(self, step: int, groups: Mapping[int, _OpenGroup]) -> list[int]:
@@ -250,7 +274,9 @@ class Collector:
                 return question
 
 
-def evaluate(sampler: Sampler, questions: Sequence[Question], temperature: float, seed: int) -> dict[str, float]:
+def evaluate(
+    sampler: Sampler, questions: Sequence[Question], temperature: float, seed: int, tell: Tell = tell_nobody
+) -> dict[str, float]:
     """Mean reward of one response to each question, by task; all are launched at once. Responses without a reward are
     left out; a task of which none has one is left out."""
     asked = {f"evaluation-{place}": question for place, question in enumerate(questions)}
@@ -258,8 +284,13 @@ def evaluate(sampler: Sampler, questions: Sequence[Question], temperature: float
         sampler.ask(name, question, 1, temperature=temperature, seed=_seed(seed, 0, place))
     rewards: dict[str, list[float]] = defaultdict(list)
     num_open = len(asked)
+    num_responses = num_tokens = 0
     while num_open:
+        num_settled = len(asked) - num_open
+        num_judging = num_responses - num_settled
+        tell(Progress(num_settled, len(asked), sampler.engine.num_running, num_judging, num_responses, num_tokens))
         for rollout in sampler.engine.poll(_POLL_SECONDS):
+            num_responses, num_tokens = num_responses + 1, num_tokens + len(rollout.token_ids_T)
             sampler.judge(asked[rollout.request_id], rollout)
         for result in sampler.judging.results(_POLL_SECONDS if sampler.engine.num_running == 0 else 0.0):
             name = result.id.rpartition("/")[0]

@@ -15,6 +15,7 @@ from typing import Any
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.optimizer import learning_rates
+from mimo_megatron.reward.shapes import gold_shapes, said_shapes
 from mimo_megatron.rl.collect import Collected, Sampler
 from mimo_megatron.rl.groups import RewardedGroup
 from mimo_megatron.rl.questions import Question
@@ -112,17 +113,11 @@ class Curves:
         return [self._row(step, group) for groups in by_task.values() for group in groups[:_GROUPS_SHOWN]]
 
     def _row(self, step: int, group: RewardedGroup) -> dict[str, Any]:
+        """``shapes`` are the boxes [x1, y1, x2, y2] and points [x, y] that were judged, in pixels of the stored
+        picture: the gold's, and each response's."""
         question = self._questions[group.question_id]
-        responses = [
-            {
-                "text": self._sampler.text(rollout),
-                "reward": reward,
-                "reason": reason,
-                "tokens": len(rollout.token_ids_T),
-                "finish": rollout.finish_reason,
-            }
-            for rollout, reward, reason in zip(group.rollouts, group.rewards_G, group.reasons_G, strict=True)
-        ]
+        items = [self._sampler.item(question, rollout) for rollout in group.rollouts[:_RESPONSES_SHOWN]]
+        judged = zip(items, group.rollouts, group.rewards_G, group.reasons_G, strict=False)
         return {
             "step": step,
             "task": group.task,
@@ -130,8 +125,19 @@ class Curves:
             "messages": list(question.raw.messages),
             "media": [[ref.kind, ref.path, ref.offset, ref.num_bytes] for ref in question.raw.media],
             "gold": question.gold,
+            "shapes": [one.corners for one in gold_shapes(items[0])],
             "mean": group.mean,
-            "responses": responses[:_RESPONSES_SHOWN],
+            "responses": [
+                {
+                    "text": item.response,
+                    "reward": reward,
+                    "reason": reason,
+                    "tokens": len(rollout.token_ids_T),
+                    "finish": rollout.finish_reason,
+                    "shapes": [one.corners for one in said_shapes(item)],
+                }
+                for item, rollout, reward, reason in judged
+            ],
         }
 
     def _append(self, name: str, *rows: Mapping[str, Any]) -> None:

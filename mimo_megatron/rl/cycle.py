@@ -28,7 +28,7 @@ def cycle(run: Run, first_step: int) -> int:
         groups, num_stale = without_stale(batch.groups, run.version)
         update = None
         if groups:  # a step whose every group taught nothing changes nothing, and says so
-            run.watch(step, "forward-backward")
+            run.watch(step, "forward-backward", "update")
             rate = rate_factor(step - 1, train.steps, train.schedule)
             update = update_policy(run.trainer, groups, run.read, step, rate, run.reference, run.at_optimizer(step))
         clock.ends("update")

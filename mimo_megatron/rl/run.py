@@ -22,10 +22,12 @@ from mimo_megatron.rl.curves import Curves
 from mimo_megatron.rl.engine.protocol import ReadPrompt
 from mimo_megatron.rl.engine.rounds import Rounds, RoundsEngine
 from mimo_megatron.rl.engine.several import SeveralEngines
+from mimo_megatron.rl.progress import Progress
 from mimo_megatron.rl.questions import Question, encode_question
 from mimo_megatron.rl.sync.canary import Gap
 from mimo_megatron.rl.sync.publisher import Publisher
 from mimo_megatron.rl.update import UpdateResult
+from mimo_megatron.train.metrics import MetricsWriter
 from mimo_megatron.train.saving import Saver
 from mimo_megatron.train.signals import StopWish
 from mimo_megatron.train.step import Trainer
@@ -90,6 +92,14 @@ class Head:
     collector: Collector
     curves: Curves
     held_out: Sequence[Question]
+    metrics: MetricsWriter
+
+    def at_rollout(self, step: int, progress: Progress) -> None:
+        """Show it. Rewards are a phase of their own where they are all that the batch waits for."""
+        self.metrics.at(step, "rollout" if progress.num_running else "rewards", progress.words("groups"))
+
+    def at_evaluation(self, step: int, progress: Progress) -> None:
+        self.metrics.at(step, "evaluation", progress.words("questions"))
 
 
 @dataclass
@@ -112,9 +122,12 @@ class Run:
     gaps: tuple[Gap, ...] = ()
     _step: int = 0
 
-    def watch(self, step: int, phase: Phase) -> None:
+    def watch(self, step: int, phase: Phase, shown: str = "") -> None:
+        """``shown``: what a terminal calls the phase, where it has another name there."""
         self._step = step
         self.watchdog.at(step, phase)
+        if self.head is not None:
+            self.head.metrics.at(step, shown or phase)
 
     def at_round(self) -> None:
         """A round of sampling has begun: the ranks move."""
@@ -129,7 +142,8 @@ class Run:
         if self.head is None:
             self.rounds.follow()
         else:
-            collected = [self.head.collector.collect(step, self.config.seed, lambda: bool(self.wish.name))]
+            tell = partial(self.head.at_rollout, step)
+            collected = [self.head.collector.collect(step, self.config.seed, lambda: bool(self.wish.name), tell)]
             self.head.engine.finish()
         dist.broadcast_object_list(collected, src=0)
         return collected[0]
@@ -139,13 +153,15 @@ class Run:
         every = self.rl.evaluation.every_steps
         if not every or (step % every and step != self.config.train.steps):
             return
-        self.watch(step, "rollout")
-        if self.head is None:
+        self.watch(step, "rollout", "evaluation")
+        head, temperature = self.head, self.rl.evaluation.temperature
+        if head is None:
             self.rounds.follow()
             return
-        found = evaluate(self.head.sampler, self.head.held_out, self.rl.evaluation.temperature, self.config.seed)
-        self.head.engine.finish()
-        self.head.curves.evaluated(step, found)
+        tell = partial(head.at_evaluation, step)
+        found = evaluate(head.sampler, head.held_out, temperature, self.config.seed, tell)
+        head.engine.finish()
+        head.curves.evaluated(step, found)
 
     def tell(
         self, step: int, batch: Collected, update: UpdateResult | None, num_stale: Mapping[str, int], times: StepTimes

@@ -226,7 +226,7 @@ def _head(
     collector = Collector(sampler, pool, rates, rl.rollout, shares)
     if resumed is not None:
         collector.load_state(resumed.state["rl"])
-    return Head(sampler, engine, collector, curves, list(chain(*held_out.values())))
+    return Head(sampler, engine, collector, curves, list(chain(*held_out.values())), metrics)
 
 
 def _judging(rl: RLConfig, folder: Path, stack: ExitStack) -> Judging:

@@ -7,9 +7,7 @@ standard JSON; rows reach the disk before the run ends.
 """
 
 import json
-import logging
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,15 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.log import get_logger
 from mimo_megatron.train.jsonl import keep_rows_until, open_to_append
+from mimo_megatron.train.live_bar import LiveBar
 from mimo_megatron.train.provenance import provenance
 
 _ETA_MEMORY = 0.9  # weight of the past in the mean step time behind the ETA: about the last ten records
@@ -114,7 +109,7 @@ class MetricsWriter:
         self._tensorboard = self._open.enter_context(
             SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
         )
-        self._bar = _LiveBar(self._config.name, step, self._total_steps) if self._is_tty else None
+        self._bar = LiveBar(self._config.name, step, self._total_steps) if self._is_tty else None
         if self._bar:
             self._open.callback(self._bar.close)
         self.event("resume" if step else "start", step, {"ranks": self._num_ranks, **provenance()})
@@ -135,6 +130,11 @@ class MetricsWriter:
             self._bar.update(record.step, line)
         elif is_first or is_last or record.step % self._config.train.log_every == 0:
             get_logger().info("step %d/%d · %s", record.step, self._total_steps, line)
+
+    def at(self, step: int, phase: str, detail: str = "") -> None:
+        """``step`` is in ``phase``, and so far in it: for who watches a terminal; kept nowhere."""
+        if self._bar:
+            self._bar.at(step, phase, detail)
 
     def event(self, event: str, step: int, detail: str | Mapping[str, Any] = "") -> None:
         """Append a row to ``events.jsonl``: a start, a resume, a checkpoint, whatever the run's log should tell."""
@@ -162,30 +162,6 @@ class MetricsWriter:
         )
         row["numbers"] = {tag: _finite(value) for tag, value in record.numbers.items()}
         return {key: _finite(value) for key, value in row.items()}
-
-
-class _LiveBar:
-    """Two lines at the foot of a terminal: the bar, and the last record's figures under it."""
-
-    def __init__(self, name: str, step: int, total_steps: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", style="bold", markup=False),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        )
-        self._task = self._progress.add_task(name, completed=step, total=total_steps)
-        self._live = Live(self._progress, console=Console(stderr=True, force_terminal=True), refresh_per_second=4)
-        self._live.start()
-        _send_log_to_stderr()  # as rich now stands in for sys.stderr, log lines appear above the bar
-
-    def update(self, step: int, line: str) -> None:
-        self._progress.update(self._task, completed=step)
-        self._live.update(Group(self._progress, Text(line, style="dim")))
-
-    def close(self) -> None:
-        self._live.stop()
-        _send_log_to_stderr()
 
 
 def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
@@ -234,9 +210,3 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _send_log_to_stderr() -> None:
-    for handler in get_logger().handlers:
-        if type(handler) is logging.StreamHandler:  # a FileHandler is one too, and keeps its file
-            handler.setStream(sys.stderr)

@@ -15,6 +15,7 @@ from mimo_megatron.rl.collect import Collector, Sampler, evaluate
 from mimo_megatron.rl.engine.protocol import GenerationRequest, RolloutEngine
 from mimo_megatron.rl.groups import without_stale
 from mimo_megatron.rl.pool import QuestionPool
+from mimo_megatron.rl.progress import Progress
 from mimo_megatron.rl.questions import Question
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.types import RawSample, Rollout
@@ -151,6 +152,32 @@ def test_a_result_that_crossed_its_groups_abort_is_taken_for_no_other_group():
     assert judge.num_cancelled > 5
     asked = [question for some in questions(8).values() for question in some]
     assert set(evaluate(one._sampler, asked, 1.0, 3)) == set(TASKS)
+
+
+def test_who_watches_hears_how_far_the_batch_is_until_it_is_whole():
+    heard: list[Progress] = []
+    batch = collector(engine_with(WEIGHTS), Judge(1, unknown_share=0.05)).collect(1, 7, tell=heard.append)
+    assert batch is not None
+    for name in ("num_settled", "num_responses", "num_tokens", "num_replaced"):
+        counts = [getattr(one, name) for one in heard]
+        assert counts == sorted(counts) and counts[0] == 0 < counts[-1]
+    first, last = heard[0], heard[-1]
+    assert first.num_running == 5 * 4 and any(one.num_judging for one in heard)  # five groups of four at once
+    assert (last.num_settled, last.num_wanted, last.num_running, last.num_judging) == (6, 6, 0, 0)
+    tasks = batch.report.tasks.values()
+    assert last.num_replaced == sum(one.zero_variance + one.dropped for one in tasks)
+    num_judged = sum(len(group.rollouts) for group in batch.judged)
+    assert last.num_responses >= num_judged and last.num_tokens >= last.num_responses
+
+
+def test_who_watches_hears_how_far_an_evaluation_is():
+    heard: list[Progress] = []
+    sampler = Sampler(engine_with(WEIGHTS), Judge(5), read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
+    evaluate(sampler, [one for some in questions(8).values() for one in some], 1.0, 3, heard.append)
+    assert {one.num_wanted for one in heard} == {16}
+    assert all(one.num_running + one.num_judging + one.num_settled == 16 for one in heard)
+    settled = [one.num_settled for one in heard]
+    assert settled == sorted(settled) and len(set(settled)) > 2
 
 
 def test_a_planted_token_of_another_policy_is_refused_and_counted():

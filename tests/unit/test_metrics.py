@@ -1,7 +1,6 @@
 """The run's records: one row a step whatever happens to the process, readable by any JSON reader and by TensorBoard."""
 
 import json
-import logging
 import math
 import subprocess
 from collections import Counter
@@ -44,20 +43,6 @@ def write_steps(run_dir: Path, first: int, last: int, **settings) -> None:
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def log_lines():
-    """The package's log lines, and its handlers and level as they were before."""
-    logger = log.get_logger()
-    before = logger.handlers[:], logger.level, logger.propagate
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger.handlers[:], logger.propagate = [handler], False
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def test_a_row_holds_the_record_and_rates_of_useful_work(tmp_path):

@@ -16,11 +16,12 @@ from rich.console import Console
 from mimo_megatron.cli import main
 from mimo_megatron.errors import DataError
 from mimo_megatron.reward.console.page import visible, write_page
-from mimo_megatron.reward.console.pictures import Shape, line_of, picture_of
+from mimo_megatron.reward.console.pictures import line_of, picture_of
 from mimo_megatron.reward.console.rows import Scored, only, read_scored, summarise
 from mimo_megatron.reward.console.table import print_rows, print_summary, printable
 from mimo_megatron.reward.images import MediaMissing, image_path
 from mimo_megatron.reward.service.offline import Offline
+from mimo_megatron.reward.shapes import Shape
 from mimo_megatron.reward.verdict import Verdict, judged
 from mimo_megatron.reward.wire import ScoreItem
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimo_megatron.report.charts import Series, line_chart
-from mimo_megatron.report.rl_samples import MOST_PICTURE_CHARACTERS, gold_boxes
+from mimo_megatron.report.rl_samples import MOST_PICTURE_CHARACTERS, shapes_of
 from mimo_megatron.report.run_report import write_journey, write_report
 from mimo_megatron.report.stills import LONGEST_SIDE
 from tests.report_fixtures import JSON, Page, make_run
@@ -190,8 +190,10 @@ def test_torn_last_lines_are_named_and_the_others_kept(tmp_path):
 @given(
     numbers=JSON | st.dictionaries(st.sampled_from(("reward/a", "gap/a", "seconds/x", "stale/a")), JSON, max_size=3),
     rewards=JSON | st.dictionaries(st.text(max_size=3), JSON | st.floats(0, 1), max_size=3),
-    fields=st.fixed_dictionaries(dict.fromkeys(("question", "messages", "media", "gold", "mean", "responses"), JSON)),
-    response=st.dictionaries(st.sampled_from(("text", "reward", "reason", "tokens", "finish")), JSON),
+    fields=st.fixed_dictionaries(
+        dict.fromkeys(("question", "messages", "media", "gold", "shapes", "mean", "responses"), JSON)
+    ),
+    response=st.dictionaries(st.sampled_from(("text", "reward", "reason", "tokens", "finish", "shapes")), JSON),
     medium=st.tuples(st.just("image"), st.text(max_size=5), st.integers(), st.integers()),
     rl=JSON | st.dictionaries(st.sampled_from(("prompts", "evaluation", "algorithm", "rollout")), JSON),
 )
@@ -238,14 +240,50 @@ def test_nothing_in_a_rollout_becomes_markup_and_nothing_is_requested(tmp_path):
 # ---- pictures ----
 
 
-def test_a_picture_is_shown_small_with_its_gold_in_pixels_as_stored(tmp_path):
-    row = rollout(1, "box", [picture(tmp_path / "a.png", (1280, 960))], gold=[[10, 20, 110, 220]])
-    page = page_of(make_rl_run(tmp_path, rollouts=[row]))
+def test_a_picture_is_shown_small(tmp_path):
+    page = page_of(make_rl_run(tmp_path, rollouts=[rollout(1, "box", [picture(tmp_path / "a.png", (1280, 960))])]))
     (image,) = pictures(page)
     assert image.size == (LONGEST_SIDE, LONGEST_SIDE * 3 // 4)
     assert 'viewBox="0 0 1280 960"' in page.html
-    gold = next(attrs for tag, attrs in page.tags if tag == "rect" and attrs.get("class") == "gold")
-    assert [float(gold[name]) for name in ("x", "y", "width", "height")] == [10, 20, 100, 200]
+    assert not drawn(page) and "swatch gold" not in page.html
+
+
+def drawn(page: Page) -> list[tuple[str, list[float]]]:
+    """(class, coordinates) of what is drawn on pictures, in order."""
+    names = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy")}
+    return [
+        (attrs["class"].removeprefix("shape "), [float(attrs[name]) for name in names[tag]])
+        for tag, attrs in page.tags
+        if attrs.get("class", "").startswith("shape ")
+    ]
+
+
+def test_gold_and_responses_are_drawn_in_their_colours_with_a_legend_of_those_that_are_there(tmp_path):
+    box, point = [[10, 20, 110, 220]], [[30, 40]]
+    responses = [dict(text=f"r{place}", reward=0.0, shapes=shapes) for place, shapes in enumerate((box, [], point))]
+    row = rollout(1, "box", [picture(tmp_path / "a.png")], shapes=box, responses=responses)
+    page = page_of(make_rl_run(tmp_path, rollouts=[row]))
+    assert drawn(page) == [
+        ("gold", [10, 20, 100, 200]), ("said1", [10, 20, 100, 200]), ("said3", [30, 40])
+    ]  # fmt: skip
+    assert [attrs["style"] for tag, attrs in page.tags if tag == "rect" and "style" in attrs] == [
+        "--covers: 1",  # the gold is seen behind the response that says the same
+        "--covers: 0",
+    ]
+    assert re.findall(r'swatch (\w+)">(gold|\d)<', page.html) == [
+        ("gold", "gold"), ("said1", "1"), ("said3", "3"),  # the legend
+        ("said1", "1"), ("said3", "3"),  # the responses
+    ]  # fmt: skip
+
+
+def test_nothing_is_drawn_where_it_is_not_known_which_picture_is_meant(tmp_path):
+    one, other = picture(tmp_path / "a.png"), picture(tmp_path / "b.png")
+    box = [[10, 20, 110, 220]]
+    rows = [
+        rollout(step, "box", media, shapes=box, responses=[dict(text="r", reward=0.0, shapes=box)])
+        for step, media in ((1, [one, other]), (2, []), (3, [["video", *one[1:]]]))
+    ]
+    assert not drawn(page_of(make_rl_run(tmp_path, rollouts=rows)))
 
 
 def test_a_picture_is_read_from_its_place_in_a_shard(tmp_path):
@@ -319,16 +357,16 @@ def test_a_page_is_bounded_however_much_there_is_to_show(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gold", "boxes"),
+    ("value", "shapes"),
     [
-        ([1, 2, 4, 8], ((1, 2, 3, 6),)),
-        ([[1, 2, 4, 8], [0, 0, 1.5, 1]], ((1, 2, 3, 6), (0, 0, 1.5, 1))),
-        ("[1, 2, 4, 8]", ()), (7, ()), (None, ()), ([], ()), ([[]], ()), ([4, 2, 1, 8], ()), ([1, 2, 4], ()),
-        ([[1, 2, 4, 8], "x"], ()), ([1, 2, float("inf"), 8], ()),
+        ([[1, 2, 4, 8]], ((1, 2, 3, 6),)),
+        ([[1, 2, 4, 8], [0, 0.5]], ((1, 2, 3, 6), (0, 0.5, 0, 0))),
+        ([1, 2, 4, 8], ()), ("[[1, 2, 4, 8]]", ()), (7, ()), (None, ()), ([], ()), ([[]], ()), ([[4, 2, 1, 8]], ()),
+        ([[1, 2, 4]], ()), ([[1, 2, 4, 8], "x"], ()), ([[1, float("inf")]], ()), ([[1, 2]] * 99, ((1, 2, 0, 0),) * 16),
     ],
 )  # fmt: skip
-def test_only_a_gold_that_is_boxes_is_drawn(gold, boxes):
-    assert gold_boxes(gold) == boxes
+def test_only_boxes_and_points_are_drawn(value, shapes):
+    assert shapes_of(value) == shapes
 
 
 def test_a_value_alone_between_gaps_is_drawn():
