@@ -21,7 +21,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env test test-vllm quick lint format demo prove bench clean
+.PHONY: help install vllm-env test test-vllm quick lint format demo morl prove bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -84,6 +84,9 @@ format: $(STAMP)  ## let ruff rewrite what it can
 
 demo: $(STAMP)  ## data, four stages, Hugging Face export and a table of answers (BASE=train trains the tiny base again)
 	$(BIN)/python -m examples.quickstart.demo --base $(BASE)
+
+morl: $(STAMP)  ## after make demo: two reward models, then reinforcement learning of the demo's model on seven tasks
+	$(BIN)/python -m examples.quickstart.morl
 
 prove: $(STAMP)  ## every layout equals one process: 701 cases; writes docs/support-matrix.md
 	$(BIN)/mimo-megatron prove --matrix docs/support-matrix.md --json benchmarks/results/prove.json
