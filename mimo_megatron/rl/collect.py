@@ -56,8 +56,14 @@ class Sampler:
         )
         self.engine.submit(request)
 
-    def judge(self, question: Question, rollout: Rollout) -> None:
-        self.judging.ask(rollout.request_id, [self.item(question, rollout)])
+    def judge(self, finished: Iterable[tuple[Question, Rollout]]) -> None:
+        """Have the responses judged, those of each kind in one request: one apiece would cost more than sampling."""
+        by_task: dict[str, list[tuple[Question, Rollout]]] = defaultdict(list)
+        for question, rollout in finished:
+            by_task[question.reward_task].append((question, rollout))
+        for several in by_task.values():
+            items = [self.item(question, rollout) for question, rollout in several]
+            self.judging.ask(items, {rollout.request_id for _, rollout in several})
 
     def item(self, question: Question, rollout: Rollout) -> ScoreItem:
         """The response as it is judged."""
@@ -167,13 +173,14 @@ class Collector:
                 groups[launch.index] = _OpenGroup(question, self._rollout.group_size)
                 self._ask(step, launch.index, question, seed)
             tell(self._progress(scheduler.report(), groups.values(), num_responses, num_tokens))
-            for rollout in self._sampler.engine.poll(_POLL_SECONDS):
+            finished = self._sampler.engine.poll(_POLL_SECONDS)
+            for rollout in finished:
                 num_responses, num_tokens = num_responses + 1, num_tokens + len(rollout.token_ids_T)
-                index = int(rollout.request_id.rpartition("-")[2])
+                index = _index(rollout)
                 groups[index].rollouts[rollout.index] = rollout
-                self._sampler.judge(groups[index].question, rollout)
                 if groups[index].is_generated:
                     scheduler.generated(index)
+            self._sampler.judge((groups[_index(rollout)].question, rollout) for rollout in finished)
             for index in self._take_results(step, groups):
                 outcome = self._settle(groups.pop(index), judged, unknown, index)
                 scheduler.settle(index, outcome)
@@ -289,9 +296,10 @@ def evaluate(
         num_settled = len(asked) - num_open
         num_judging = num_responses - num_settled
         tell(Progress(num_settled, len(asked), sampler.engine.num_running, num_judging, num_responses, num_tokens))
-        for rollout in sampler.engine.poll(_POLL_SECONDS):
-            num_responses, num_tokens = num_responses + 1, num_tokens + len(rollout.token_ids_T)
-            sampler.judge(asked[rollout.request_id], rollout)
+        finished = sampler.engine.poll(_POLL_SECONDS)
+        num_responses += len(finished)
+        num_tokens += sum(len(rollout.token_ids_T) for rollout in finished)
+        sampler.judge((asked[rollout.request_id], rollout) for rollout in finished)
         for result in sampler.judging.results(_POLL_SECONDS if sampler.engine.num_running == 0 else 0.0):
             name = result.id.rpartition("/")[0]
             if name not in asked:  # of a group that was aborted before
@@ -304,6 +312,11 @@ def evaluate(
 
 def _name(step: int, index: int) -> str:
     return f"{step}-{index}"
+
+
+def _index(rollout: Rollout) -> int:
+    """Of its group in the step."""
+    return int(rollout.request_id.rpartition("-")[2])
 
 
 def _seed(*numbers: int) -> int:

@@ -37,20 +37,23 @@ class Judge:
 
     def __init__(self, seed: int, unknown_share: float = 0.0, constant: float | None = None) -> None:
         self._draw, self._unknown_share, self._constant = random.Random(seed), unknown_share, constant
-        self._waiting: list[tuple[str, ScoreItem]] = []
-        self.num_unknown = 0
+        self._waiting: list[ScoreItem] = []
+        self.num_unknown = self.num_asked = 0
 
-    def ask(self, group: str, items: Sequence[ScoreItem]) -> None:
-        self._waiting += [(group, item) for item in items]
+    def ask(self, items: Sequence[ScoreItem], groups: Collection[str]) -> None:
+        assert {_group(item) for item in items} == set(groups)
+        assert len({item.task for item in items}) == 1  # a request is answered when its slowest item is
+        self._waiting += items
+        self.num_asked += 1
 
     def results(self, seconds: float) -> list[ScoreResult]:
         self._draw.shuffle(self._waiting)
         ready = self._waiting[: self._draw.randint(0, 8)]
         del self._waiting[: len(ready)]
-        return [self._result(item) for _, item in ready]
+        return [self._result(item) for item in ready]
 
-    def cancel(self, groups: Sequence[str]) -> None:
-        self._waiting = [one for one in self._waiting if one[0] not in set(groups)]
+    def cancel(self, groups: Collection[str]) -> None:
+        self._waiting = [item for item in self._waiting if _group(item) not in set(groups)]
 
     def _result(self, item: ScoreItem) -> ScoreResult:
         if self._draw.random() < self._unknown_share:
@@ -61,6 +64,10 @@ class Judge:
             share = sum(number % 2 for number in numbers) / max(len(numbers), 1)
             verdict = judged(share if self._constant is None else self._constant)
         return ScoreResult(id=item.id, status=verdict.status, reward=verdict.reward, reason=verdict.reason, ms=0.0)
+
+
+def _group(item: ScoreItem) -> str:
+    return item.id.rpartition("/")[0]
 
 
 class Late:
@@ -262,3 +269,13 @@ def test_evaluation_asks_every_question_once_and_leaves_unknown_rewards_out():
     assert set(found) == set(TASKS) and all(0 < reward < 1 for reward in found.values())
     constant = Sampler(engine_with(WEIGHTS), Judge(5, 0.3, 0.25), read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
     assert evaluate(constant, asked, 1.0, 3) == pytest.approx(dict.fromkeys(TASKS, 0.25))
+
+
+def test_responses_that_finish_together_are_judged_in_one_request_for_each_kind():
+    asked = [question for some in questions(12).values() for question in some]
+    judge = Judge(5)
+    sampler = Sampler(engine_with(WEIGHTS), judge, read, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
+    heard: list[Progress] = []
+    evaluate(sampler, asked, 1.0, 3, heard.append)
+    num_polls = len({one.num_responses for one in heard})
+    assert judge.num_asked <= num_polls < len(asked)  # `count` judges both tasks
