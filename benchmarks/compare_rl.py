@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Run:
     overrides: tuple[str, ...]
 
     def start(self, threads: int) -> None:
-        """Run it to its end. What it prints goes to ``log.txt`` of its folder."""
+        """Run it to its end, and say how long that took. What it prints goes to ``log.txt`` of its folder."""
+        began = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         words = [f"seed={self.seed}", f"dir={self.folder}", *self.overrides]
         with (self.folder / "log.txt").open("a") as log:
@@ -50,6 +52,7 @@ class Run:
                 [sys.executable, "-m", "mimo_megatron.cli", "rl", str(RECIPE), *words],
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=log, check=True,
             )  # fmt: skip
+        print(f"{self.folder}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
     @property
     def rewards(self) -> list[dict[str, float]]:
@@ -62,16 +65,14 @@ def planned(seeds: Sequence[int], labels: Sequence[str], overrides: Sequence[str
     config = load_recipe(RECIPE, overrides)
     assert config.rl is not None
     groups = config.rl.rollout.groups_per_step / sum(source.ratio for source in config.rl.prompts)
-    for seed in seeds:
-        if MIXED in labels:
-            yield Run(MIXED, seed, out / f"mixed-{seed}", tuple(overrides))
+    if MIXED in labels:
+        yield from (Run(MIXED, seed, out / f"mixed-{seed}", tuple(overrides)) for seed in seeds)
     for seed in seeds:
         if GRPO in labels:
             keys = (*overrides, "rl.algorithm.name=grpo", f"rl.algorithm.updates_per_batch={GRPO_UPDATES}")
             yield Run(GRPO, seed, out / f"grpo-{seed}", keys)
-    for seed in seeds:
-        for source in config.rl.prompts:
-            if ALONE in labels and source.task in TASKS:
+        for source in config.rl.prompts if ALONE in labels else ():
+            if source.task in TASKS:
                 yield Run(ALONE, seed, out / f"{source.task}-{seed}", (*overrides, *_alone(source, groups)))
 
 
