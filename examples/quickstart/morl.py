@@ -32,7 +32,7 @@ REWARD_MODELS = {"text": Path("examples/quickstart/base/text"), "multimodal": Pa
 def run(protocol: Protocol, overrides: Sequence[str] = ()) -> Path:
     """The run's folder."""
     for kind, worse in REWARD_MODELS.items():
-        with protocol.part(f"Reward model: {kind}"):
+        with protocol.part(f"Reward model of {kind}"):
             train_reward_model(protocol, kind, worse)
     with protocol.part("Start: fifteen steps of stage 4"):
         protocol.command("train", START)  # a run that is done says so and ends
