@@ -4,6 +4,9 @@ from pathlib import Path
 
 from mimo_megatron.cli.verb import Arguments, Values, Verb, add_recipe, count
 
+_FORMATS = ("llava", "sharegpt", "qwen-vl", "hf-parquet", "folder")  # written out: --help must not load the formats
+_BOX_FRAMES = ("stored", "resized", "thousandths", "square", "keep")
+
 
 def _data_index_arguments(parser: Arguments) -> None:
     add_recipe(parser)
@@ -46,6 +49,57 @@ def _data_preview(values: Values) -> int:
     return 0
 
 
+def _data_convert_arguments(parser: Arguments) -> None:
+    parser.add_argument("source", type=Path, metavar="FROM", help="a file or folder of another format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder of shards to be made")
+    parser.add_argument("--format", choices=_FORMATS, help="(default: told from the content, and said)")
+    parser.add_argument(
+        "--media", type=Path, action="append", default=[], help="folder that paths of images and videos count from"
+    )
+    parser.add_argument("--boxes", choices=_BOX_FRAMES, help="what boxes in answers count in; see docs/data-formats.md")
+    parser.add_argument(
+        "--box-pixels", type=count, nargs=2, metavar=("MIN", "MAX"), help="pixel limits of --boxes resized"
+    )
+    parser.add_argument("--prompt", help="question put to pictures that only have a caption")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
+    parser.add_argument("--samples-per-shard", type=count, default=10_000, help="(default 10000, and 1 GiB at most)")
+
+
+def _data_convert(values: Values) -> int:
+    from mimo_megatron import log
+    from mimo_megatron.data.formats.boxes import RESIZED_PIXELS
+    from mimo_megatron.data.formats.convert import REPORT_FILE, convert
+    from mimo_megatron.data.formats.detect import FORMATS, detect
+    from mimo_megatron.data.formats.sample import Reading
+
+    log.set_up()
+    if values.format:
+        form = FORMATS[values.format]
+    else:
+        form, reason = detect(values.source)
+        print(f"{values.source}: {form.name}, for {reason}")
+    reading = Reading(
+        tuple(values.media), values.boxes, tuple(values.box_pixels or RESIZED_PIXELS), values.prompt or None
+    )
+    done = convert(
+        values.source,
+        values.out,
+        form,
+        reading,
+        is_strict=values.strict,
+        samples_per_shard=values.samples_per_shard,
+    )
+    print(f"{values.out}: {done.num_samples:,} samples of {done.rows_done:,} rows in {done.num_shards:,} shards")
+    if done.num_renamed:
+        print(f"  given an id of their own, since an earlier row has theirs: {done.num_renamed:,}")
+    if done.left_out:
+        print(f"  keys that JSON cannot hold, left out: {', '.join(sorted(done.left_out))}")
+    if done.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in done.skipped.most_common())
+        print(f"  rows left out: {reasons}; each is in {values.out / REPORT_FILE}")
+    return 0
+
+
 def _pack_arguments(parser: Arguments) -> None:
     parser.add_argument("lengths", type=Path, help="an indexed folder, or lengths as .parquet, .npy or text")
     parser.add_argument("--capacity", type=count, required=True, help="tokens of a pack")
@@ -61,6 +115,12 @@ def _pack(values: Values) -> int:
 
 
 VERBS = (
+    Verb(
+        "data convert",
+        "LLaVA, ShareGPT, Qwen-VL, parquet or a folder of pictures into shards",
+        _data_convert_arguments,
+        _data_convert,
+    ),
     Verb("data index", "measure the samples of every source of a recipe", _data_index_arguments, _data_index),
     Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),

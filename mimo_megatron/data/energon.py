@@ -92,12 +92,13 @@ class EnergonSource(IndexedSource):
         except KeyError as error:
             raise SampleError(row["id"], "energon", f"energon knows no {name!r} of it; {self._prepare}") from error
         place = (found.raw_byte_offset, found.raw_byte_size)
-        if store.tar_filenames[found.tar_file_id] != row["shard"] or place != known:
+        shard = store.tar_filenames[found.tar_file_id]
+        if shard != row["shard"] or place != known:
             raise SampleError(
                 row["id"],
                 "energon",
-                f"energon has its {name!r} at {place} of {store.tar_filenames[found.tar_file_id]}, our index at {known} "
-                f"of {row['shard']}; {self._prepare}, or index again",
+                f"energon has its {name!r} at {place} of {shard}, our index at {known} of {row['shard']}; "
+                f"{self._prepare}, or index again",
             )
         return place
 
