@@ -34,10 +34,47 @@ def _data_index(values: Values) -> int:
     return 0
 
 
+def _data_lint_arguments(parser: Arguments) -> None:
+    parser.add_argument("path", type=Path, metavar="RECIPE|FOLDER", help="a recipe, or a folder of tar shards")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe")
+    parser.add_argument("--decode", action="store_true", help="decode every image and video to its end")
+    parser.add_argument(
+        "--aspect", type=float, default=20.0, help="sides of an image that differ more are doubted (20)"
+    )
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="write every finding there, one a line")
+
+
+def _data_lint(values: Values) -> int:
+    import contextlib
+    import json
+    from dataclasses import asdict
+
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.lint import Limits, Linter, Summary
+    from mimo_megatron.data.tokenizer import load_tokenizer
+
+    limits, folders = None, [values.path]
+    if not values.path.is_dir():
+        config = load_recipe(values.path, values.overrides)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.tokens, config.model.text.vocab_size)
+        limits, folders = Limits(tokenizer, config.model, config.data), [one.path for one in config.data.sources]
+    linter, summary = Linter(limits, decodes=values.decode, most_aspect=values.aspect), Summary()
+    with contextlib.ExitStack() as stack:
+        lines = values.jsonl and stack.enter_context(values.jsonl.open("w", encoding="utf-8"))
+        for folder in folders:
+            for finding in linter.lint(folder):
+                summary.add(finding)
+                if lines:
+                    lines.write(json.dumps(asdict(finding)) + "\n")
+    print(summary.text(linter.num_samples))
+    return int(summary.is_bad)
+
+
 def _data_preview_arguments(parser: Arguments) -> None:
     add_recipe(parser)
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
     parser.add_argument("--packs", type=count, default=4, help="packs shown, from the first step on (default 4)")
+    parser.add_argument("--tokens", type=count, default=2000, help="pieces of text shown of a sample (default 2000)")
 
 
 def _data_preview(values: Values) -> int:
@@ -45,7 +82,8 @@ def _data_preview(values: Values) -> int:
     from mimo_megatron.data.preview import write_preview
 
     config = load_recipe(values.recipe, values.overrides)
-    print(write_preview(config.data, config.model, values.out, values.packs, seed=config.seed))
+    packs, tokens = values.packs, values.tokens
+    print(write_preview(config.data, config.model, values.out, packs, seed=config.seed, shown_tokens=tokens))
     return 0
 
 
@@ -122,6 +160,7 @@ VERBS = (
         _data_convert,
     ),
     Verb("data index", "measure the samples of every source of a recipe", _data_index_arguments, _data_index),
+    Verb("data lint", "every sample looked at; exit code 1 where something is wrong", _data_lint_arguments, _data_lint),
     Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
 )

@@ -1,7 +1,7 @@
 """ShareGPT as LLaMA-Factory has it: ``conversations`` (from, value) or ``messages`` (role, content), and ``images``.
 
-Further columns: ``videos``, ``system``, ``chosen`` and ``rejected`` (of pairs). Text is taken as it stands: that trainer
-puts a picture in the place of its mark and strips nothing. Rows with tools are refused.
+Further columns: ``videos``, ``system``, ``chosen`` and ``rejected`` (of pairs). Text is taken as it stands: where that
+trainer reads a mark, it puts the picture and strips nothing. Rows with tools are refused.
 """
 
 from collections.abc import Mapping
