@@ -70,6 +70,24 @@ def _data_lint(values: Values) -> int:
     return int(summary.is_bad)
 
 
+def _data_stats_arguments(parser: Arguments) -> None:
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, default=Path("stats.html"), help="the page (default stats.html)")
+    parser.add_argument("--samples", type=count, default=2000, help="samples read of each source (default 2000)")
+    parser.add_argument("--packs", type=count, default=256, help="packs that are planned (default 256)")
+
+
+def _data_stats(values: Values) -> int:
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.stats import collect, summary, write_page
+
+    config = load_recipe(values.recipe, values.overrides)
+    stats = collect(config.data, config.model, seed=config.seed, num_samples=values.samples, num_packs=values.packs)
+    print(summary(stats, config.data))
+    print(write_page(stats, config.data, config.model, values.out))
+    return 0
+
+
 def _data_preview_arguments(parser: Arguments) -> None:
     add_recipe(parser)
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
@@ -161,6 +179,7 @@ VERBS = (
     ),
     Verb("data index", "measure the samples of every source of a recipe", _data_index_arguments, _data_index),
     Verb("data lint", "every sample looked at; exit code 1 where something is wrong", _data_lint_arguments, _data_lint),
+    Verb("data stats", "one page of what a recipe's data are", _data_stats_arguments, _data_stats),
     Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
 )
