@@ -129,6 +129,8 @@ def _data_convert(values: Values) -> int:
     from mimo_megatron.data.formats.sample import Reading
 
     log.set_up()
+    if values.box_pixels and values.boxes != "resized":
+        values.parser.error("--box-pixels are the limits of --boxes resized")
     if values.format:
         form = FORMATS[values.format]
     else:

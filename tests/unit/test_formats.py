@@ -326,6 +326,7 @@ def test_a_stopped_conversion_goes_on_to_the_bytes_of_an_unbroken_one(here, tmp_
     assert not (tmp_path / "out").exists()
     state = tmp_path / "out.part" / STATE_FILE
     rows_done = json.loads(state.read_bytes())["done"]["rows_done"] if state.exists() else 0
+    (tmp_path / "out.part" / "shard-000003.tar").touch()  # as if it was renamed and the state not yet written
     convert(source, tmp_path / "out", form, Reading(), **options)
     assert files_of(tmp_path / "out") == whole
     assert len(calls) == stop_at + 10 - rows_done, "rows of whole shards are not made again"

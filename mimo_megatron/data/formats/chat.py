@@ -147,6 +147,8 @@ def media_of(tree: Mapping[str, Any], columns: Mapping[str, MediaKind]) -> tuple
             name = f"{column}[{number}]" if isinstance(tree[column], list | tuple) else column
             if isinstance(one, Mapping):
                 one = next((one[key] for key in ("bytes", "path") if one.get(key)), None)
+                if one is None:  # how parquet says that a row has none
+                    continue
             if isinstance(one, list | tuple):
                 raise RowError(name, "media_kind", f"a {kind} of {len(one)} files; join its frames into one video file")
             if not isinstance(one, str | bytes) or not one:

@@ -116,7 +116,10 @@ def _bytes_of(media: Media, name: str, file: Path, roots: Sequence[Path]) -> byt
     places = [Path(root, name) for root in (*roots, file.parent)]
     for path in places:
         if path.is_file():
-            return path.read_bytes()
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                raise RowError(media.field, "media_unreadable", str(error)) from error
     raise RowError(
         media.field, "media_missing", f"{name!r} is in none of {', '.join(str(one.parent) for one in places)}"
     )
