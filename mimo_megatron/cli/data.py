@@ -4,6 +4,9 @@ from pathlib import Path
 
 from mimo_megatron.cli.verb import Arguments, Values, Verb, add_recipe, count
 
+_FORMATS = ("llava", "sharegpt", "qwen-vl", "hf-parquet", "folder")  # written out: --help must not load the formats
+_BOX_FRAMES = ("stored", "resized", "thousandths", "square", "keep")
+
 
 def _data_index_arguments(parser: Arguments) -> None:
     add_recipe(parser)
@@ -31,10 +34,65 @@ def _data_index(values: Values) -> int:
     return 0
 
 
+def _data_lint_arguments(parser: Arguments) -> None:
+    parser.add_argument("path", type=Path, metavar="RECIPE|FOLDER", help="a recipe, or a folder of tar shards")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the recipe")
+    parser.add_argument("--decode", action="store_true", help="decode every image and video to its end")
+    parser.add_argument(
+        "--aspect", type=float, default=20.0, help="sides of an image that differ more are doubted (20)"
+    )
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="write every finding there, one a line")
+
+
+def _data_lint(values: Values) -> int:
+    import contextlib
+    import json
+    from dataclasses import asdict
+
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.lint import Limits, Linter, Summary
+    from mimo_megatron.data.tokenizer import load_tokenizer
+
+    limits, folders = None, [values.path]
+    if not values.path.is_dir():
+        config = load_recipe(values.path, values.overrides)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.tokens, config.model.text.vocab_size)
+        limits, folders = Limits(tokenizer, config.model, config.data), [one.path for one in config.data.sources]
+    linter, summary = Linter(limits, decodes=values.decode, most_aspect=values.aspect), Summary()
+    with contextlib.ExitStack() as stack:
+        lines = values.jsonl and stack.enter_context(values.jsonl.open("w", encoding="utf-8"))
+        for folder in folders:
+            for finding in linter.lint(folder):
+                summary.add(finding)
+                if lines:
+                    lines.write(json.dumps(asdict(finding)) + "\n")
+    print(summary.text(linter.num_samples))
+    return int(summary.is_bad)
+
+
+def _data_stats_arguments(parser: Arguments) -> None:
+    add_recipe(parser)
+    parser.add_argument("--out", type=Path, default=Path("stats.html"), help="the page (default stats.html)")
+    parser.add_argument("--samples", type=count, default=2000, help="samples read of each source (default 2000)")
+    parser.add_argument("--packs", type=count, default=256, help="packs that are planned (default 256)")
+
+
+def _data_stats(values: Values) -> int:
+    from mimo_megatron.config.load import load_recipe
+    from mimo_megatron.data.stats import collect, summary, write_page
+
+    config = load_recipe(values.recipe, values.overrides)
+    stats = collect(config.data, config.model, seed=config.seed, num_samples=values.samples, num_packs=values.packs)
+    print(summary(stats, config.data))
+    print(write_page(stats, config.data, config.model, values.out))
+    return 0
+
+
 def _data_preview_arguments(parser: Arguments) -> None:
     add_recipe(parser)
     parser.add_argument("--out", type=Path, default=Path("preview.html"), help="the page (default preview.html)")
     parser.add_argument("--packs", type=count, default=4, help="packs shown, from the first step on (default 4)")
+    parser.add_argument("--tokens", type=count, default=2000, help="pieces of text shown of a sample (default 2000)")
 
 
 def _data_preview(values: Values) -> int:
@@ -42,7 +100,61 @@ def _data_preview(values: Values) -> int:
     from mimo_megatron.data.preview import write_preview
 
     config = load_recipe(values.recipe, values.overrides)
-    print(write_preview(config.data, config.model, values.out, values.packs, seed=config.seed))
+    packs, tokens = values.packs, values.tokens
+    print(write_preview(config.data, config.model, values.out, packs, seed=config.seed, shown_tokens=tokens))
+    return 0
+
+
+def _data_convert_arguments(parser: Arguments) -> None:
+    parser.add_argument("source", type=Path, metavar="FROM", help="a file or folder of another format")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder of shards to be made")
+    parser.add_argument("--format", choices=_FORMATS, help="(default: told from the content, and said)")
+    parser.add_argument(
+        "--media", type=Path, action="append", default=[], help="folder that paths of images and videos count from"
+    )
+    parser.add_argument("--boxes", choices=_BOX_FRAMES, help="what boxes in answers count in; see docs/data-formats.md")
+    parser.add_argument(
+        "--box-pixels", type=count, nargs=2, metavar=("MIN", "MAX"), help="pixel limits of --boxes resized"
+    )
+    parser.add_argument("--prompt", help="question put to pictures that only have a caption")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad row")
+    parser.add_argument("--samples-per-shard", type=count, default=10_000, help="(default 10000, and 1 GiB at most)")
+
+
+def _data_convert(values: Values) -> int:
+    from mimo_megatron import log
+    from mimo_megatron.data.formats.boxes import RESIZED_PIXELS
+    from mimo_megatron.data.formats.convert import REPORT_FILE, convert
+    from mimo_megatron.data.formats.detect import FORMATS, detect
+    from mimo_megatron.data.formats.sample import Reading
+
+    log.set_up()
+    if values.box_pixels and values.boxes != "resized":
+        values.parser.error("--box-pixels are the limits of --boxes resized")
+    if values.format:
+        form = FORMATS[values.format]
+    else:
+        form, reason = detect(values.source)
+        print(f"{values.source}: {form.name}, for {reason}")
+    reading = Reading(
+        tuple(values.media), values.boxes, tuple(values.box_pixels or RESIZED_PIXELS), values.prompt or None
+    )
+    done = convert(
+        values.source,
+        values.out,
+        form,
+        reading,
+        is_strict=values.strict,
+        samples_per_shard=values.samples_per_shard,
+    )
+    print(f"{values.out}: {done.num_samples:,} samples of {done.rows_done:,} rows in {done.num_shards:,} shards")
+    if done.num_renamed:
+        print(f"  given an id of their own, since an earlier row has theirs: {done.num_renamed:,}")
+    if done.left_out:
+        print(f"  keys that JSON cannot hold, left out: {', '.join(sorted(done.left_out))}")
+    if done.skipped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in done.skipped.most_common())
+        print(f"  rows left out: {reasons}; each is in {values.out / REPORT_FILE}")
     return 0
 
 
@@ -61,7 +173,15 @@ def _pack(values: Values) -> int:
 
 
 VERBS = (
+    Verb(
+        "data convert",
+        "LLaVA, ShareGPT, Qwen-VL, parquet or a folder of pictures into shards",
+        _data_convert_arguments,
+        _data_convert,
+    ),
     Verb("data index", "measure the samples of every source of a recipe", _data_index_arguments, _data_index),
+    Verb("data lint", "every sample looked at; exit code 1 where something is wrong", _data_lint_arguments, _data_lint),
+    Verb("data stats", "one page of what a recipe's data are", _data_stats_arguments, _data_stats),
     Verb("data preview", "one page of what a recipe trains on", _data_preview_arguments, _data_preview),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
 )

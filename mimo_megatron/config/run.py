@@ -13,6 +13,7 @@ ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
+SourceBackend = Literal["indexed", "energon"]
 
 
 class ParallelConfig(Strict):
@@ -50,6 +51,11 @@ class ParallelConfig(Strict):
 class SourceConfig(Strict):
     path: Path = Field(description="Folder written by `mimo-megatron data index`.")
     weight: float = Field(1.0, gt=0, description="Relative share of this source's samples in an epoch.")
+    backend: SourceBackend = Field(
+        "indexed",
+        description="What reads the tars. indexed: our own reader; energon: megatron-energon, over a folder that "
+        "`energon prepare` has seen too. Samples and their order are the same.",
+    )
 
 
 class VideoConfig(Strict):

@@ -10,10 +10,11 @@ import itertools
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
+from mimo_megatron.data.energon import open_source
 from mimo_megatron.data.pairs import encode_stored
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.records import SampleError
-from mimo_megatron.data.source import DataSource, IndexedSource
+from mimo_megatron.data.source import DataSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.types import EncodedSample, RawSample
 
@@ -25,10 +26,10 @@ class Corpus:
         self.data = data
         self.model = model
         self.tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
-        indexed = [IndexedSource(source.path, data.split) for source in data.sources]
-        for source in indexed:
+        opened = [open_source(source, data.split) for source in data.sources]
+        for source in opened:
             source.check_settings(length_settings(self.tokenizer, model, data))
-        self.sources: tuple[DataSource, ...] = tuple(indexed)
+        self.sources: tuple[DataSource, ...] = tuple(opened)
         sizes = [len(source.lengths.num_tokens_N) for source in self.sources]
         self._starts = [0, *itertools.accumulate(sizes)]
 

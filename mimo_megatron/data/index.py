@@ -21,7 +21,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.pairs import measure_stored
-from mimo_megatron.data.records import SampleError, parse_record
+from mimo_megatron.data.records import Record, SampleError, parse_record
 from mimo_megatron.data.shards import JSON_NAME, Member, scan_samples
 from mimo_megatron.data.source import INDEX_FILE, INDEX_VERSION, SIDECAR_FILE, read_bytes
 from mimo_megatron.data.tokenizer import TextTokenizer
@@ -143,18 +143,11 @@ class _Indexer:
         return rows, faults
 
     def _row(self, shard: Path, key: str, members: Sequence[Member]) -> dict[str, Any]:
-        default_id = f"{shard.stem}/{key}"
-        by_name = {member.name: member for member in members}
-        if len(by_name) < len(members):
-            raise SampleError(default_id, "duplicate_name", f"two files of key {key!r} have one name")
-        if JSON_NAME not in by_name:
-            raise SampleError(default_id, "json", f"{key}.{JSON_NAME} is missing; there are {sorted(by_name)}")
-        home = by_name.pop(JSON_NAME)
-        record = parse_record(_read(shard, home), default_id)
+        home, by_name, record = read_record(shard, key, members)
         if record.id in self._seen:
             raise SampleError(record.id, "duplicate_id", "an earlier sample has the same id")
-        _check_names(record.id, [name for _, name in record.media], by_name)
-        contents = {name: _read(shard, member) for name, member in by_name.items()}
+        check_names(record.id, [name for _, name in record.media], by_name)
+        contents = {name: read_member(shard, member) for name, member in by_name.items()}
         media = tuple(
             MediaRef(
                 kind,
@@ -194,7 +187,20 @@ class _Indexer:
         self.report.num_over_capacity += num_tokens > self._data.pack_tokens or num_patches > self._data.pack_patches
 
 
-def _check_names(sample_id: str, named: Iterable[str], members: Mapping[str, Member]) -> None:
+def read_record(shard: Path, key: str, members: Sequence[Member]) -> tuple[Member, dict[str, Member], Record]:
+    """Where the sample's JSON lies, its other files by name, and its record. ``SampleError`` where it has none."""
+    default_id = f"{shard.stem}/{key}"
+    by_name = {member.name: member for member in members}
+    if len(by_name) < len(members):
+        raise SampleError(default_id, "duplicate_name", f"two files of key {key!r} have one name")
+    if JSON_NAME not in by_name:
+        raise SampleError(default_id, "json", f"{key}.{JSON_NAME} is missing; there are {sorted(by_name)}")
+    home = by_name.pop(JSON_NAME)
+    return home, by_name, parse_record(read_member(shard, home), default_id)
+
+
+def check_names(sample_id: str, named: Iterable[str], members: Mapping[str, Member]) -> None:
+    """``SampleError`` unless the files that the messages name are those that the sample has."""
     named = set(named)
     if missing := sorted(named - set(members)):
         raise SampleError(sample_id, "media_missing", f"the messages name {missing}; the shard has {sorted(members)}")
@@ -202,7 +208,7 @@ def _check_names(sample_id: str, named: Iterable[str], members: Mapping[str, Mem
         raise SampleError(sample_id, "media_unused", f"the shard has {unused}, which no message shows")
 
 
-def _read(shard: Path, member: Member) -> bytes:
+def read_member(shard: Path, member: Member) -> bytes:
     return read_bytes(shard, member.offset, member.num_bytes)
 
 

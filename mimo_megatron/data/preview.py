@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer
 from mimo_megatron.types import EncodedMedia, EncodedSample, RawSample
 
 TEMPLATE = "preview.html.j2"
+SHOWN_TOKENS = 2000
+_IMAGE_PIXELS, _FRAME_PIXELS = 1600, 360  # longest embedded side: a screenshot is readable, a page of them is small
 _PLAIN_BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 _LONGEST_PIECE = 16  # tokens; byte-level tokens may end inside a character, and the next begin there
 
@@ -42,9 +44,10 @@ class Span:
 
     text: str
     kind: str
-    """text, special or placeholder."""
+    """text, special or placeholder; gap for tokens that are not shown."""
     is_trained: bool
     title: str
+    num_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,23 @@ class Shape:
     """text for coordinates that the messages hold, meta for boxes of the sample's other keys."""
 
 
-def write_preview(data: DataConfig, model: ModelConfig, out: Path, num_packs: int, *, seed: int = 1) -> Path:
-    """``out``, now a page about the first ``num_packs`` packs that a run with this seed trains on."""
+def write_preview(
+    data: DataConfig,
+    model: ModelConfig,
+    out: Path,
+    num_packs: int,
+    *,
+    seed: int = 1,
+    shown_tokens: int = SHOWN_TOKENS,
+) -> Path:
+    """``out``, now a page about the first ``num_packs`` packs that a run with this seed trains on.
+
+    Of a sample with more than ``shown_tokens`` tokens of text, the beginning and the end are shown.
+    """
     corpus = Corpus(data, model)
     plan = corpus.plan(seed)
     packs, _ = plan.take(Position(0, 0), num_packs)
-    views = [_pack_view(corpus, number, pack.tolist()) for number, pack in enumerate(packs)]
+    views = [_pack_view(corpus, number, pack.tolist(), shown_tokens) for number, pack in enumerate(packs)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -117,7 +131,7 @@ def token_spans(sample: EncodedSample, tokenizer: TextTokenizer, model: ModelCon
             while end < len(ids) and ids[end] == ids[start]:
                 end += 1
             text = f"{names[ids[start]].strip('<|>')} × {end - start}"
-            yield Span(text, "placeholder", mask[start], f"tokens {start} to {end - 1}: {ids[start]}")
+            yield Span(text, "placeholder", mask[start], f"tokens {start} to {end - 1}: {ids[start]}", end - start)
         elif ids[start] in names:
             yield Span(names[ids[start]], "special", mask[start], f"token {start}: {ids[start]}")
         else:
@@ -128,8 +142,21 @@ def token_spans(sample: EncodedSample, tokenizer: TextTokenizer, model: ModelCon
                 limit += 1
             end = _end_of_piece(ids, start, limit, tokenizer)
             listed = ", ".join(map(str, ids[start:end]))
-            yield Span(tokenizer.decode(ids[start:end]), "text", mask[start], f"token {start}: {listed}")
+            yield Span(tokenizer.decode(ids[start:end]), "text", mask[start], f"token {start}: {listed}", end - start)
         start = end
+
+
+def shorten(spans: Iterable[Span], most: int) -> list[Span]:
+    """The spans; of more than ``most`` so many, from the beginning and the end, and one that tells what is between."""
+    listed = list(spans)
+    if len(listed) <= most:
+        return listed
+    head, tail = most * 3 // 4, len(listed) - most // 4
+    left_out = listed[head:tail]
+    num_tokens = sum(span.num_tokens for span in left_out)
+    num_trained = sum(span.num_tokens for span in left_out if span.is_trained)
+    told = f"{num_tokens:,} tokens are not shown here, {num_trained:,} of them trained"
+    return [*listed[:head], Span(told, "gap", False, "", num_tokens), *listed[tail:]]
 
 
 def _end_of_piece(ids: list[int], start: int, limit: int, tokenizer: TextTokenizer) -> int:
@@ -140,11 +167,11 @@ def _end_of_piece(ids: list[int], start: int, limit: int, tokenizer: TextTokeniz
     return start + 1
 
 
-def _pack_view(corpus: Corpus, number: int, members: Sequence[int]) -> dict[str, Any]:
+def _pack_view(corpus: Corpus, number: int, members: Sequence[int], shown_tokens: int) -> dict[str, Any]:
     samples, faults = [], []
     for member in members:
         try:
-            samples += [_sample_view(corpus, corpus.read(member), one) for one in corpus.encode(member)]
+            samples += [_sample_view(corpus, corpus.read(member), one, shown_tokens) for one in corpus.encode(member)]
         except SampleError as fault:
             faults.append(str(fault))
     slots, patch_slots = corpus.data.pack_tokens, corpus.data.pack_patches
@@ -162,7 +189,7 @@ def _pack_view(corpus: Corpus, number: int, members: Sequence[int]) -> dict[str,
     }
 
 
-def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample) -> dict[str, Any]:
+def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample, shown_tokens: int) -> dict[str, Any]:
     contents = [read_media(ref) for ref in raw.media]
     shapes = [
         measure_media(content, ref.kind, corpus.model, corpus.data)
@@ -171,7 +198,9 @@ def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample) -> dict[
     drawn = _drawn(raw, shapes)
     image_numbers = np.cumsum([shape.frame is not None for shape in shapes]) - 1
     media = [
-        _image_view(one, shape.frame, drawn[image], corpus.model) if shape.frame else _video_view(one, corpus.model)
+        _image_view(one, shape.frame, drawn[image], len(shapes), corpus.model)
+        if shape.frame
+        else _video_view(one, corpus.model)
         for one, shape, image in zip(sample.media, shapes, image_numbers.tolist(), strict=True)
     ]
     return {
@@ -181,7 +210,7 @@ def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample) -> dict[
         "num_patches": sample.num_patches,
         "num_trained": int(sample.loss_mask_T.sum()),
         "media": media,
-        "spans": [asdict(span) for span in token_spans(sample, corpus.tokenizer, corpus.model)],
+        "spans": [asdict(span) for span in shorten(token_spans(sample, corpus.tokenizer, corpus.model), shown_tokens)],
         "meta": json.dumps(dict(raw.meta), ensure_ascii=False) if raw.meta else "",
     }
 
@@ -219,17 +248,22 @@ def _meta_boxes(raw: RawSample, frames: Sequence[Frame]) -> Iterator[Region]:
             yield Region(0, rescale_coordinates(box, frames[0]))
 
 
-def _image_view(media: EncodedMedia, frame: Frame, shapes: Sequence[Shape], model: ModelConfig) -> dict[str, Any]:
+def _image_view(
+    media: EncodedMedia, frame: Frame, shapes: Sequence[Shape], num_media: int, model: ModelConfig
+) -> dict[str, Any]:
     assert model.vision is not None
-    # Drawn at its own size where that is readable; a thumbnail of one merge unit is shown larger.
-    zoom = max(160 / max(frame.width, frame.height), min(1.0, 420 / frame.width, 360 / frame.height))
+    # Drawn at its own size where that fits; a screenshot is given more room, the members of a row of images less, and
+    # a thumbnail of one merge unit is shown larger. A click shows all of what is embedded.
+    room = (205, 240) if num_media > 2 else (640, 400) if frame.width > max(1000, frame.height) else (420, 360)
+    zoom = max(160 / max(frame.width, frame.height), min(1.0, room[0] / frame.width, room[1] / frame.height))
     return {
         "kind": "image",
-        "src": _data_uri(frames_of(media, model.vision)[0]),
+        "src": _data_uri(frames_of(media, model.vision)[0], _IMAGE_PIXELS),
         "width": frame.width,
         "height": frame.height,
         "stored": f"{frame.stored_width} × {frame.stored_height}",
         "shown_width": round(frame.width * zoom),
+        "full_width": max(frame.width, round(frame.width * zoom)),
         "num_tokens": media.num_patches // model.vision.merge_factor,
         "radius": max(frame.width, frame.height) / 70,
         "shapes": [asdict(shape) for shape in shapes],
@@ -246,15 +280,17 @@ def _video_view(media: EncodedMedia, model: ModelConfig) -> dict[str, Any]:
         "num_tokens": media.num_patches // model.vision.merge_factor,
         "seconds_per_grid": media.seconds_per_grid,
         "frames": [
-            {"src": _data_uri(frame), "time": _clock(place * media.seconds_per_grid)}
+            {"src": _data_uri(frame, _FRAME_PIXELS), "time": _clock(place * media.seconds_per_grid)}
             for place, frame in enumerate(frames)
         ],
     }
 
 
-def _data_uri(pixels_HW3: NDArray[np.uint8]) -> str:
+def _data_uri(pixels_HW3: NDArray[np.uint8], most: int) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(pixels_HW3).save(buffer, "JPEG", quality=88)
+    image = Image.fromarray(pixels_HW3)
+    image.thumbnail((most, most), Image.Resampling.LANCZOS)  # never enlarges
+    image.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -45,21 +45,29 @@ def write_shards(samples: Iterable[ShardSample], folder: Path, samples_per_shard
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     remaining = iter(samples)
-    while chunk := list(itertools.islice(remaining, samples_per_shard)):
-        path = folder / f"shard-{len(paths):06d}.tar"
-        if path.exists():
-            raise DataError(f"{path} exists already; write to an empty folder, or remove its shards and index first")
-        part = path.with_suffix(".tar.part")
-        keys: set[str] = set()
-        with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
-            for sample in chunk:
-                if sample.key in keys:
-                    raise DataError(f"sample {sample.key!r}: two samples of one shard have this key; give each its own")
-                keys.add(sample.key)
-                _write_sample(tar, sample)
-        os.replace(part, path)
-        paths.append(path)
+    while write_shard(folder / f"shard-{len(paths):06d}.tar", itertools.islice(remaining, samples_per_shard)):
+        paths.append(folder / f"shard-{len(paths):06d}.tar")
     return paths
+
+
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> int:
+    """How many samples the shard at ``path`` now holds; where there are none, no file is made."""
+    remaining = iter(samples)
+    first = next(remaining, None)
+    if first is None:
+        return 0
+    if path.exists():
+        raise DataError(f"{path} exists already; write to an empty folder, or remove its shards and index first")
+    part = path.with_suffix(".tar.part")
+    keys: set[str] = set()
+    with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
+        for sample in itertools.chain([first], remaining):
+            if sample.key in keys:
+                raise DataError(f"sample {sample.key!r}: two samples of one shard have this key; give each its own")
+            keys.add(sample.key)
+            _write_sample(tar, sample)
+    os.replace(part, path)
+    return len(keys)
 
 
 def scan_samples(path: Path) -> Iterator[tuple[str, list[Member]]]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mimo_megatron.data.records import SampleError, blame, parse_record
+from mimo_megatron.data.records import Record, SampleError, blame, parse_record
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.types import MediaRef, RawSample
 
@@ -105,15 +105,21 @@ class IndexedSource:
         row = self._table.slice(index, 1).to_pylist()[0]
         path = str(self._shards[row["shard"]])
         with blame(row["id"], "json"):
-            text = read_bytes(path, row["json_offset"], row["json_bytes"])
+            text = self._read_json(row, path)
         record = parse_record(text, row["id"])
         kinds = [kind for kind, _ in record.media]
         if record.id != row["id"] or kinds != [media["kind"] for media in row["media"]]:
             raise SampleError(row["id"], "json", f"its JSON in {path} changed since it was indexed; {_REBUILD}")
-        media = tuple(
+        media = self._media(row, path, record)
+        return RawSample(row["id"], self.name, record.messages, media, record.meta)
+
+    def _read_json(self, row: Mapping[str, Any], path: str) -> bytes:
+        return read_bytes(path, row["json_offset"], row["json_bytes"])
+
+    def _media(self, row: Mapping[str, Any], path: str, record: Record) -> tuple[MediaRef, ...]:
+        return tuple(
             MediaRef(one["kind"], path, one["offset"], one["num_bytes"], one["sha256"]) for one in row["media"]
         )
-        return RawSample(row["id"], self.name, record.messages, media, record.meta)
 
     def describe(self) -> dict[str, Any]:
         """What the source is, for logs and for the record kept beside a checkpoint."""

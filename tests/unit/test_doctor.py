@@ -14,6 +14,7 @@ from mimo_megatron.doctor import (
     as_json,
     examine,
     has_fault,
+    judge_energon,
     judge_gpu_package,
     judge_megatron,
     judge_memory,
@@ -122,3 +123,8 @@ def test_the_command_prints_a_table_or_json_and_fails_on_a_fault(
     monkeypatch.setattr(doctor, "examine", lambda: [*findings, judge_python((3, 9))])
     assert main(["doctor"]) == 1
     assert "-> make clean install" in capsys.readouterr().out
+
+
+def test_energon_is_optional():
+    assert judge_energon(None).status == judge_energon("7.4.1").status == "ok"
+    assert (judge_energon(None).found, judge_energon("7.4.1").found) == ("not installed", "7.4.1")

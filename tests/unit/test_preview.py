@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mimo_megatron.data.image import encode_image, patchify
-from mimo_megatron.data.preview import frames_of, token_spans, write_preview
+from mimo_megatron.data.preview import frames_of, shorten, token_spans, write_preview
 from mimo_megatron.data.shards import ShardSample
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.types import EncodedMedia, EncodedSample
@@ -134,3 +134,31 @@ def test_trained_tokens_are_marked_and_only_they(tmp_path, data):
     page = page_of(tmp_path, data, [ShardSample("0", {"messages": user_and_assistant("Secret?", "Open!")})])
     marked = re.findall(r'<span class="(?:text|special) trained" title="token[^>]*>([^<]*)</span>', page)
     assert html.unescape("".join(marked)) == "Open!<|im_end|>"
+
+
+def test_of_a_long_document_the_page_shows_both_ends_and_counts_the_rest(tmp_path, data):
+    data = data.model_copy(update={"pack_tokens": 40_000})
+    question = "Begin. " + "word " * 6000 + "End."
+    write_source(tmp_path / "source", [ShardSample("0", {"messages": user_and_assistant(question, "Answered.")})], data)
+    page = write_preview(data, TINY, tmp_path / "page.html", 1, shown_tokens=400).read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", "", page.partition('class="tokens">')[2]))
+    assert "Begin" in text and "End." in text and "Answered." in text
+    assert re.search(r"\d\d,\d{3} tokens are not shown here, 0 of them trained", text)
+    assert len(page) < 100_000
+
+
+def test_the_tokens_that_are_shown_and_those_that_are_counted_are_all(tokenizer):
+    ids = np.array(tokenizer.encode("one two three " * 100), np.int64)
+    spans = list(token_spans(EncodedSample("x", ids, np.arange(len(ids)) % 2 == 0), tokenizer, TINY))
+    for most in (1, 4, 7, 50, len(spans), 10_000):
+        shown = shorten(spans, most)
+        assert sum(span.num_tokens for span in shown) == len(ids)
+        assert len(shown) <= most + 1
+
+
+def test_a_screenshot_is_embedded_readable_and_small(tmp_path, data):
+    data = data.model_copy(update={"pack_tokens": 8192, "pack_patches": 20_000, "max_pixels": 4_000_000})
+    page = page_of(tmp_path, data, [image_question({"messages": user_and_assistant(SHOWN, "There.")}, 1440, 2560)])
+    (source,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(source))).size == (1600, 897)
+    assert "--shown: 640px; --full: 2548px" in page and 'viewBox="0 0 2548 1428"' in page, "boxes keep their frame"
