@@ -225,7 +225,8 @@ def test_a_sample_that_ends_three_workers_is_left_out(blocked, pool, stream, dat
         while not is_over.wait(0.01):
             for worker in workers_of(pool):
                 if worker.number is not None and pool.corpus.sample_id(worker.number) == blocked:
-                    os.kill(worker.pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it was killed a moment ago
+                        os.kill(worker.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_who_reads_it)
     killer.start()
@@ -338,7 +339,7 @@ def test_a_budget_gives_in_turn_and_ends_when_closed():
     assert taken == [True, True, False]
 
 
-# -- the end: no test after it can use the pool --------------------------------------------------------------------------
+# -- the end: no test after it can use the pool ------------------------------------------------------------------------
 
 
 def test_a_closed_pool_leaves_no_process_and_no_handle(pool, handles_before):
