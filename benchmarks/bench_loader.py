@@ -3,14 +3,14 @@
     python benchmarks/bench_loader.py                      # about ten minutes on one idle core
     python benchmarks/bench_loader.py --only cost hash     # or stall, memory
 
-All on the data of the README's first run (``examples/recipes/tiny/first.yaml``), which is built in a temporary folder;
-the hash on a JPEG of two megapixels.
+All on the data of the README's first run (``examples/recipes/tiny/first.yaml``), built in a temporary folder; the hash
+on a JPEG of two megapixels.
 
 * ``cost``: CPU seconds of the trainer's process for each pack, made by its thread or by workers.
 * ``hash``: CPU seconds of reading, decoding and cutting a picture into patches, with its SHA-256 compared or not.
 * ``stall``: a training run of one rank; the share of its steps' time that it waited for packs, first step apart.
-* ``memory``: 100,000 samples by eight workers. Memory of all processes together (PSS: each shared page is counted once),
-  ten times on the way.
+* ``memory``: 100,000 samples by eight workers. Memory of all processes together, ten times on the way (PSS: each shared
+  page is counted once).
 """
 
 import argparse

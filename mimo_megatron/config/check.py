@@ -217,7 +217,7 @@ def largest_media_fit_a_pack(config: RunConfig, world_size: int) -> Iterator[str
 def a_pack_can_be_made_ahead(config: RunConfig, world_size: int) -> Iterator[str]:
     data = config.data
     needed = data.making_bytes(config.model, data.pack_patches)
-    if needed > data.prefetch_mib << 20:
+    if config.rl is None and needed > data.prefetch_mib << 20:
         yield (
             f"a full pack of data.pack_tokens ({data.pack_tokens}) and data.pack_patches ({data.pack_patches}) takes "
             f"{needed:,} bytes while it is made, more than data.prefetch_mib ({data.prefetch_mib} MiB = "

@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,11 +42,14 @@ BORN, MADE, FAILED = range(3)
 """Kinds of reply: pid with its pidfd; bytes of the pack with its memory; bytes of an error's text with its memory."""
 PROGRESS = struct.Struct("<dq")
 PAGE_BYTES = mmap.PAGESIZE
+_OOM_SCORE = "500"
+"""Where memory runs out, the kernel ends a worker, which is replaced, before the trainer."""
 
 
 def main(control_handle: int, parent: int) -> None:
     end_with_parent(parent, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends this
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_IGN)  # schedulers send them to all processes; the trainer decides, and ends this
     torch.set_num_threads(1)
     settings = json.load(sys.stdin)
     corpus = Corpus(DataConfig.model_validate(settings["data"]), ModelConfig.model_validate(settings["model"]))
@@ -75,6 +79,7 @@ def work(sock: socket.socket, progress: mmap.mmap, corpus: Corpus) -> None:
     def begin(place: int) -> None:
         PROGRESS.pack_into(progress, 0, time.monotonic(), place)
 
+    Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     pidfd = os.pidfd_open(os.getpid())
     socket.send_fds(sock, [REPLY.pack(BORN, os.getpid())], [pidfd])
     os.close(pidfd)

@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,13 +70,16 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
         # Until here a signal ends the process at once: nothing is lost, and ranks that hang while they connect can go.
-        with StopWish() as wish, _metrics(config, address, trainer.device) or nullcontext() as metrics:
+        with (
+            StopWish() as wish,
+            closing(loader),
+            _metrics(config, address, trainer.device) or nullcontext() as metrics,
+        ):
             if metrics is not None:
                 metrics.open_for(first_step)
                 for step, reason in resumed.refused if resumed else ():
                     metrics.event("checkpoint_refused", step, reason)
             last_step = _steps(trainer, loader, folder, first_step, skipped, metrics, watchdog, wish)
-        loader.close()
         if address.rank == 0 and last_step == config.train.steps:
             log.get_logger().info("report: %s", write_report(folder.root))
     if last_step < config.train.steps:
