@@ -141,7 +141,7 @@ def memory(folder: Path) -> Iterator[Row]:
             yield row("memory", MEMORY_WORKERS, f"MiB of all processes after {mark:,} samples", sum(map(pss, pids)))
             yield row("memory", MEMORY_WORKERS, f"MiB of the trainer after {mark:,} samples", pss(pids[0]))
             mark = next(marks)
-    yield row("memory", MEMORY_WORKERS, "workers lost", pool.num_replaced)
+    yield row("memory", MEMORY_WORKERS, "workers lost", pool.num_lost)
     loader.close()
 
 

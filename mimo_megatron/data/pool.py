@@ -25,7 +25,7 @@ from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.making import SLOW, MadePack
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shared_pack import read_shared
-from mimo_megatron.data.worker import BORN, FAILED, MADE, PAGE_BYTES, PROGRESS, REPLY, send_job
+from mimo_megatron.data.worker import BORN, FAILED, PAGE_BYTES, PROGRESS, REPLY, send_job
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.log import get_logger
 
@@ -89,8 +89,8 @@ class WorkerPool:
             raise ConfigError("data.workers needs Linux (memfd, pidfd); set data.workers=0")
         self.corpus = corpus
         self.num_workers = corpus.data.workers
-        self.num_replaced = 0
-        """Workers that ended, or were ended, while the pool was open."""
+        self.num_lost = 0
+        """Workers that ended, or were ended, and were replaced."""
         self._jobs: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self._nursery: subprocess.Popen[bytes] | None = None
@@ -231,11 +231,11 @@ class WorkerPool:
         job, worker.job, self._vain = worker.job, None, 0
         assert job is not None
         try:
-            if kind == MADE:
-                job.future.set_result(read_shared(file, num_bytes))
-            else:
-                assert kind == FAILED
-                job.future.set_exception(DataError(f"data worker: {os.pread(file, num_bytes, 0).decode()}"))
+            if kind == FAILED:
+                raise DataError(f"data worker: {os.pread(file, num_bytes, 0).decode()}")
+            job.future.set_result(read_shared(file, num_bytes))
+        except Exception as error:  # the worker's, or no memory to map the pack
+            job.future.set_exception(error)
         finally:
             os.close(file)
 
@@ -264,8 +264,10 @@ class WorkerPool:
         else:
             self._vain += 1
         at = f" at sample {self.corpus.sample_id(number)!r}" if number is not None else ""
-        get_logger().warning("data worker %s %s%s; another takes its place", name, how, at)
         self._drop(worker)
+        get_logger().warning(
+            "data worker %s %s%s; another takes its place (%d lost so far)", name, how, at, self.num_lost
+        )
         if is_orphan or (not worker.is_born and is_slow):
             self._stop_nursery()
             for other in list(self._workers):
@@ -281,7 +283,7 @@ class WorkerPool:
         self._selector.unregister(worker.sock)
         worker.sock.close()
         if worker.is_born:
-            self.num_replaced += 1
+            self.num_lost += 1
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
             os.close(worker.pidfd)

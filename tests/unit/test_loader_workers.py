@@ -164,7 +164,7 @@ def workers_of(pool):
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(stream, pool, data):
     expected, _ = stream(16, workers=False)
-    num_before, found = pool.num_replaced, []
+    num_before, found = pool.num_lost, []
     loader = PackLoader(data, TINY, packs_per_step=2, seed=4, maker=pool)
     for step in range(16):
         if step % 4 == 2:
@@ -172,7 +172,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(stream, pool, data):
                 os.kill(worker.pid, signal.SIGKILL)
         found += loader.next_step()
     loader.close()
-    assert pool.num_replaced - num_before >= 3
+    assert pool.num_lost - num_before >= 3
     assert not loader.skipped
     assert_equal(found, expected)
 
@@ -208,12 +208,12 @@ def without(packs, name):
 def test_a_read_that_hangs_is_killed_tried_again_and_left_out(data, pool, stream, monkeypatch):
     expected, _ = stream(2, workers=False)
     monkeypatch.setattr(pool.corpus, "data", data.model_copy(update={"sample_seconds": 0.5}))
-    num_before = pool.num_replaced
+    num_before = pool.num_lost
     with contextlib.contextmanager(blocked.__wrapped__)(data, pool) as name:
         found, loader = stream(2)
     times = [pack.sample_ids.count(name) for pack in expected]
     assert sum(times) and loader.skipped == {"slow": sum(times)}
-    assert pool.num_replaced - num_before == 2 * np.count_nonzero(times)
+    assert pool.num_lost - num_before == 2 * np.count_nonzero(times)
     assert [pack.sample_ids for pack in found] == without(expected, name)
     assert "took longer than data.sample_seconds 0.5" in loader.take_skip_log()[0]["detail"]
 
