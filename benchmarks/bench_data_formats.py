@@ -25,13 +25,13 @@ from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loade
 from megatron.energon.tools.prepare import command as prepare
 from provenance import write_rows
 
-from mimo_megatron.config.run import SourceConfig
+from mimo_megatron.config.run import ReadConfig, SourceConfig
 from mimo_megatron.data.energon import open_source
 from mimo_megatron.data.formats.convert import convert
 from mimo_megatron.data.formats.llava import LLAVA
 from mimo_megatron.data.formats.sample import Reading
 from mimo_megatron.data.lint import Linter
-from mimo_megatron.data.source import read_media
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.stats import collect
 from tests.data_fixtures import TINY, picture, recipe, write_index, write_tokenizer
 
@@ -92,7 +92,7 @@ def by_number(folder: Path, backend: str) -> int:
     numbers = np.random.default_rng(0).permutation(len(source.lengths.num_tokens_N)).tolist()
     for number in numbers:
         for ref in source.read(number).media:
-            read_media(ref)
+            read_media(ref, ReadConfig())
     return len(numbers)
 
 

@@ -120,6 +120,7 @@ def recipe(sources: Sequence[Path] | Path, tokenizer: Path, **changes: Any) -> D
         "pack_tokens": 256,
         "pack_patches": 256,
         "window_samples": 16,
+        "read": {"backoff_seconds": 0.001},
         **changes,
     }
     return DataConfig.model_validate(settings)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimo_megatron.train.signals import end_with_parent
+from mimo_megatron.lifetime import end_with_parent
 
 Arguments = argparse.ArgumentParser
 Values = argparse.Namespace

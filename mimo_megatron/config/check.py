@@ -214,6 +214,18 @@ def largest_media_fit_a_pack(config: RunConfig, world_size: int) -> Iterator[str
         )
 
 
+def a_pack_can_be_made_ahead(config: RunConfig, world_size: int) -> Iterator[str]:
+    data = config.data
+    needed = data.making_bytes(config.model, data.pack_patches)
+    if config.rl is None and needed > data.prefetch_mib << 20:
+        yield (
+            f"a full pack of data.pack_tokens ({data.pack_tokens}) and data.pack_patches ({data.pack_patches}) takes "
+            f"{needed:,} bytes while it is made, more than data.prefetch_mib ({data.prefetch_mib} MiB = "
+            f"{data.prefetch_mib << 20:,} bytes): set data.prefetch_mib={-(-needed >> 20)}, better twice that for "
+            "each worker"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -241,5 +253,6 @@ RULES: tuple[Rule, ...] = (
     packs_fit_the_positions,
     pixel_limits_are_ordered,
     largest_media_fit_a_pack,
+    a_pack_can_be_made_ahead,
     special_tokens_differ,
 )

@@ -15,6 +15,11 @@ Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
 
+_SLOT_BYTES = 44
+"""Of a pack: token and label 8 each, loss weight 4, three positions of 8."""
+_PATCH_LAYOUT_BYTES = 20
+"""Row and column of 8 each; a quarter of a window place and of a splice place."""
+
 
 class ParallelConfig(Strict):
     tp: int = Field(1, ge=1, description="Tensor parallel ranks.")
@@ -65,6 +70,16 @@ class VideoConfig(Strict):
     max_total_tokens: int = Field(16_384, gt=0, description="Most vision tokens of one video; frames shrink to fit.")
 
 
+class ReadConfig(Strict):
+    """How the bytes of samples are read, and how often that is tried."""
+
+    attempts: int = Field(3, ge=1, description="Times that a read is tried before its sample is left out.")
+    backoff_seconds: float = Field(
+        0.5, ge=0, description="Wait before the second time, doubled before each further one."
+    )
+    verify: bool = Field(True, description="Compare all that is read with its SHA-256 in the index.")
+
+
 class EncodingConfig(Strict):
     """How messages, images and videos become tokens and patches; the same in training, scoring and generation."""
 
@@ -72,6 +87,7 @@ class EncodingConfig(Strict):
     min_pixels: int = Field(3136, gt=0, description="A smaller image is scaled up to this.")
     max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
     video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
+    read: ReadConfig = Field(ReadConfig(), description="How stored bytes are read.")
     system_prompt: str | None = Field(None, description="Put before samples that have no system message.")
 
 
@@ -83,6 +99,34 @@ class DataConfig(EncodingConfig):
     pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
     pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
     window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
+    workers: int = Field(
+        0, ge=0, description="Processes of each rank that read, decode and pack ahead; 0: a thread does."
+    )
+    prefetch_mib: int = Field(
+        1024, gt=0, description="Most memory of each rank, in MiB, for packs that are made ahead or being made."
+    )
+    sample_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="A sample that takes longer to read and decode is given up: with workers, killed, tried once more "
+        "and left out; in the thread, where nothing can end it, the run stops and names it.",
+    )
+    max_skipped_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="The run stops where more than this share of the samples drawn since it was started, and more "
+        "than 10, were left out because of faults.",
+    )
+
+    def pack_bytes(self, model: ModelConfig, num_patches: int) -> int:
+        """Memory of a finished pack of so many patches: its columns, and what belongs to each patch."""
+        of_patch = model.vision.patch_bytes + _PATCH_LAYOUT_BYTES if model.vision else 0
+        return self.pack_tokens * _SLOT_BYTES + num_patches * of_patch
+
+    def making_bytes(self, model: ModelConfig, num_patches: int) -> int:
+        """Memory while it is made: its samples beside the pack, or the pack beside its copy in shared memory."""
+        return 2 * self.pack_bytes(model, num_patches)
 
 
 class OptimizerConfig(Strict):

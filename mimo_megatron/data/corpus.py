@@ -7,6 +7,9 @@ encoding has other lengths than the plan counted on is refused, so a pack never 
 import bisect
 import itertools
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
@@ -26,7 +29,7 @@ class Corpus:
         self.data = data
         self.model = model
         self.tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
-        opened = [open_source(source, data.split) for source in data.sources]
+        opened = [open_source(source, data.split, data.read) for source in data.sources]
         for source in opened:
             source.check_settings(length_settings(self.tokenizer, model, data))
         self.sources: tuple[DataSource, ...] = tuple(opened)
@@ -52,6 +55,11 @@ class Corpus:
         """(tokens, patches) according to the index."""
         source, index = self._locate(number)
         return int(source.lengths.num_tokens_N[index]), int(source.lengths.num_patches_N[index])
+
+    def count_by_source(self, numbers: NDArray[np.int64]) -> tuple[int, ...]:
+        """How many of these samples each source has."""
+        places = np.searchsorted(self._starts, numbers, side="right") - 1
+        return tuple(np.bincount(places, minlength=len(self.sources)).tolist())
 
     def read(self, number: int) -> RawSample:
         source, index = self._locate(number)

@@ -17,8 +17,8 @@ from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.data.chat import encode_chat
 from mimo_megatron.data.image import encode_image, image_size, smart_resize
 from mimo_megatron.data.markup import Frame, rescale_messages
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError, blame
-from mimo_megatron.data.source import read_media
 from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.data.video import encode_video, video_grid
 from mimo_megatron.errors import DataError
@@ -108,7 +108,7 @@ def encode_media(
     media, shapes = [], []
     with blame(raw.id, "media"):
         for ref in raw.media:
-            one, frame = _encode_media(read_media(ref), ref.kind, model, data)
+            one, frame = _encode_media(read_media(ref, data.read), ref.kind, model, data)
             media.append(one)
             shapes.append(MediaShape(one.grid, frame))
     return tuple(media), shapes

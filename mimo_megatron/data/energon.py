@@ -1,22 +1,22 @@
-"""The same tars read by megatron-energon: its file store gives a sample's JSON, its index says where media lie.
+"""The same tars found by megatron-energon: its index says where a sample's JSON and media lie.
 
-Energon has no list of lengths, so what is planned comes from our index (``mimo-megatron data index``) and what is read
-from energon's (``energon prepare``); the folder must have both. Invariants: ids, samples, encodings and the plan are
-those of ``IndexedSource``; where the two indexes disagree about a file, the sample is refused, never guessed; a
+Energon has no list of lengths, so what is planned comes from our index (``mimo-megatron data index``) and where it is
+read from energon's (``energon prepare``); the folder must have both. Invariants: ids, samples, encodings and the plan
+are those of ``IndexedSource``; where the two indexes disagree about a file, the sample is refused, never guessed; a
 reader belongs to the process that opened it, so pickled and forked sources open their own.
 """
 
 import os
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mimo_megatron.config.run import SourceConfig
+from mimo_megatron.config.run import ReadConfig, SourceConfig
+from mimo_megatron.data.reading import read_until_right
 from mimo_megatron.data.records import Record, SampleError
 from mimo_megatron.data.shards import JSON_NAME
 from mimo_megatron.data.source import IndexedSource
-from mimo_megatron.errors import ConfigError, DataError
+from mimo_megatron.errors import ConfigError
 from mimo_megatron.types import MediaRef
 
 META_FOLDER = ".nv-meta"
@@ -28,16 +28,16 @@ def prepare_command(folder: Path) -> str:
     return f"energon prepare {folder} --non-interactive --sample-type CrudeWebdataset --split-ratio 1,0,0"
 
 
-def open_source(source: SourceConfig, split: str) -> IndexedSource:
+def open_source(source: SourceConfig, split: str, reading: ReadConfig | None = None) -> IndexedSource:
     """The source of a recipe, opened by the back end that it names."""
-    return (EnergonSource if source.backend == "energon" else IndexedSource)(source.path, split)
+    return (EnergonSource if source.backend == "energon" else IndexedSource)(source.path, split, reading)
 
 
 class EnergonSource(IndexedSource):
     """One split of a folder that both ``build_index`` and ``energon prepare`` have indexed."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        super().__init__(folder, split)
+    def __init__(self, folder: Path, split: str, reading: ReadConfig | None = None) -> None:
+        super().__init__(folder, split, reading)
         self._tars = (folder / self._sidecar["shards_folder"]).resolve()
         if not (self._tars / META_FOLDER / "index.sqlite").is_file():
             raise ConfigError(
@@ -68,14 +68,8 @@ class EnergonSource(IndexedSource):
         return self._opened[1]
 
     def _read_json(self, row: Mapping[str, Any], path: str) -> bytes:
-        self._locate(row, path, JSON_NAME, (row["json_offset"], row["json_bytes"]))
-        try:
-            content, _ = self._store()[f"{row['key']}.{JSON_NAME}"]
-        except tarfile.TarError as error:  # energon opens the tar before it seeks
-            raise DataError(f"{path} is torn or not a tar ({error})") from error
-        if len(content) != row["json_bytes"]:
-            raise DataError(f"{path} holds {len(content)} of {row['json_bytes']} bytes of its JSON; the file was cut")
-        return content
+        offset, num_bytes = self._locate(row, path, JSON_NAME, (row["json_offset"], row["json_bytes"]))
+        return read_until_right(path, offset, num_bytes, row["json_sha256"], self._reading)
 
     def _media(self, row: Mapping[str, Any], path: str, record: Record) -> tuple[MediaRef, ...]:
         media = []

@@ -16,7 +16,7 @@ import av
 from PIL import Image
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.config.run import DataConfig
+from mimo_megatron.config.run import DataConfig, ReadConfig
 from mimo_megatron.data.image import MAX_ASPECT_RATIO, image_size
 from mimo_megatron.data.index import check_names, read_member, read_record
 from mimo_megatron.data.markup import Frame, rescale_messages
@@ -116,6 +116,7 @@ class Linter:
 
     def __init__(self, limits: Limits | None = None, *, decodes: bool = False, most_aspect: float = 20.0) -> None:
         self._limits, self._decodes, self._most_aspect = limits, decodes, most_aspect
+        self._reading = limits.data.read if limits else ReadConfig()
         self._ids: set[bytes] = set()
         self._samples: dict[bytes, str] = {}
         self._media: set[bytes] = set()
@@ -139,13 +140,14 @@ class Linter:
 
     def _sample(self, shard: Path, key: str, members: Sequence[Member]) -> Iterator[tuple[str, str, str, str]]:
         try:
-            _, by_name, record = read_record(shard, key, members)
+            stored = read_record(shard, key, members, self._reading)
+            record, by_name = stored.record, stored.members
             digest = _digest(record.id.encode())
             if digest in self._ids:
                 yield record.id, "duplicate_id", "id", "an earlier sample has the same id"
             self._ids.add(digest)
             check_names(record.id, [name for _, name in record.media], by_name)
-            contents = [(kind, name, read_member(shard, by_name[name])) for kind, name in record.media]
+            contents = [(kind, name, read_member(shard, by_name[name], self._reading)) for kind, name in record.media]
         except SampleError as error:
             yield error.sample_id, error.reason, "", error.detail
             return

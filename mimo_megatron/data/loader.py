@@ -1,29 +1,26 @@
-"""The training loader: packs of a plan, encoded and collated for one data-parallel rank, one step ahead.
+"""The training loader: packs of a plan, made ahead of time for one data-parallel rank (docs/loader.md).
 
-Packs of a step are dealt like cards: rank r of D takes packs r, r + D, ... Invariants: the packs of a step, and their
-order, do not depend on D; ``state`` speaks of consumed packs, never of prefetched ones; a damaged sample is dropped
-from its pack, counted and listed, and changes nothing else.
+Invariants: the packs of a step, and their order, do not depend on the number of ranks or workers; ``state`` speaks of
+consumed packs, never of those made ahead; a damaged sample is dropped from its pack, counted and listed, and changes
+nothing else.
 """
 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
-from mimo_megatron.data.collate import collate
+from mimo_megatron.data.ahead import Ahead, Share
 from mimo_megatron.data.corpus import Corpus
+from mimo_megatron.data.making import PackMaker, ThreadMaker
 from mimo_megatron.data.plan import Position
+from mimo_megatron.data.pool import WorkerPool
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.log import get_logger
-from mimo_megatron.types import EncodedSample, PackedBatch
+from mimo_megatron.types import PackedBatch
 
 
 def short_digest(digest: bytes) -> int:
@@ -31,22 +28,18 @@ def short_digest(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step made ahead of time: this rank's microbatches, where the stream stands after it, and what was dropped."""
-
-    batches: list[PackedBatch]
-    after: Position
-    faults: list[SampleError]
-    plan_digest: int
-    packs_digest: int
+def open_maker(data: DataConfig, model: ModelConfig) -> PackMaker:
+    """What makes the packs of this recipe: ``data.workers`` processes, or a thread. Several loaders may share it."""
+    corpus = Corpus(data, model)
+    return WorkerPool(corpus) if data.workers else ThreadMaker(corpus)
 
 
 class PackLoader:
     """This rank's microbatches, step by step, without end.
 
     ``skipped`` counts left-out samples by reason; ``take_skip_log`` lists them. A sample that exceeds a capacity is
-    counted by data-parallel rank 0 alone, when the loader opens, so that sums over ranks are exact.
+    counted by data-parallel rank 0 alone, when the loader opens, so that sums over ranks are exact. A ``maker`` that is
+    given stays the caller's; otherwise the loader opens one and ends it.
     """
 
     def __init__(
@@ -58,6 +51,7 @@ class PackLoader:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        maker: PackMaker | None = None,
     ) -> None:
         if packs_per_step % dp_size:
             raise ConfigError(
@@ -65,16 +59,22 @@ class PackLoader:
                 f"{packs_per_step % dp_size}, must be 0; every rank takes equally many packs of a step"
             )
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
-        self._model = model
-        self._num_slots = data.pack_tokens
-        self._packs_per_step = packs_per_step
-        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._owns_maker = maker is None
+        self.maker = maker or open_maker(data, model)
+        self.corpus: Corpus = self.maker.corpus
+        self._share = Share(packs_per_step, dp_rank, dp_size)
         self._seed = seed
-        self.corpus = Corpus(data, model)
         self._plan = self.corpus.plan(seed)
         self._position = Position(epoch=0, consumed=0)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pack-loader")
-        self._ahead: Future[_Step] | None = None
+        lengths = [len(source.lengths.num_tokens_N) for source in self.corpus.sources]
+        too_long = self.corpus.count_by_source(self._plan.over_capacity)
+        self._sizes = [length - without for length, without in zip(lengths, too_long, strict=True)]
+        self._used = [0] * len(self._sizes)
+        self._ahead: Ahead | None = None
+        self.steps_to_come: int | None = None
+        """How many will be asked for: none is made beyond them. To be set before the first; None for no end."""
+        self.places: tuple[int, ...] = ()
+        """Of the last step's packs of this rank, among those of all ranks."""
         self.plan_digest = 0
         """Of the last step's packs of all ranks by sample number and id: equal on all ranks that follow one plan."""
         self.packs_digest = 0
@@ -85,26 +85,40 @@ class PackLoader:
             self._record(self._over_capacity(data))
 
     def next_step(self) -> list[PackedBatch]:
-        """This rank's microbatches of the next step. What went wrong while they were made is raised here."""
+        """This rank's microbatches of the next step. What went wrong while they were made is raised here; a call after
+        that begins with the same step anew."""
         if self._ahead is None:
-            self._ahead = self._thread.submit(self._make_step, self._position)
-        step = self._ahead.result()
-        self._position = step.after
-        self.plan_digest, self.packs_digest = step.plan_digest, step.packs_digest
-        self._ahead = self._thread.submit(self._make_step, self._position)
-        self._record(step.faults)
-        return step.batches
+            self._ahead = Ahead(self.maker, self._plan, self._seed, self._position, self._share, self.steps_to_come)
+        try:
+            step, packs = self._ahead.next_step()
+        except BaseException:
+            self._drop_ahead()
+            raise
+        self._position, self.places = step.after, step.places
+        if self.steps_to_come is not None:
+            self.steps_to_come -= 1
+        self._used = [used + more for used, more in zip(self._used, step.samples_of_sources, strict=True)]
+        self.plan_digest = short_digest(step.plan_digest)
+        self.packs_digest = short_digest(hashlib.sha256(b"".join(pack.digest for pack in packs)).digest())
+        self._record([fault for pack in packs for fault in pack.faults])
+        return [pack.batch for pack in packs]
 
     def take_skip_log(self) -> list[dict[str, str]]:
         """Samples left out since the last call: id, reason, detail."""
         taken, self._skip_log = self._skip_log, []
         return taken
 
+    def epochs_of_sources(self) -> dict[str, float]:
+        """How often the samples of each source that fit a pack were used so far, over all ranks, on the mean."""
+        names = unique_names([str(source.describe()["name"]) for source in self.corpus.sources])
+        return {name: used / size for name, used, size in zip(names, self._used, self._sizes, strict=True)}
+
     def state(self) -> dict[str, Any]:
         """Where the next step begins, as plain JSON; the same on every rank, and good for any number of ranks."""
         return {
             "epoch": self._position.epoch,
             "consumed": self._position.consumed,
+            "used": list(self._used),
             "seed": self._seed,
             "plan": self._plan.fingerprint,
         }
@@ -121,37 +135,18 @@ class PackLoader:
             )
         self._drop_ahead()
         self._position = Position(int(state["epoch"]), int(state["consumed"]))
+        self._used = [int(used) for used in state["used"]]
 
     def close(self) -> None:
-        """Wait for the step under way and end the thread."""
+        """End what makes packs ahead."""
         self._drop_ahead()
-        self._thread.shutdown()
+        if self._owns_maker:
+            self.maker.close()
 
     def _drop_ahead(self) -> None:
-        if self._ahead is not None and not self._ahead.cancel():
-            self._ahead.exception()  # wait; a fault of a step that nobody takes is raised again when it is made anew
-        self._ahead = None
-
-    def _make_step(self, position: Position) -> _Step:
-        packs, after = self._plan.take(position, self._packs_per_step)
-        faults: list[SampleError] = []
-        batches = [self._collate(pack, faults) for pack in packs[self._dp_rank :: self._dp_size]]
-        return _Step(batches, after, faults, self._digest_plan(position, packs), _digest_packs(batches))
-
-    def _digest_plan(self, position: Position, packs: Sequence[NDArray[np.int64]]) -> int:
-        content = hashlib.sha256(repr((self._seed, self._plan.fingerprint, position)).encode())
-        for pack in packs:
-            content.update(repr([(number, self.corpus.sample_id(number)) for number in pack.tolist()]).encode())
-        return short_digest(content.digest())
-
-    def _collate(self, pack: NDArray[np.int64], faults: list[SampleError]) -> PackedBatch:
-        samples: list[EncodedSample] = []
-        for number in pack.tolist():
-            try:
-                samples += self.corpus.encode(number)
-            except SampleError as fault:
-                faults.append(fault)
-        return collate(samples, self._model, self._num_slots)
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
     def _over_capacity(self, data: DataConfig) -> list[SampleError]:
         faults = []
@@ -172,9 +167,11 @@ class PackLoader:
             get_logger().warning("left out %d samples, the first: %s", len(faults), faults[0])
 
 
-def _digest_packs(batches: Sequence[PackedBatch]) -> int:
-    content = hashlib.sha256()
-    for batch in batches:
-        content.update(repr(batch.sample_ids).encode())
-        content.update(batch.token_ids_S.numpy().tobytes())
-    return short_digest(content.digest())
+def unique_names(names: Sequence[str]) -> list[str]:
+    """The names, those that occur again with a number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return found

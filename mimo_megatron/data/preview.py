@@ -26,8 +26,8 @@ from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import MediaShape, measure_media
 from mimo_megatron.data.markup import Frame, Region, rescale_coordinates, rescale_messages
 from mimo_megatron.data.plan import Position
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
-from mimo_megatron.data.source import read_media
 from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer
 from mimo_megatron.types import EncodedMedia, EncodedSample, RawSample
 
@@ -190,7 +190,7 @@ def _pack_view(corpus: Corpus, number: int, members: Sequence[int], shown_tokens
 
 
 def _sample_view(corpus: Corpus, raw: RawSample, sample: EncodedSample, shown_tokens: int) -> dict[str, Any]:
-    contents = [read_media(ref) for ref in raw.media]
+    contents = [read_media(ref, corpus.data.read) for ref in raw.media]
     shapes = [
         measure_media(content, ref.kind, corpus.model, corpus.data)
         for content, ref in zip(contents, raw.media, strict=True)

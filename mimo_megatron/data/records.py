@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_megatron.data.reading import ReadError
 from mimo_megatron.errors import DataError
 from mimo_megatron.types import MediaKind
 
@@ -30,11 +31,13 @@ class SampleError(DataError):
 
 @contextlib.contextmanager
 def blame(sample_id: str, reason: str) -> Iterator[None]:
-    """Any ``DataError`` inside becomes a ``SampleError`` of this sample and reason."""
+    """Any ``DataError`` inside becomes a ``SampleError`` of this sample and reason; a failed read has its own."""
     try:
         yield
     except SampleError:
         raise
+    except ReadError as error:
+        raise SampleError(sample_id, error.reason, str(error)) from error
     except DataError as error:
         raise SampleError(sample_id, reason, str(error)) from error
 

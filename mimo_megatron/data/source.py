@@ -1,13 +1,11 @@
 """Sources of samples: lengths known up front, a sample read by its number, media left where they lie.
 
 ``IndexedSource`` reads what ``build_index`` wrote over a folder of tars. Invariants: it refuses an index whose
-lengths were computed under other settings, and shards that changed since; reads are ``pread`` calls without shared
-position, so they are safe in threads and after a fork.
+lengths were computed under other settings, and shards whose sizes changed since; what changes later is found by the
+hash of each read; reads share nothing, so they are safe in threads and after a fork.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,11 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mimo_megatron.config.run import ReadConfig
+from mimo_megatron.data.reading import read_until_right
 from mimo_megatron.data.records import Record, SampleError, blame, parse_record
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.types import MediaRef, RawSample
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_FILE = "index.parquet"
 SIDECAR_FILE = "index.json"
 _REBUILD = "run `mimo-megatron data index` again"
@@ -47,35 +47,13 @@ class DataSource(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-def read_bytes(path: str | Path, offset: int, num_bytes: int) -> bytes:
-    """Exactly these bytes of a file. ``DataError`` if it ends before; a missing file is an ``OSError``.
-
-    Opened for each read: decoding one image takes a thousand times longer, and no descriptor is shared or leaks.
-    """
-    file = os.open(path, os.O_RDONLY)
-    try:
-        data = os.pread(file, num_bytes, offset)
-    finally:
-        os.close(file)
-    if len(data) != num_bytes:
-        raise DataError(f"{path} holds {len(data)} of {num_bytes} bytes at offset {offset}; the file was cut")
-    return data
-
-
-def read_media(ref: MediaRef, *, verify: bool = False) -> bytes:
-    """The bytes of one image or video; with ``verify`` their SHA-256 must be the recorded one."""
-    data = read_bytes(ref.path, ref.offset, ref.num_bytes)
-    if verify and ref.sha256 and hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise DataError(f"{ref.path} at offset {ref.offset} no longer has SHA-256 {ref.sha256}; {_REBUILD}")
-    return data
-
-
 class IndexedSource:
     """One split of a folder written by ``build_index``."""
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, reading: ReadConfig | None = None) -> None:
         self.folder = folder
         self.split = split
+        self._reading = reading or ReadConfig()
         self._sidecar = _read_sidecar(folder)
         self._shards = _check_shards(folder, self._sidecar)
         table = pq.read_table(folder / INDEX_FILE)
@@ -114,7 +92,7 @@ class IndexedSource:
         return RawSample(row["id"], self.name, record.messages, media, record.meta)
 
     def _read_json(self, row: Mapping[str, Any], path: str) -> bytes:
-        return read_bytes(path, row["json_offset"], row["json_bytes"])
+        return read_until_right(path, row["json_offset"], row["json_bytes"], row["json_sha256"], self._reading)
 
     def _media(self, row: Mapping[str, Any], path: str, record: Record) -> tuple[MediaRef, ...]:
         return tuple(

@@ -21,8 +21,9 @@ from mimo_megatron.data.bars import Limit, histogram
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import encode_text, measure_all_media
 from mimo_megatron.data.plan import Position
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
-from mimo_megatron.data.source import DataSource, read_media
+from mimo_megatron.data.source import DataSource
 from mimo_megatron.data.text_checks import language_of
 from mimo_megatron.types import RawSample
 
@@ -116,7 +117,7 @@ def _look(corpus: Corpus, source: DataSource, num_samples: int) -> Looked:
 
 
 def _look_at(corpus: Corpus, raw: RawSample, looked: Looked) -> None:
-    shapes = measure_all_media(raw, [read_media(ref) for ref in raw.media], corpus.model, corpus.data)
+    shapes = measure_all_media(raw, [read_media(ref, corpus.data.read) for ref in raw.media], corpus.model, corpus.data)
     looked.languages[language_of(" ".join(_texts(raw)))] += 1
     kinds = Counter(ref.kind for ref in raw.media)
     looked.media[_media_name(kinds["image"], kinds["video"])] += 1

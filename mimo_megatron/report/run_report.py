@@ -253,6 +253,9 @@ def _figures(run: RunData) -> list[tuple[str, tuple[str, str]]]:
     if seconds:
         median = float(np.nanmedian(run.column("seconds")))
         figures.append(("Time", (duration(seconds), f"{median:.3g} s a step (median)")))
+    if seconds and np.isfinite(waited := run.column("data_seconds")).any():
+        share = float(np.nansum(waited)) / seconds
+        figures.append(("Waiting for data", (percent(share), "of the time, the slowest rank of each step")))
     if run.metrics:
         num_skipped = sum(_skipped_counts(run).values())
         figures.append(("Skipped", (f"{num_skipped:,}", f"of {run.total('num_samples') + num_skipped:,.0f} samples")))

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig, EncodingConfig
 from mimo_megatron.data.encode import encode_sample, measure_media
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError, record_of, strict_json
-from mimo_megatron.data.source import read_media
 from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.errors import DataError
 from mimo_megatron.reward.gold_check import GoldRow, MathProblem, problems_of, row_findings
@@ -126,7 +126,7 @@ class QuestionReader:
         return meta.model_copy(update={"image": asked[0]})
 
     def _image_meta(self, ref: MediaRef) -> ImageMeta:
-        content = read_media(ref)
+        content = read_media(ref, self.encoding.read)
         frame = measure_media(content, "image", self.model, self.encoding).frame
         assert frame is not None
         return ImageMeta(
@@ -136,7 +136,7 @@ class QuestionReader:
         )
 
     def _kept(self, ref: MediaRef) -> MediaRef:
-        path = keep(self.media_folder, read_media(ref))
+        path = keep(self.media_folder, read_media(ref, self.encoding.read))
         return replace(ref, path=str(path), sha256=path.name)
 
 

@@ -1,12 +1,14 @@
 """What all ranks settle before a step touches anything: whether to stop, and that they train on the same data.
 
-One all-reduce (MAX) of 5 + 2 x dp int64 numbers over all ranks. Of each digest it carries the number and its negative,
-so that every rank learns the largest and the smallest: where they differ, every rank raises the same error.
+One all-reduce (MAX) of 6 + 2 x dp int64 numbers over all ranks, the longest wait for data among them. Of each digest it
+carries the number and its negative, so that every rank learns the largest and the smallest: where they differ, every
+rank raises the same error.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,24 +33,39 @@ def recipe_digest(config: RunConfig) -> int:
     return short_digest(hashlib.sha256(text.encode()).digest())
 
 
-def agree_to_stop(
-    wishes_to_stop: bool, recipe: int, loader: PackLoader, mesh: Mesh, device: torch.device, step: int
-) -> bool:
-    """Whether any rank wishes to stop before ``step``. A collective over all ranks, with one host sync.
+class Agreement(NamedTuple):
+    """Of all ranks."""
+
+    stop: bool
+    """Some rank wishes to."""
+    waited_seconds: float
+    """For the step's packs, by the rank that waited longest."""
+
+
+def agree(
+    wishes_to_stop: bool,
+    waited_seconds: float,
+    recipe: int,
+    loader: PackLoader,
+    mesh: Mesh,
+    device: torch.device,
+    step: int,
+) -> Agreement:
+    """What holds for all ranks before ``step``. A collective over all ranks, with one host sync.
 
     ``DataError`` on all ranks where they hold different recipes, plans, or, within a data-parallel rank, packs.
     """
-    own = [int(wishes_to_stop), recipe, -recipe, loader.plan_digest, -loader.plan_digest]
+    own = [int(wishes_to_stop), round(waited_seconds * 1e6), recipe, -recipe, loader.plan_digest, -loader.plan_digest]
     packs = [_ABSENT, _ABSENT] * mesh.dp.size
     packs[2 * mesh.dp.rank : 2 * mesh.dp.rank + 2] = loader.packs_digest, -loader.packs_digest
     largest = torch.tensor(own + packs, dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    stop, *extremes = largest.tolist()
+    stop, waited, *extremes = largest.tolist()
     if any(high != -negative for high, negative in zip(extremes[::2], extremes[1::2], strict=True)):
         own_packs = {f"packs of dp rank {mesh.dp.rank}": loader.packs_digest}
         facts = {"recipe": recipe, "data plan": loader.plan_digest, **own_packs}
         raise DataError(divergence(step, gather_objects(facts, world())))
-    return bool(stop)
+    return Agreement(bool(stop), waited / 1e6)
 
 
 def divergence(step: int, facts: Sequence[Mapping[str, int]]) -> str:

@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.errors import EngineLostError, HungError, Interrupted, MimoError, NonFiniteError
+from mimo_megatron.lifetime import end_with_parent
 from mimo_megatron.mcore.boot import RankAddress
-from mimo_megatron.train.signals import SIGNALS, end_with_parent
+from mimo_megatron.train.signals import SIGNALS
 
 _GRACE_SECONDS = 5.0
 """For the other ranks to end by themselves after one has ended with an error; then SIGTERM, then SIGKILL."""

@@ -4,7 +4,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,13 @@ from mimo_megatron.config.check import check
 from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.data.loader import PackLoader
-from mimo_megatron.errors import Interrupted, NonFiniteError
+from mimo_megatron.errors import DataError, Interrupted, NonFiniteError
 from mimo_megatron.mcore.boot import RankAddress, megatron, side_store
 from mimo_megatron.mcore.optimizer import learning_rates
 from mimo_megatron.parallel.collectives import gather_objects, sum_over
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.report.run_report import write_report
-from mimo_megatron.train.agreement import agree_to_stop, recipe_digest
+from mimo_megatron.train.agreement import agree, recipe_digest
 from mimo_megatron.train.faults import keep_fault
 from mimo_megatron.train.flops import peak_flops, step_flops
 from mimo_megatron.train.metrics import MetricsWriter, StepRecord
@@ -29,6 +30,7 @@ from mimo_megatron.train.rate import rate_factor
 from mimo_megatron.train.run_folder import RunFolder
 from mimo_megatron.train.saving import Resumed, Saver, resume_newest
 from mimo_megatron.train.signals import StopWish
+from mimo_megatron.train.skip_limit import SkipLimit
 from mimo_megatron.train.start import load_weights
 from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
 from mimo_megatron.train.watchdog import Watchdog
@@ -68,13 +70,16 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
         # Until here a signal ends the process at once: nothing is lost, and ranks that hang while they connect can go.
-        with StopWish() as wish, _metrics(config, address, trainer.device) or nullcontext() as metrics:
+        with (
+            StopWish() as wish,
+            closing(loader),
+            _metrics(config, address, trainer.device) or nullcontext() as metrics,
+        ):
             if metrics is not None:
                 metrics.open_for(first_step)
                 for step, reason in resumed.refused if resumed else ():
                     metrics.event("checkpoint_refused", step, reason)
             last_step = _steps(trainer, loader, folder, first_step, skipped, metrics, watchdog, wish)
-        loader.close()
         if address.rank == 0 and last_step == config.train.steps:
             log.get_logger().info("report: %s", write_report(folder.root))
     if last_step < config.train.steps:
@@ -115,6 +120,8 @@ def _steps(
     """The last step taken and saved: that of the recipe, or an earlier one where a signal asked to stop."""
     train, recipe = trainer.config.train, recipe_digest(trainer.config)
     position = loader.state()
+    loader.steps_to_come = train.steps - first_step
+    limit = SkipLimit(trainer.config.data.max_skipped_fraction)
 
     def after_last_step() -> dict[str, Any]:
         return {"loader": position, "skipped": skipped}
@@ -129,8 +136,10 @@ def _steps(
             watchdog.at(step, "data")
             saver.check()
             batches = loader.next_step()
+            waited = time.perf_counter() - began
             watchdog.at(step, "agreement")
-            if agree_to_stop(bool(wish.name), recipe, loader, trainer.mesh, trainer.device, step):
+            agreed = agree(bool(wish.name), waited, recipe, loader, trainer.mesh, trainer.device, step)
+            if agreed.stop:
                 watchdog.at(step, "save")
                 if step - 1 > first_step:
                     saver.save(step - 1, wait=True)
@@ -146,14 +155,20 @@ def _steps(
             watchdog.at(step, "metrics")
             position = loader.state()
             totals = _totals(trainer, batches)
-            skipped += _newly_skipped(trainer, loader, folder)
+            new = _newly_skipped(trainer, loader, folder)
+            skipped += new
             if metrics is not None:
                 rates = {name: rate * factor for name, rate in learning_rates(train).items()}
-                metrics.write(_record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began))
+                record = _record(step, result, totals, trainer.mesh, rates, skipped, time.perf_counter() - began)
+                numbers = {f"epochs/{name}": epochs for name, epochs in loader.epochs_of_sources().items()}
+                metrics.write(replace(record, data_seconds=agreed.waited_seconds, numbers=numbers))
             is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
             watchdog.at(step, "save")
-            if is_due or step == train.steps:
-                saver.save(step)
+            too_many = limit.exceeded_by(totals[4], new)
+            if is_due or step == train.steps or too_many:
+                saver.save(step, wait=bool(too_many))
+            if too_many:
+                raise DataError(f"stopped after step {step}, which is saved: {too_many}")
         saver.finish()
     watchdog.at(train.steps, "end")
     return train.steps

@@ -24,6 +24,7 @@ from mimo_megatron.train.jsonl import keep_rows_until, open_to_append
 from mimo_megatron.train.live_bar import LiveBar
 from mimo_megatron.train.provenance import provenance
 
+_SHOWN_STALL = 0.02  # share of a step that it may wait for data before the log says so
 _ETA_MEMORY = 0.9  # weight of the past in the mean step time behind the ETA: about the last ten records
 
 
@@ -58,6 +59,8 @@ class StepRecord:
     """Of a reward model: share of the step's pairs that it ranks right."""
     mtp_loss: float | None = None
     """Mean loss of the multi-token-prediction layers, per trained token of the decoder; None where there are none."""
+    data_seconds: float | None = None
+    """Of ``seconds``, how long the step waited for its packs: the rank that waited longest."""
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by TensorBoard tag (``reward/count``), such as those of reinforcement learning."""
 
@@ -184,6 +187,8 @@ def status_line(record: StepRecord, mfu: float | None, eta: timedelta) -> str:
         parts.insert(1, f"mtp loss {record.mtp_loss:.4f}")
     if record.vision_imbalance is not None:
         parts.append(f"vision imbalance {record.vision_imbalance:.2f}")
+    if record.data_seconds is not None and record.data_seconds > _SHOWN_STALL * record.seconds:
+        parts.append(f"waited for data {record.data_seconds / record.seconds:.0%}")
     if num_skipped := sum(record.skipped.values()):
         parts.append(f"skipped {num_skipped}")
     return " · ".join([*parts, f"{record.seconds:.2f} s", f"ETA {eta}"])
@@ -203,6 +208,7 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         "speed/step_seconds": row["seconds"],
         "speed/mfu": row["mfu"],
         "speed/vision_imbalance": row["vision_imbalance"],
+        "speed/data_stall": None if row["data_seconds"] is None else row["data_seconds"] / row["seconds"],
     }
     named |= {f"lr/{module}": lr for module, lr in row["lrs"].items()} | row["numbers"]
     return [(tag, value) for tag, value in named.items() if value is not None]

@@ -1,16 +1,11 @@
-"""The wish to stop: SIGTERM (a scheduler's warning) and SIGUSR1 are noted as they come and heeded between two steps.
-And processes that end with the one that started them, also where that one is killed."""
+"""The wish to stop: SIGTERM (a scheduler's warning) and SIGUSR1 are noted as they come and heeded between two steps."""
 
-import ctypes
-import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class StopWish:
@@ -34,13 +29,3 @@ class StopWish:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-
-
-def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
-    """Send this process a signal when ``parent``, the process that started it, ends. Only Linux has this; elsewhere
-    nothing happens."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
-    if os.getppid() != parent:  # it ended before this was asked for
-        os.kill(os.getpid(), by)

@@ -8,13 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimo_megatron.cli import main
+from mimo_megatron.config.run import ReadConfig
 from mimo_megatron.data.formats.boxes import FRAMES
 from mimo_megatron.data.formats.chat import REASONS
 from mimo_megatron.data.formats.convert import REPORT_FILE, STATE_FILE, convert
 from mimo_megatron.data.formats.detect import FORMATS, detect
 from mimo_megatron.data.formats.sample import Reading
 from mimo_megatron.data.index import build_index
-from mimo_megatron.data.source import IndexedSource, read_media
+from mimo_megatron.data.reading import read_media
+from mimo_megatron.data.source import IndexedSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import DataError
 from tests.data_fixtures import TINY, clip, picture, recipe, write_tokenizer
@@ -57,17 +59,12 @@ def converted(source: Path, form: str, tmp_path: Path, **reading):
 
 def parts(sample) -> list:
     """The conversation, media as their bytes."""
-    media = iter(sample.media)
+    media = (read_media(ref, ReadConfig()) for ref in sample.media)
     said = []
     for message in sample.messages:
         content = message["content"]
-        of_turn = [content] if isinstance(content, str) else list(content)
-        said.append(
-            (
-                message["role"],
-                [one if isinstance(one, str) else one.get("text") or read_media(next(media)) for one in of_turn],
-            )
-        )
+        of_turn = [content] if isinstance(content, str) else [part.get("text") or next(media) for part in content]
+        said.append((message["role"], of_turn))
     return said
 
 

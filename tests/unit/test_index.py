@@ -12,8 +12,9 @@ import pytest
 from mimo_megatron.data import index
 from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.index import INDEX_FILE, SIDECAR_FILE, SKIPPED_FILE
+from mimo_megatron.data.reading import read_bytes
 from mimo_megatron.data.shards import ShardSample
-from mimo_megatron.data.source import IndexedSource, read_bytes
+from mimo_megatron.data.source import IndexedSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import (
@@ -175,7 +176,7 @@ def test_an_index_may_lie_in_another_folder(tmp_path, data):
     assert IndexedSource(tmp_path / "deep" / "index", "train").read(1).media[0].path.startswith(str(tmp_path / "tars"))
 
 
-def test_an_interrupted_rebuild_leaves_no_index(tmp_path, data, monkeypatch):
+def test_an_interrupted_build_leaves_what_was_there(tmp_path, data, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -185,8 +186,12 @@ def test_an_interrupted_rebuild_leaves_no_index(tmp_path, data, monkeypatch):
     monkeypatch.setattr(index, "measure_stored", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_source(folder, [], data)
+    assert len(IndexedSource(folder, "train").lengths.num_tokens_N) == 4
+    with pytest.raises(KeyboardInterrupt):
+        write_source(tmp_path / "new", mixed_samples(4), data)
     with pytest.raises(ConfigError, match=r"has no index\.json"):
-        IndexedSource(folder, "train")
+        IndexedSource(tmp_path / "new", "train")
+    assert not [*folder.glob("*.part"), *(tmp_path / "new").glob("*.part")]
 
 
 def test_a_folder_without_shards_is_refused(tmp_path, data):

@@ -11,9 +11,10 @@ from mimo_megatron.data.collate import collate
 from mimo_megatron.data.index import build_index
 from mimo_megatron.data.loader import PackLoader
 from mimo_megatron.data.pairs import encode_response, encode_stored, measure_stored, pair_of, with_response
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shards import ShardSample, write_shards
-from mimo_megatron.data.source import IndexedSource, read_media
+from mimo_megatron.data.source import IndexedSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.types import RawSample
@@ -95,7 +96,9 @@ def test_lengths_of_the_index_are_those_of_both_encoded_members(data: DataConfig
         members = encode_stored(sample, text, JUDGE, data)
         lengths = sum(one.num_tokens for one in members), sum(one.num_patches for one in members)
         assert lengths == (source.lengths.num_tokens_N[index], source.lengths.num_patches_N[index])
-        assert lengths == measure_stored(sample, [read_media(ref) for ref in sample.media], text, JUDGE, data)
+        assert lengths == measure_stored(
+            sample, [read_media(ref, data.read) for ref in sample.media], text, JUDGE, data
+        )
 
 
 def test_what_is_no_pair_is_left_out_of_the_index_and_listed(data: DataConfig) -> None:

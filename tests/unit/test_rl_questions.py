@@ -12,9 +12,9 @@ import pytest
 
 from mimo_megatron.cli import main
 from mimo_megatron.config.rl import RewardTask
-from mimo_megatron.config.run import DataConfig, EncodingConfig
+from mimo_megatron.config.run import DataConfig, EncodingConfig, ReadConfig
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
-from mimo_megatron.data.source import read_media
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import DataError
 from mimo_megatron.reward.images import image_path
@@ -79,7 +79,7 @@ def test_our_row_is_what_rewards_check_reads(folder: Path) -> None:
     box, count = read(folder, rows)
     assert (box.id, box.task, box.reward_task, box.gold) == ("t/q", "t", "box", [BOX])
     assert box.meta.image == ImageMeta(sha256=SHA256, size=(56, 100), shown=(56, 112))
-    assert read_media(box.raw.media[0]) == PICTURE
+    assert read_media(box.raw.media[0], ReadConfig()) == PICTURE
     assert (count.id, count.gold, count.meta.image) == ("t/r", 3, None)
     assert main(["rewards", "check", str(folder / "rows.jsonl")]) == 0
 
@@ -101,7 +101,7 @@ def test_verls_and_trls_rows_give_the_question_that_ours_gives(folder: Path, kin
     for row in rows:
         (found,) = read(folder, [row], "box", kind)
         assert (found.id, found.gold, found.meta) == (box.id, box.gold, box.meta)
-        assert found.raw.messages == box.raw.messages and read_media(found.raw.media[0]) == PICTURE
+        assert found.raw.messages == box.raw.messages and read_media(found.raw.media[0], ReadConfig()) == PICTURE
 
 
 def test_the_rows_that_the_docs_show_are_read(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_reward_models_question_holds_its_chat_and_its_pictures_lie_where_the_
     named = [{"type": "image", "image": SHA256}, {"type": "text", "text": "Where is it?"}]
     assert found.meta.messages == [Message(role="user", content=named)]
     assert image_path(folder / "media", SHA256).read_bytes() == PICTURE
-    assert found.raw.media[0].sha256 == SHA256 and read_media(found.raw.media[0]) == PICTURE
+    assert found.raw.media[0].sha256 == SHA256 and read_media(found.raw.media[0], ReadConfig()) == PICTURE
     (text,) = read(folder, [ours("rm_text")])
     assert text.meta.messages == [Message(role="user", content="How many?")]
 

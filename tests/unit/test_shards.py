@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
+from mimo_megatron.data.reading import read_bytes
 from mimo_megatron.data.shards import ShardSample, scan_samples, write_shards
-from mimo_megatron.data.source import read_bytes
 from mimo_megatron.errors import DataError
 from tests.data_fixtures import image_sample, mixed_samples, text_sample
 

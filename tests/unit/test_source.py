@@ -6,9 +6,10 @@ import os
 import pytest
 
 from mimo_megatron.data.encode import length_settings
+from mimo_megatron.data.reading import ReadError, read_media
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shards import ShardSample
-from mimo_megatron.data.source import SIDECAR_FILE, IndexedSource, read_media
+from mimo_megatron.data.source import SIDECAR_FILE, IndexedSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import TINY, image_sample, mixed_samples, recipe, text_sample, write_source, write_tokenizer
@@ -32,7 +33,7 @@ def test_read_gives_the_stored_conversation_and_media(folder, data):
         raw = source.read(number)
         assert (raw.id, raw.source) == (sample.record["id"], "source")
         assert [message["role"] for message in raw.messages] == ["user", "assistant"]
-        assert [read_media(ref, verify=True) for ref in raw.media] == list(sample.members.values())
+        assert [read_media(ref, data.read) for ref in raw.media] == list(sample.members.values())
 
 
 def test_other_keys_of_a_record_are_its_meta(folder, data):
@@ -58,13 +59,13 @@ def test_reads_work_in_a_forked_child_while_the_parent_reads(folder, data):
     if not child:
         status = 1  # the child must not return into pytest, whatever happens
         try:
-            is_right = all(len(read_media(source.read(n).media[0], verify=True)) for _ in range(20) for n in range(4))
+            is_right = all(len(read_media(source.read(n).media[0], data.read)) for _ in range(20) for n in range(4))
             status = 0 if is_right else 1
         finally:
             os._exit(status)
     for _ in range(20):
         for number in range(4):
-            read_media(source.read(number).media[0], verify=True)
+            read_media(source.read(number).media[0], data.read)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -109,9 +110,9 @@ def test_changed_media_bytes_fail_the_hash(folder, data):
     write_source(folder, [image_sample(0)], data)
     (ref,) = IndexedSource(folder, "train").read(0).media
     overwrite(folder, ref.offset, b"other")
-    assert read_media(ref).startswith(b"other")
-    with pytest.raises(DataError, match="no longer has SHA-256"):
-        read_media(ref, verify=True)
+    assert read_media(ref, data.read.model_copy(update={"verify": False})).startswith(b"other")
+    with pytest.raises(ReadError, match="no longer has SHA-256"):
+        read_media(ref, data.read)
 
 
 @pytest.mark.parametrize("change", [{"id": "x"}, {"messages": [{"role": "user", "content": ""}]}])
@@ -121,5 +122,9 @@ def test_a_changed_record_is_refused_with_the_sample_named(folder, data, change)
     source = IndexedSource(folder, "train")
     row = source._table.to_pylist()[0]
     overwrite(folder, row["json_offset"], json.dumps({**sample.record, **change}).ljust(row["json_bytes"]).encode())
-    with pytest.raises(SampleError, match=r"sample 'image-0': its JSON in .* changed since it was indexed"):
+    with pytest.raises(SampleError, match=r"sample 'image-0': .* no longer has SHA-256") as caught:
         source.read(0)
+    assert caught.value.reason == "changed"
+    unverified = IndexedSource(folder, "train", data.read.model_copy(update={"verify": False}))
+    with pytest.raises(SampleError, match=r"sample 'image-0': its JSON in .* changed since it was indexed"):
+        unverified.read(0)

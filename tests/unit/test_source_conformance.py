@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mimo_megatron.config.run import SourceConfig
+from mimo_megatron.config.run import ReadConfig, SourceConfig
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.energon import INSTALL, META_FOLDER, EnergonSource, open_source
+from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shards import ShardSample
-from mimo_megatron.data.source import read_media
 from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import TINY, image_sample, mixed_samples, recipe, video_sample, write_source, write_tokenizer
 
@@ -70,7 +70,7 @@ def with_backend(data, backend):
 
 def content(source) -> list:
     numbers = range(len(source.lengths.num_tokens_N))
-    return [(raw := source.read(number), [read_media(ref, verify=True) for ref in raw.media]) for number in numbers]
+    return [(raw := source.read(number), [read_media(ref, ReadConfig()) for ref in raw.media]) for number in numbers]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,7 +82,7 @@ def test_ids_lengths_samples_and_media_are_those_that_were_stored(stored, backen
         raw = source.read(number)
         assert source.sample_id(number) == raw.id == sample.record["id"]
         assert [message["role"] for message in raw.messages] == ["user", "assistant"]
-        assert [read_media(ref, verify=True) for ref in raw.media] == list(sample.members.values())
+        assert [read_media(ref, ReadConfig()) for ref in raw.media] == list(sample.members.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -173,16 +173,17 @@ def test_a_shard_that_is_cut_while_open_costs_its_own_samples_by_name(folder, ba
         shard.truncate(100)
     with pytest.raises(SampleError, match=r"'video-12'|'text-9'|'image-\d'|'text-\d'") as caught:
         source.read(9)
-    assert (caught.value.sample_id, caught.value.reason) == (source.sample_id(9), "json")
+    assert (caught.value.sample_id, caught.value.reason) == (source.sample_id(9), "truncated")
     assert source.read(0) == good
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_shard_that_disappears_while_open_is_an_os_error(folder, backend):
+def test_a_shard_that_disappears_while_open_costs_its_own_samples_by_name(folder, backend):
     source = opened(folder, backend)
     (folder / SHARD).unlink()
-    with pytest.raises(OSError, match=SHARD):
+    with pytest.raises(SampleError, match=SHARD) as caught:
         source.read(9)
+    assert (caught.value.sample_id, caught.value.reason) == (source.sample_id(9), "missing")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -190,7 +191,7 @@ def test_a_changed_record_is_refused_by_name(folder, backend):
     source = opened(folder, backend)
     tar = folder / SHARD
     tar.write_bytes(tar.read_bytes().replace(b'"id": "text-9"', b'"id": "text-8"'))
-    with pytest.raises(SampleError, match=r"'text-9'.*changed since it was indexed"):
+    with pytest.raises(SampleError, match=r"'text-9'.*no longer has SHA-256"):
         source.read(9)
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from mimo_megatron.errors import EngineError, MimoError, SyncError
+from mimo_megatron.lifetime import end_with_parent
 from mimo_megatron.rl.engine import vllm_wire as wire
 from mimo_megatron.rl.engine.vllm_offline import Finished, Medium, OfflineEngine
 from mimo_megatron.rl.sync.buckets import BucketHeader, Manifest
 from mimo_megatron.rl.sync.shared_memory import SlotNotice, SlotReader
-from mimo_megatron.train.signals import end_with_parent
 
 _ALIVE_SECONDS = 1.0
 _HELLO_SECONDS = 10.0
