@@ -11,10 +11,10 @@ import io
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from mimo_megatron.config.model import VisionConfig
+from mimo_megatron.data.patches import patchify
 from mimo_megatron.errors import DataError
 from mimo_megatron.types import EncodedMedia
 
@@ -65,32 +65,8 @@ def encode_image(data: bytes, vision: VisionConfig, *, min_pixels: int, max_pixe
     )
     pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     grid = (1, height // vision.patch_size, width // vision.patch_size)
-    return EncodedMedia("image", patchify(pixels_HW3[None], vision), grid)
-
-
-def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:
-    """[P, C] patches: frame pairs, then merge units row by row, then the patches of a unit; a patch is channel-first.
-
-    The last frame is repeated to fill the temporal patch, so a still image shows its one frame twice.
-    """
-    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
-    if missing := -len(frames_FHW3) % time:
-        frames_FHW3 = np.concatenate([frames_FHW3, np.repeat(frames_FHW3[-1:], missing, axis=0)])
-    num_frames, height, width, channels = frames_FHW3.shape
-    unit = merge * patch
-    blocks = frames_FHW3.reshape(
-        num_frames // time, time, height // unit, merge, patch, width // unit, merge, patch, channels
-    )
-    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, vision.patch_bytes)
-
-
-def unpatchify(patches_PC: NDArray[np.uint8], grid: tuple[int, int, int], vision: VisionConfig) -> NDArray[np.uint8]:
-    """[frames, height, width, 3] pixels: the inverse of ``patchify``, repeated last frame included."""
-    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
-    steps, rows, columns = grid
-    blocks = patches_PC.reshape(steps, rows // merge, columns // merge, merge, merge, -1, time, patch, patch)
-    frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
-    return frames.reshape(steps * time, rows * patch, columns * patch, -1)
+    patches_PX = patchify(pixels_HW3[None], vision, is_still=True)
+    return EncodedMedia("image", patches_PX, grid, frame_repeats=vision.temporal_patch_size)
 
 
 def _decode_rgb(data: bytes) -> Image.Image:

@@ -19,7 +19,8 @@ from PIL import Image
 
 from mimo_megatron.config.model import VisionConfig
 from mimo_megatron.config.run import VideoConfig
-from mimo_megatron.data.image import patchify, smart_resize
+from mimo_megatron.data.image import smart_resize
+from mimo_megatron.data.patches import patchify
 from mimo_megatron.errors import DataError
 from mimo_megatron.types import EncodedMedia
 

@@ -1,0 +1,34 @@
+"""Frames cut into patches: whole merge units row by row, then the patches of a unit; a patch is channel-first.
+
+A patch of a video holds the frames of its temporal step; one of a still image a single frame, ``still_bytes`` long.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mimo_megatron.config.model import VisionConfig
+
+
+def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig, *, is_still: bool = False) -> NDArray[np.uint8]:
+    """[P, X] patches, step after step; X is ``patch_bytes``, or ``still_bytes`` of a still.
+
+    The last frame is repeated to fill the last step.
+    """
+    time, patch, merge = 1 if is_still else vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    if missing := -len(frames_FHW3) % time:
+        frames_FHW3 = np.concatenate([frames_FHW3, np.repeat(frames_FHW3[-1:], missing, axis=0)])
+    num_frames, height, width, channels = frames_FHW3.shape
+    unit = merge * patch
+    blocks = frames_FHW3.reshape(
+        num_frames // time, time, height // unit, merge, patch, width // unit, merge, patch, channels
+    )
+    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels * time * patch * patch)
+
+
+def unpatchify(patches_PC: NDArray[np.uint8], grid: tuple[int, int, int], vision: VisionConfig) -> NDArray[np.uint8]:
+    """[frames, height, width, 3] pixels: the inverse of ``patchify``, repeated last frame included."""
+    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    steps, rows, columns = grid
+    blocks = patches_PC.reshape(steps, rows // merge, columns // merge, merge, merge, -1, time, patch, patch)
+    frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    return frames.reshape(steps * time, rows * patch, columns * patch, -1)
