@@ -70,7 +70,8 @@ py::array_t<std::int64_t> spread(const Costs& costs, std::int64_t num_ranks) {
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 
 // `out` is the room for the frame's patches, whose sides divide `height` and `width`.
-void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t width, pixels::PatchShape shape, Bytes& out) {
+void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t width, pixels::PatchShape shape,
+                       bool portably, Bytes& out) {
     if (frame.ndim() != 3 || frame.shape(2) != 3 || frame.size() == 0)
         throw std::invalid_argument("a frame is bytes of [height, width, 3], none of them 0");
     const std::int64_t unit = shape.patch * shape.merge;
@@ -81,7 +82,7 @@ void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t wid
     const std::uint8_t* from = frame.data();
     std::uint8_t* to = out.mutable_data();
     py::gil_scoped_release release;
-    pixels::resize_to_patches(from, frame.shape(0), frame.shape(1), height, width, shape, to);
+    pixels::resize_to_patches(from, frame.shape(0), frame.shape(1), height, width, shape, portably, to);
 }
 
 }  // namespace
@@ -96,10 +97,10 @@ PYBIND11_MODULE(_packing, m) {
     m.def(
         "resize_to_patches",
         [](const Bytes& frame, std::int64_t height, std::int64_t width, std::int64_t patch, std::int64_t merge,
-           std::int64_t frames, std::int64_t number, Bytes& out) {
-            resize_to_patches(frame, height, width, {patch, merge, frames, number}, out);
+           std::int64_t frames, std::int64_t number, Bytes& out, bool portably) {
+            resize_to_patches(frame, height, width, {patch, merge, frames, number}, portably, out);
         },
         py::arg("frame"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("merge"), py::arg("frames"),
-        py::arg("number"), py::arg("out").noconvert());
+        py::arg("number"), py::arg("out").noconvert(), py::arg("portably") = false);
     m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));
 }

@@ -278,8 +278,8 @@ bool uses_avx2() {
 }
 
 void resize_to_patches(const std::uint8_t* rgb, std::int64_t in_height, std::int64_t in_width, std::int64_t out_height,
-                       std::int64_t out_width, const PatchShape& shape, std::uint8_t* out) {
-    const Weigh weigh = weigh_on_this_processor();
+                       std::int64_t out_width, const PatchShape& shape, bool portably, std::uint8_t* out) {
+    const Weigh weigh = portably ? weigh_portably : weigh_on_this_processor();
     const Taps columns = taps(in_width, out_width), down = taps(in_height, out_height);
     Across across(columns, in_width, weigh);
     // Pillow's choice (from its release 13): where the height shrinks by more than twice what the width does.

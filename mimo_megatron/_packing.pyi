@@ -18,4 +18,5 @@ def resize_to_patches(
     frames: int,
     number: int,
     out: NDArray[np.uint8],
+    portably: bool = False,
 ) -> None: ...

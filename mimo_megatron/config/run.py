@@ -13,6 +13,7 @@ ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
+DecoderName = Literal["turbo", "pillow"]
 
 
 class ParallelConfig(Strict):
@@ -65,6 +66,11 @@ class EncodingConfig(Strict):
     tokenizer: Path = Field(description="Folder of a Hugging Face tokenizer.")
     min_pixels: int = Field(3136, gt=0, description="A smaller image is scaled up to this.")
     max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
+    decoder: DecoderName = Field(
+        "turbo",
+        description="What decodes JPEGs. turbo: libjpeg-turbo (simplejpeg), the faster; pillow: Pillow, which decodes "
+        "all other formats in any case. Pixels are the same.",
+    )
     video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
     system_prompt: str | None = Field(None, description="Put before samples that have no system message.")
 

@@ -1,20 +1,20 @@
 """From the bytes of an image to uint8 patches, pixel for pixel as Hugging Face's Qwen2-VL processor makes them.
 
-The file is decoded with Pillow, composited on white where it is transparent, resized (bicubic) to sides that are whole
-merge units, and cut. Pixels stay uint8: normalising is the encoder's first operation, on its device. Pixels are taken
-as stored: an EXIF orientation tag is not applied (the processor does not apply it either; a corpus that relies on the
-tag should be rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with
-the decoded size; whatever Pillow raises on damaged bytes becomes a ``DataError``.
+The file is decoded (``decode.py``), then resized (bicubic) to sides that are whole merge units and cut in one pass
+(``patches.py``). Pixels stay uint8: normalising is folded into the encoder's first layer. Pixels are taken as stored: an
+EXIF orientation tag is not applied (the processor does not apply it either; a corpus that relies on the tag should be
+rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with the decoded size;
+whatever is raised on damaged bytes becomes a ``DataError``.
 """
 
-import io
 import math
 
 import numpy as np
-from PIL import Image
 
 from mimo_megatron.config.model import VisionConfig
-from mimo_megatron.data.patches import patchify
+from mimo_megatron.config.run import DecoderName
+from mimo_megatron.data.decode import decode_rgb
+from mimo_megatron.data.patches import resize_to_patches
 from mimo_megatron.errors import DataError
 from mimo_megatron.types import EncodedMedia
 
@@ -48,37 +48,15 @@ def smart_resize(height: int, width: int, *, multiple: int, min_pixels: int, max
     return new_height, new_width
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the header, without decoding pixels."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Exception as fault:
-        raise _unreadable(data, fault) from fault
-
-
-def encode_image(data: bytes, vision: VisionConfig, *, min_pixels: int, max_pixels: int) -> EncodedMedia:
-    """The image as uint8 patches in merge-block order, with its (1, height, width) patch grid."""
-    image = _decode_rgb(data)
+def encode_image(
+    data: bytes, vision: VisionConfig, *, min_pixels: int, max_pixels: int, decoder: DecoderName = "turbo"
+) -> EncodedMedia:
+    """The image as uint8 patches of its one frame in merge-block order, with its (1, height, width) patch grid."""
+    pixels_HW3 = decode_rgb(data, decoder)
     height, width = smart_resize(
-        image.height, image.width, multiple=vision.pixel_multiple, min_pixels=min_pixels, max_pixels=max_pixels
+        *pixels_HW3.shape[:2], multiple=vision.pixel_multiple, min_pixels=min_pixels, max_pixels=max_pixels
     )
-    pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     grid = (1, height // vision.patch_size, width // vision.patch_size)
-    patches_PX = patchify(pixels_HW3[None], vision, is_still=True)
+    patches_PX = np.empty((grid[1] * grid[2], vision.still_bytes), np.uint8)
+    resize_to_patches(pixels_HW3, (height, width), vision, patches_PX)
     return EncodedMedia("image", patches_PX, grid, frame_repeats=vision.temporal_patch_size)
-
-
-def _decode_rgb(data: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if "A" not in image.getbands() and image.info.get("transparency") is None:
-                return image.convert("RGB")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Exception as fault:
-        raise _unreadable(data, fault) from fault
-
-
-def _unreadable(data: bytes, fault: Exception) -> DataError:
-    return DataError(f"image of {len(data)} bytes cannot be decoded ({fault}); drop the sample or replace the file")

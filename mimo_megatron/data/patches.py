@@ -1,12 +1,32 @@
 """Frames cut into patches: whole merge units row by row, then the patches of a unit; a patch is channel-first.
 
 A patch of a video holds the frames of its temporal step; one of a still image a single frame, ``still_bytes`` long.
+``resize_to_patches`` is Pillow's bicubic resize followed by ``patchify``, bit for bit, in one pass in C++ without the GIL
+(csrc/resize.cpp). Pillow's from its release 13: older ones have another order of passes for some tall images.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mimo_megatron import _packing
 from mimo_megatron.config.model import VisionConfig
+
+
+def resize_to_patches(
+    frame_HW3: NDArray[np.uint8],
+    size: tuple[int, int],
+    vision: VisionConfig,
+    patches_PX: NDArray[np.uint8],
+    number: int = 0,
+) -> None:
+    """Write the frame, resized to ``size`` (height, width), into its patches, as the ``number``-th frame of each.
+
+    ``patches_PX`` is contiguous and has as many frames a patch as its width says.
+    """
+    frames = patches_PX.shape[1] // vision.still_bytes
+    _packing.resize_to_patches(
+        frame_HW3, *size, vision.patch_size, vision.spatial_merge_size, frames, number, patches_PX
+    )
 
 
 def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig, *, is_still: bool = False) -> NDArray[np.uint8]:
