@@ -11,7 +11,7 @@ setup(
             depends=["csrc/packing.hpp", "csrc/spread.hpp", "csrc/resize.hpp"],
             cxx_std=17,
             # The weights of the resize are Pillow's to the bit only where no multiply is fused with an add.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )
     ]
 )

@@ -167,7 +167,11 @@ def differences(reads: Mapping[str, Read], corpus: list[tuple[float, bytes]]) ->
         for _, data in corpus:
             mine = encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=budget).patches_PC.astype(np.int64)
             distance = np.abs(levels(reads[name](data, budget)) - mine)
-            worst, unequal, count = max(worst, int(distance.max())), unequal + int((distance > 0).sum()), count + mine.size
+            worst, unequal, count = (
+                max(worst, int(distance.max())),
+                unequal + int((distance > 0).sum()),
+                count + mine.size,
+            )
         found[name] = f"{worst} levels at most, {unequal / count:.2%} of values differ"
     return found
 

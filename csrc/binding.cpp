@@ -1,6 +1,7 @@
 // mimo_megatron._packing: packing, spreading over ranks, and frames into patches, on numpy arrays. The GIL is released while they run.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 
@@ -71,7 +72,7 @@ using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 
 // `out` is the room for the frame's patches, whose sides divide `height` and `width`.
 void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t width, pixels::PatchShape shape,
-                       bool portably, Bytes& out) {
+                       const std::string& way, Bytes& out) {
     if (frame.ndim() != 3 || frame.shape(2) != 3 || frame.size() == 0)
         throw std::invalid_argument("a frame is bytes of [height, width, 3], none of them 0");
     const std::int64_t unit = shape.patch * shape.merge;
@@ -82,7 +83,7 @@ void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t wid
     const std::uint8_t* from = frame.data();
     std::uint8_t* to = out.mutable_data();
     py::gil_scoped_release release;
-    pixels::resize_to_patches(from, frame.shape(0), frame.shape(1), height, width, shape, portably, to);
+    pixels::resize_to_patches(from, frame.shape(0), frame.shape(1), height, width, shape, way, to);
 }
 
 }  // namespace
@@ -93,14 +94,14 @@ PYBIND11_MODULE(_packing, m) {
     m.def("pack_one", &pack_one, py::arg("lengths"), py::arg("capacity"));
     m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
           py::arg("patch_capacity"));
-    m.def("uses_avx2", &pixels::uses_avx2);
+    m.def("resize_ways", &pixels::resize_ways);
     m.def(
         "resize_to_patches",
         [](const Bytes& frame, std::int64_t height, std::int64_t width, std::int64_t patch, std::int64_t merge,
-           std::int64_t frames, std::int64_t number, Bytes& out, bool portably) {
-            resize_to_patches(frame, height, width, {patch, merge, frames, number}, portably, out);
+           std::int64_t frames, std::int64_t number, Bytes& out, const std::string& way) {
+            resize_to_patches(frame, height, width, {patch, merge, frames, number}, way, out);
         },
         py::arg("frame"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("merge"), py::arg("frames"),
-        py::arg("number"), py::arg("out").noconvert(), py::arg("portably") = false);
+        py::arg("number"), py::arg("out").noconvert(), py::arg("way") = "");
     m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));
 }

@@ -1,23 +1,30 @@
 // How it goes fast: both passes are sums of rows of bytes, each times one weight, so both vectorise. For the horizontal
 // pass 16 rows at a time are transposed, so that what was one column's value in 16 rows lies side by side, and its
 // results are turned back, one plane a channel. What lies between the passes is a few rows, in the cache. The weighing
-// itself is there twice, for any processor and for AVX2; it is all integers, so that both give the same.
+// itself is there three times, for any processor, for AVX2 and for AVX-512's products of bytes; it is all integers, so
+// that all give the same.
 #include "resize.hpp"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #ifdef __x86_64__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says so of its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace pixels {
 namespace {
 
 constexpr int kPrecision = 32 - 8 - 2;   // fractional bits of a weight
+constexpr std::int32_t kHalf = 1 << (kPrecision - 1);
 constexpr std::int64_t kRows = 16;       // rows that are transposed together
 constexpr std::int64_t kChannels = 3;
 constexpr std::int64_t kLanes = kRows * kChannels;  // bytes that are weighed together, in both passes
@@ -27,8 +34,13 @@ struct Taps {
     std::int64_t most = 0;  // the room for the weights of each output
     std::vector<std::int64_t> first, count;
     std::vector<std::int32_t> weights;
+    // The weights again, of four taps at a time, as signed digits to the base 256: the four last digits side by side in
+    // one word, then the four before them, then the four first. (A weight lies within +-2 and has 22 fractional bits.)
+    std::vector<std::int32_t> digits;
 
-    const std::int32_t* of(std::int64_t output) const { return &weights[output * most]; }
+    std::int64_t fours() const { return (most + 3) / 4; }
+    const std::int32_t* weights_of(std::int64_t output) const { return &weights[output * most]; }
+    const std::int32_t* digits_of(std::int64_t output) const { return &digits[output * fours() * 3]; }
 };
 
 double bicubic(double x) {
@@ -37,6 +49,21 @@ double bicubic(double x) {
     if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
     if (x < 2.0) return (((x - 5) * x + 8) * x - 4) * a;
     return 0.0;
+}
+
+void write_digits(Taps& taps) {
+    const std::int64_t outputs = taps.first.size();
+    taps.digits.resize(outputs * taps.fours() * 3);
+    auto* bytes = reinterpret_cast<std::int8_t*>(taps.digits.data());
+    for (std::int64_t output = 0; output < outputs; ++output)
+        for (std::int64_t tap = 0; tap < taps.most; ++tap) {
+            std::int32_t rest = taps.weights[output * taps.most + tap];
+            for (int place = 0; place < 3; ++place) {
+                const auto digit = static_cast<std::int8_t>(rest & 0xff);
+                bytes[((output * taps.fours() + tap / 4) * 3 + place) * 4 + tap % 4] = digit;
+                rest = (rest - digit) >> 8;
+            }
+        }
 }
 
 // Pillow's precompute_coeffs and normalize_coeffs_8bpc, operation by operation.
@@ -66,6 +93,7 @@ Taps taps(std::int64_t in_size, std::int64_t out_size) {
         result.first[output] = first;
         result.count[output] = end - first;
     }
+    write_digits(result);
     return result;
 }
 
@@ -105,12 +133,13 @@ void transpose(const std::uint8_t* in, std::int64_t in_stride, std::uint8_t* out
     for (int row = 0; row < 16; ++row) store(rows[0][row], out + row * out_stride);
 }
 
-// kLanes bytes, of as many weighted sums of `count` rows, the first of which is `rows[0] + offset`.
-void weigh_portably(const std::uint8_t* const* rows, std::int64_t offset, const std::int32_t* weights,
-                    std::int64_t count, std::uint8_t* out) {
+// kLanes bytes of one output: the weighted sums of as many columns of rows, which begin at `rows[tap] + offset`.
+void weigh_portably(const std::uint8_t* const* rows, std::int64_t offset, const Taps& taps, std::int64_t output,
+                    std::uint8_t* out) {
+    const std::int32_t* weights = taps.weights_of(output);
     std::int32_t sums[kLanes];
-    std::fill_n(sums, kLanes, 1 << (kPrecision - 1));
-    for (std::int64_t tap = 0; tap < count; ++tap)
+    std::fill_n(sums, kLanes, kHalf);
+    for (std::int64_t tap = 0; tap < taps.count[output]; ++tap)
         for (std::int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += rows[tap][offset + lane] * weights[tap];
     for (std::int64_t lane = 0; lane < kLanes; ++lane)
         out[lane] = static_cast<std::uint8_t>(std::clamp(sums[lane] >> kPrecision, 0, 255));
@@ -118,10 +147,11 @@ void weigh_portably(const std::uint8_t* const* rows, std::int64_t offset, const 
 
 #ifdef __x86_64__
 __attribute__((target("avx2"))) void weigh_by_avx2(const std::uint8_t* const* rows, std::int64_t offset,
-                                                   const std::int32_t* weights, std::int64_t count, std::uint8_t* out) {
+                                                   const Taps& taps, std::int64_t output, std::uint8_t* out) {
+    const std::int32_t* weights = taps.weights_of(output);
     __m256i sums[kLanes / 8];
-    for (auto& one : sums) one = _mm256_set1_epi32(1 << (kPrecision - 1));
-    for (std::int64_t tap = 0; tap < count; ++tap) {
+    for (auto& one : sums) one = _mm256_set1_epi32(kHalf);
+    for (std::int64_t tap = 0; tap < taps.count[output]; ++tap) {
         const std::uint8_t* from = rows[tap] + offset;
         const __m256i weight = _mm256_set1_epi32(weights[tap]);
         for (std::int64_t i = 0; i < kLanes / 8; ++i) {
@@ -136,15 +166,63 @@ __attribute__((target("avx2"))) void weigh_by_avx2(const std::uint8_t* const* ro
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * i), bytes);
     }
 }
+
+// Four taps of a lane lie in one word, and one instruction adds their products with one digit each of four weights.
+__attribute__((target("avx512bw,avx512vnni"))) void weigh_by_avx512(const std::uint8_t* const* rows,
+                                                                    std::int64_t offset, const Taps& taps,
+                                                                    std::int64_t output, std::uint8_t* out) {
+    constexpr __mmask64 lanes = (__mmask64{1} << kLanes) - 1;
+    const std::int32_t* digits = taps.digits_of(output);
+    const std::int64_t last = taps.count[output] - 1;
+    __m512i sums[3][4];  // by place of the digit and quarter of the lanes
+    for (auto& place : sums)
+        for (auto& one : place) one = _mm512_setzero_si512();
+    for (std::int64_t tap = 0; tap <= last; tap += 4, digits += 3) {
+        __m512i row[4];
+        for (std::int64_t i = 0; i < 4; ++i)  // taps beyond the last have the weight 0
+            row[i] = _mm512_maskz_loadu_epi8(lanes, rows[std::min(tap + i, last)] + offset);
+        const __m512i pairs[4] = {_mm512_unpacklo_epi8(row[0], row[1]), _mm512_unpacklo_epi8(row[2], row[3]),
+                                  _mm512_unpackhi_epi8(row[0], row[1]), _mm512_unpackhi_epi8(row[2], row[3])};
+        const __m512i fours[4] = {_mm512_unpacklo_epi16(pairs[0], pairs[1]), _mm512_unpackhi_epi16(pairs[0], pairs[1]),
+                                  _mm512_unpacklo_epi16(pairs[2], pairs[3]), _mm512_unpackhi_epi16(pairs[2], pairs[3])};
+        for (std::int64_t place = 0; place < 3; ++place)
+            for (std::int64_t i = 0; i < 4; ++i)
+                sums[place][i] = _mm512_dpbusd_epi32(sums[place][i], fours[i], _mm512_set1_epi32(digits[place]));
+    }
+    __m512i whole[4];
+    for (std::int64_t i = 0; i < 4; ++i) {
+        const __m512i upper = _mm512_add_epi32(sums[1][i], _mm512_slli_epi32(sums[2][i], 8));
+        whole[i] = _mm512_add_epi32(_mm512_add_epi32(sums[0][i], _mm512_set1_epi32(kHalf)), _mm512_slli_epi32(upper, 8));
+        whole[i] = _mm512_srai_epi32(whole[i], kPrecision);
+    }
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(whole[0], whole[1]), _mm512_packs_epi32(whole[2], whole[3]));
+    _mm512_mask_storeu_epi8(out, lanes, bytes);
+}
 #endif
 
 using Weigh = decltype(&weigh_portably);
 
-Weigh weigh_on_this_processor() {
+struct Way {
+    const char* name;
+    Weigh weigh;
+};
+
+// Those that run here, the fastest first.
+std::vector<Way> ways() {
+    std::vector<Way> found;
 #ifdef __x86_64__
-    if (uses_avx2()) return weigh_by_avx2;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back({"avx512", weigh_by_avx512});
+    if (__builtin_cpu_supports("avx2")) found.push_back({"avx2", weigh_by_avx2});
 #endif
-    return weigh_portably;
+    found.push_back({"portable", weigh_portably});
+    return found;
+}
+
+Weigh weigh_by(const std::string& name) {
+    for (const Way& way : ways())
+        if (name.empty() || name == way.name) return way.weigh;
+    throw std::invalid_argument("no resize by " + name + " on this processor");
 }
 
 std::int64_t rounded_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -180,7 +258,7 @@ class Across {
         for (std::int64_t x = 0; x < width(); ++x) {
             for (std::int64_t tap = 0; tap < taps_.count[x]; ++tap)
                 columns_[tap] = &turned_[(taps_.first[x] + tap) * kLanes];
-            weigh_(columns_.data(), 0, taps_.of(x), taps_.count[x], &narrowed_[x * kLanes]);
+            weigh_(columns_.data(), 0, taps_, x, &narrowed_[x * kLanes]);
         }
         for (std::int64_t channel = 0; channel < kChannels; ++channel)
             for (std::int64_t x = 0; x < width(); x += kRows)
@@ -213,11 +291,11 @@ void put(const std::uint8_t* row, std::int64_t channel, std::int64_t y, std::int
 }
 
 // One row from several. All have room for kLanes bytes at least.
-void vertical(const std::uint8_t* const* rows, const std::int32_t* weights, std::int64_t count, std::int64_t width,
-              Weigh weigh, std::uint8_t* out) {
+void vertical(const std::uint8_t* const* rows, const Taps& taps, std::int64_t output, std::int64_t width, Weigh weigh,
+              std::uint8_t* out) {
     for (std::int64_t begin = 0; begin < width; begin += kLanes) {
         const std::int64_t x = std::max<std::int64_t>(std::min(begin, width - kLanes), 0);  // the last ones overlap
-        weigh(rows, x, weights, count, out + x);
+        weigh(rows, x, taps, output, out + x);
     }
 }
 
@@ -235,7 +313,7 @@ void horizontal_first(const std::uint8_t* rgb, std::int64_t in_height, std::int6
         for (std::int64_t channel = 0; channel < kChannels; ++channel) {
             for (std::int64_t tap = 0; tap < down.count[y]; ++tap)
                 rows[tap] = &ring[(channel * kept + (down.first[y] + tap) % kept) * stride];
-            vertical(rows.data(), down.of(y), down.count[y], across.width(), weigh, row.data());
+            vertical(rows.data(), down, y, across.width(), weigh, row.data());
             put(row.data(), channel, y, across.width(), shape, out);
         }
     }
@@ -257,7 +335,7 @@ void vertical_first(const std::uint8_t* rgb, std::int64_t in_height, std::int64_
         for (std::int64_t row = 0; row < num_rows; ++row) {
             for (std::int64_t tap = 0; tap < down.count[y + row]; ++tap)
                 rows[tap] = rgb + (down.first[y + row] + tap) * wide;
-            vertical(rows.data(), down.of(y + row), down.count[y + row], bytes, weigh, &lowered[row * wide]);
+            vertical(rows.data(), down, y + row, bytes, weigh, &lowered[row * wide]);
         }
         const auto plane = [&](std::int64_t channel) { return &planes[channel * kRows * stride]; };
         across.run(lowered.data(), wide, num_rows, plane, stride);
@@ -269,17 +347,15 @@ void vertical_first(const std::uint8_t* rgb, std::int64_t in_height, std::int64_
 
 }  // namespace
 
-bool uses_avx2() {
-#ifdef __x86_64__
-    return __builtin_cpu_supports("avx2");
-#else
-    return false;
-#endif
+std::vector<std::string> resize_ways() {
+    std::vector<std::string> names;
+    for (const Way& way : ways()) names.push_back(way.name);
+    return names;
 }
 
 void resize_to_patches(const std::uint8_t* rgb, std::int64_t in_height, std::int64_t in_width, std::int64_t out_height,
-                       std::int64_t out_width, const PatchShape& shape, bool portably, std::uint8_t* out) {
-    const Weigh weigh = portably ? weigh_portably : weigh_on_this_processor();
+                       std::int64_t out_width, const PatchShape& shape, const std::string& way, std::uint8_t* out) {
+    const Weigh weigh = weigh_by(way);
     const Taps columns = taps(in_width, out_width), down = taps(in_height, out_height);
     Across across(columns, in_width, weigh);
     // Pillow's choice (from its release 13): where the height shrinks by more than twice what the width does.

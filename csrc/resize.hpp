@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace pixels {
 
@@ -15,12 +17,12 @@ struct PatchShape {
     std::int64_t frame;   // which of them is written
 };
 
-// `portably`: by the code for any processor, even where a faster one could run.
+// `way`: one of resize_ways(), or empty for the first of them; all give the same bytes.
 // `rgb` is [in_height, in_width, 3]; `out` begins at the frame's first patch, whose sides divide out_height, out_width.
 void resize_to_patches(const std::uint8_t* rgb, std::int64_t in_height, std::int64_t in_width, std::int64_t out_height,
-                       std::int64_t out_width, const PatchShape& shape, bool portably, std::uint8_t* out);
+                       std::int64_t out_width, const PatchShape& shape, const std::string& way, std::uint8_t* out);
 
-// Whether the functions compiled for AVX2 are used; the others give the same bytes.
-bool uses_avx2();
+// The instructions by which this processor can do it, the fastest first.
+std::vector<std::string> resize_ways();
 
 }  // namespace pixels

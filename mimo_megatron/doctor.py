@@ -148,7 +148,7 @@ from mimo_megatron.mcore.layers import layer_backend
 attention = inspect.signature(causal_attention).parameters["backend"].default
 here = platform.current()
 facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend(), "attention": attention}
-facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "avx2": _packing.uses_avx2()}
+facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
 """
 # import name, name in the index, what it speeds up
@@ -248,8 +248,7 @@ def _backends() -> Iterator[Finding]:
     yield Finding("backends", "decoder layers", facts["layers"], "note" if on_gpu and not uses_engine else "ok", why)
     yield Finding("backends", "attention", facts["attention"], "ok", "the package's default")
     yield judge_decoder(facts["decoder"], _version("simplejpeg"))
-    how = "with AVX2" if facts["avx2"] else "portable: this processor has no AVX2; the pixels are the same"
-    yield Finding("backends", "image resize", "C++", "ok", how)
+    yield Finding("backends", "image resize", facts["resize"][0], "ok", "the fastest of " + ", ".join(facts["resize"]))
 
 
 _EXAMINATIONS: tuple[Callable[[], Iterator[Finding]], ...] = (_machine, _torch, _packages, _extension, _backends)

@@ -162,9 +162,7 @@ def _encode_media(
     vision = _vision(model)
     if kind == "video":
         return encode_video(content, vision, data.video, min_pixels=data.min_pixels), None
-    one = encode_image(
-        content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels, decoder=data.decoder
-    )
+    one = encode_image(content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels, decoder=data.decoder)
     _, rows, columns = one.grid
     return one, Frame(*image_size(content), rows * vision.patch_size, columns * vision.patch_size)
 

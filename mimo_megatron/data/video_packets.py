@@ -66,7 +66,7 @@ def list_packets(data: bytes) -> PacketList:
                 f"video stream announces {stream.frames} frames and holds {packets}, of which "
                 f"{len(shown) - shown.count(None)} have a time; the file is damaged: drop the sample or replace it"
             )
-        # They come in decoding order and are sorted: AVI numbers H.264's reordered frames wrongly, but the set is right.
+        # They come in decoding order, and are sorted: AVI numbers H.264's reordered frames wrongly; the set is right.
         ticks_N, ticks_F = np.array(ticks, np.int64), np.sort(np.array(shown, np.int64))
         is_timed &= len(np.unique(ticks_N)) == len(ticks_N)
         return PacketList(

@@ -1,4 +1,4 @@
-"""The vision encoder's first layer, from raw pixels: normalisation, and a still's two equal frames, live in the weights.
+"""The vision encoder's first layer, from raw pixels: normalisation and a still's two equal frames are in its weights.
 
 ``((pixel / 255 - mean) / std) @ W`` is linear in the pixel, so it is ``(pixel - centre) @ W' + b``, where W' takes the
 scale and b what is left of the shift. The centre is the whole number nearest to 255 mean: differences are then exact in
@@ -23,17 +23,19 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 CENTRE = tuple(round(255 * mean) for mean in PIXEL_MEAN)
 
 
-class PatchEmbedding(nn.Linear):
+class PatchEmbedding(nn.Module):
     """[P, D] of the patches of a pack, in its order."""
 
     def __init__(self, config: VisionConfig) -> None:
-        super().__init__(config.patch_bytes, config.width, bias=False)
-        self.num_frames, self.still_bytes = config.temporal_patch_size, config.still_bytes
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.width, config.patch_bytes))
+        self.num_frames = config.temporal_patch_size
+        self.patch_bytes, self.still_bytes = config.patch_bytes, config.still_bytes
 
     def forward(self, pixels_B: Tensor, runs: Sequence[tuple[bool, int]]) -> Tensor:
         """``runs``: (whether of stills, patches) of the pack's media, as ``VisionLayout.pixel_runs``."""
         runs = runs or [(False, 0)]  # without media too, every parameter has its gradient: zero
-        widths = [self.still_bytes if is_still else self.in_features for is_still, _ in runs]
+        widths = [self.still_bytes if is_still else self.patch_bytes for is_still, _ in runs]
         sizes = [width * count for width, (_, count) in zip(widths, runs, strict=True)]
         whole_D3FX, bias_D = self._folded()
         weights = {True: whole_D3FX.sum(2), False: whole_D3FX}
@@ -49,7 +51,7 @@ class PatchEmbedding(nn.Linear):
         """(W' [D, 3, F, X / 3], b [D])"""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         channels_DFX = self.weight.to(wide).unflatten(1, (3, self.num_frames, -1)).unbind(1)
-        scaled, bias_D = [], 0
+        scaled, bias_D = [], self.weight.new_zeros(len(self.weight), dtype=wide)
         for weight_DFX, mean, std, centre in zip(channels_DFX, PIXEL_MEAN, PIXEL_STD, CENTRE, strict=True):
             scaled.append(weight_DFX / (255 * std))
             bias_D = bias_D + weight_DFX.sum((1, 2)) * ((centre / 255 - mean) / std)

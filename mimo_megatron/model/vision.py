@@ -164,5 +164,7 @@ def reset_linear_and_norm(module: nn.Module) -> None:
             nn.init.normal_(part.weight, std=INIT_STD)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbedding):
+            nn.init.normal_(part.weight, std=INIT_STD)
         elif isinstance(part, RMSNorm):
             nn.init.ones_(part.weight)

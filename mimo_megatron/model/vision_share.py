@@ -88,7 +88,9 @@ def _byte_bounds(layout: VisionLayout, vision: VisionConfig) -> list[int]:
 def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) -> VisionLayout:
     """The layout of some pieces of a pack, taken in pack order, as if they were all of it."""
     media = zip(layout.stills_I, layout.grids_I3, strict=True)
-    frame_of_piece = [(is_still, (1, *size)) for is_still, (frames, *size) in media for _ in range(frames)]
+    frame_of_piece = [
+        (is_still, (1, rows, columns)) for is_still, (count, rows, columns) in media for _ in range(count)
+    ]
     rope, order, windows, frames = [layout.rope_hw_P2[:0]], [layout.window_order_M[:0]], [0], [0]
     window_bounds = torch.tensor(layout.window_bounds)
     first_window = torch.searchsorted(window_bounds, torch.tensor(layout.frame_bounds)).tolist()

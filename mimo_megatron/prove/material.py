@@ -18,9 +18,7 @@ def random_media(grid: Grid, seed: int, seconds_per_grid: float = 0.0) -> Encode
     """An image where ``seconds_per_grid`` is 0, else a video; grids are in patches."""
     draw, num_patches = np.random.default_rng(seed), int(np.prod(grid))
     if seconds_per_grid:
-        return EncodedMedia(
-            "video", draw.integers(0, 256, (num_patches, 1176), dtype=np.uint8), grid, seconds_per_grid
-        )
+        return EncodedMedia("video", draw.integers(0, 256, (num_patches, 1176), dtype=np.uint8), grid, seconds_per_grid)
     return EncodedMedia("image", draw.integers(0, 256, (num_patches, 588), dtype=np.uint8), grid, frame_repeats=2)
 
 

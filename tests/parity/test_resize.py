@@ -31,9 +31,9 @@ def by_definition(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray
     return patchify(np.asarray(resized)[None], VISION, is_still=True)
 
 
-def resized(pixels: NDArray[np.uint8], height: int, width: int, *, portably: bool = False) -> NDArray[np.uint8]:
+def resized(pixels: NDArray[np.uint8], height: int, width: int, way: str = "") -> NDArray[np.uint8]:
     out = np.full((height * width // 196, 588), 7, np.uint8)
-    _packing.resize_to_patches(pixels, height, width, 14, 2, 1, 0, out, portably)
+    _packing.resize_to_patches(pixels, height, width, 14, 2, 1, 0, out, way)
     return out
 
 
@@ -45,9 +45,8 @@ def resized(pixels: NDArray[np.uint8], height: int, width: int, *, portably: boo
 def test_any_frame_at_any_size_is_pillows(in_height: int, in_width: int, rows: int, columns: int, seed: int) -> None:
     pixels = frame(in_height, in_width, seed)
     want = by_definition(pixels, 28 * rows, 28 * columns)
-    for portably in (False, True):
-        got = resized(pixels, 28 * rows, 28 * columns, portably=portably)
-        np.testing.assert_array_equal(got, want, err_msg=f"portably {portably}")
+    for way in _packing.resize_ways():
+        np.testing.assert_array_equal(resized(pixels, 28 * rows, 28 * columns, way), want, err_msg=way)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1013, 1400), (2100, 900)])
