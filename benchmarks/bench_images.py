@@ -5,8 +5,9 @@
 
 The files are mosaics of the demo's photographs, 0.5 to 8 megapixels, of quality 90 with halved colour, as cameras write
 them. A row is one way of reading them at one limit of pixels: transformers' default, and the 4,096 tokens of MiMo-VL's
-evaluation. Times are CPU seconds of one thread; the ways take turns file by file, and each file counts with its fastest
-round. Torchvision, which transformers' fast processor needs, is not a dependency: without it the row is left out, aloud.
+evaluation. Times are CPU seconds of one thread; the ways take turns file by file, and each file counts with its
+fastest round. Torchvision, which transformers' fast processor needs, is not a dependency: without it the row is left
+out, aloud.
 """
 
 import argparse
@@ -19,8 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"  # before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 import numpy as np
 import psutil
@@ -79,12 +79,12 @@ def files() -> list[tuple[float, bytes]]:
 
 
 def ours(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    return encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels).pixels_PX
+    return encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels).pixels_PZ
 
 
 def ours_decoded_by_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
     one = encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels, decoder="pillow")
-    return one.pixels_PX
+    return one.pixels_PZ
 
 
 def pillow_and_numpy(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -122,7 +122,7 @@ def transformers_reader(module: str, name: str) -> Read:
 
 
 def torchvision_fault() -> str | None:
-    """Why torchvision cannot be used. One that was built for CUDA is, beside a CPU torch, once two operators are named."""
+    """Why torchvision cannot be used. One built for CUDA can be, beside a CPU torch, once two operators are named."""
     if importlib.util.find_spec("torchvision") is None:
         return "torchvision is not installed"
     importlib.import_module("examples.vllm_env.mimo_torchvision_schemas")
@@ -210,8 +210,7 @@ def measure(reads: Mapping[str, Read], corpus: list[tuple[float, bytes]], rounds
                     from_our_pixels=distance.get(name, ""),
                 )
             )
-            print(f"{label} · {name:26s} {len(corpus) / total:7.1f} images/s, {total / sum(best['ours']):5.2f} x ours' time"
-                  f" · {per_patch} bytes a patch · {distance.get(name, '')}")  # fmt: skip
+            print(" · ".join(f"{value}" for value in rows[-1].values()))
     return rows
 
 

@@ -109,7 +109,7 @@ def vision_seconds(trainer: Trainer, batch: PackedBatch) -> float:
     local = local_pack(batch, trainer.mesh.cp, sharing=chunk.sharing)
     start = time.process_time()
     if local.vision is not None and local.vision.num_patches:
-        features_XD = chunk.encode_own(local.pixels_B, local.vision)
+        features_XD = chunk.encode_own(local.pixels_Y, local.vision)
         features_XD.backward(torch.ones_like(features_XD))
     return time.process_time() - start
 

@@ -1,8 +1,8 @@
 """What crosses a package border: frozen dataclasses with the shape of every field.
 
 Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision tokens (P / 4), I images and videos,
-Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176), X bytes stored
-of it (588 of a still image, whose one frame fills both halves), B bytes of pixels.
+Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176), Z bytes stored
+of it (588 of a still image, whose one frame fills both halves), Y bytes of pixels.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class EncodedMedia:
     """One image or video after resize, cut into patches in merge-block order (as Hugging Face orders them)."""
 
     kind: MediaKind
-    pixels_PX: NDArray[np.uint8]
+    pixels_PZ: NDArray[np.uint8]
     """[P, 1176] raw pixels, a row channel by channel and of a channel frame by frame; [P, 588] of a still image."""
     grid: tuple[int, int, int]
     """(frames / 2, height / 14, width / 14) in patches; P is their product."""
@@ -72,8 +72,8 @@ class EncodedMedia:
     def patches_PC(self) -> NDArray[np.uint8]:
         """[P, 1176] as Hugging Face lays patches out: a still image repeats its frame."""
         if not self.is_still:
-            return self.pixels_PX
-        frames = self.pixels_PX.reshape(self.num_patches, 3, 1, -1)
+            return self.pixels_PZ
+        frames = self.pixels_PZ.reshape(self.num_patches, 3, 1, -1)
         return np.repeat(frames, self.frame_repeats, axis=2).reshape(self.num_patches, -1)
 
 
@@ -154,8 +154,8 @@ class PackedBatch:
     """int64 [3, S] temporal, height and width position; restarts at 0 in every segment."""
     segment_bounds: tuple[int, ...]
     """Cumulative slot counts of the segments, from 0 to S, padding included."""
-    pixels_B: torch.Tensor
-    """uint8 [B] the patches of all media in pack order, 588 bytes each of stills and 1176 of videos."""
+    pixels_Y: torch.Tensor
+    """uint8 [Y] the patches of all media in pack order, 588 bytes each of stills and 1176 of videos."""
     vision: VisionLayout | None
     splice_M: torch.Tensor
     """int64 [M] the slot of each merged vision token, in pack order."""

@@ -1,8 +1,8 @@
 """Encoded samples laid side by side in one pack: every index the forward needs, computed here on the CPU.
 
-Dims: S slots of the pack, M merged vision tokens, B bytes of pixels. Invariants: labels never cross a
+Dims: S slots of the pack, M merged vision tokens, Y bytes of pixels. Invariants: labels never cross a
 segment; positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is the
-k-th merge unit of ``pixels_B``; padding carries no loss and its segments are short, so that attention over it costs
+k-th merge unit of ``pixels_Y``; padding carries no loss and its segments are short, so that attention over it costs
 next to nothing.
 """
 
@@ -56,7 +56,7 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         loss_weights_S=torch.from_numpy(loss_weights_S),
         positions_3S=torch.from_numpy(positions_3S),
         segment_bounds=tuple(bounds),
-        pixels_B=joined_pixels(media),
+        pixels_Y=joined_pixels(media),
         vision=layout_of_media(media, model.vision) if model.vision and media else None,
         splice_M=torch.from_numpy(np.flatnonzero(is_placeholder_S)),
         sample_ids=tuple(sample.id for sample in samples),
@@ -66,8 +66,8 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
 
 
 def joined_pixels(media: Sequence[EncodedMedia]) -> torch.Tensor:
-    """uint8 [B]: the pixels of these media, one after another."""
-    return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *(one.pixels_PX.ravel() for one in media)]))
+    """uint8 [Y]: the pixels of these media, one after another."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *(one.pixels_PZ.ravel() for one in media)]))
 
 
 def layout_of_media(media: Sequence[EncodedMedia], vision: VisionConfig) -> VisionLayout:

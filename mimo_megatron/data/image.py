@@ -1,10 +1,10 @@
 """From the bytes of an image to uint8 patches, pixel for pixel as Hugging Face's Qwen2-VL processor makes them.
 
-The file is decoded (``decode.py``), then resized (bicubic) to sides that are whole merge units and cut in one pass
-(``patches.py``). Pixels stay uint8: normalising is folded into the encoder's first layer. Pixels are taken as stored: an
+The file is decoded (``decode.py``), then resized (bicubic) to sides that are whole merge units and cut, in one pass
+(``patches.py``). Pixels stay uint8: normalising is folded into the encoder's first layer. They are taken as stored: an
 EXIF orientation tag is not applied (the processor does not apply it either; a corpus that relies on the tag should be
-rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with the decoded size;
-whatever is raised on damaged bytes becomes a ``DataError``.
+rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with the decoded
+size; whatever is raised on damaged bytes becomes a ``DataError``.
 """
 
 import math
@@ -57,6 +57,6 @@ def encode_image(
         *pixels_HW3.shape[:2], multiple=vision.pixel_multiple, min_pixels=min_pixels, max_pixels=max_pixels
     )
     grid = (1, height // vision.patch_size, width // vision.patch_size)
-    patches_PX = np.empty((grid[1] * grid[2], vision.still_bytes), np.uint8)
-    resize_to_patches(pixels_HW3, (height, width), vision, patches_PX)
-    return EncodedMedia("image", patches_PX, grid, frame_repeats=vision.temporal_patch_size)
+    patches_PZ = np.empty((grid[1] * grid[2], vision.still_bytes), np.uint8)
+    resize_to_patches(pixels_HW3, (height, width), vision, patches_PZ)
+    return EncodedMedia("image", patches_PZ, grid, frame_repeats=vision.temporal_patch_size)

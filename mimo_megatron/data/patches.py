@@ -1,8 +1,8 @@
 """Frames cut into patches: whole merge units row by row, then the patches of a unit; a patch is channel-first.
 
 A patch of a video holds the frames of its temporal step; one of a still image a single frame, ``still_bytes`` long.
-``resize_to_patches`` is Pillow's bicubic resize followed by ``patchify``, bit for bit, in one pass in C++ without the GIL
-(csrc/resize.cpp). Pillow's from its release 13: older ones have another order of passes for some tall images.
+``resize_to_patches`` is Pillow's bicubic resize followed by ``patchify``, bit for bit, in one pass in C++ and without
+the GIL (csrc/resize.cpp). Pillow's from its release 13: older ones order the passes otherwise for some tall images.
 """
 
 import numpy as np
@@ -16,21 +16,21 @@ def resize_to_patches(
     frame_HW3: NDArray[np.uint8],
     size: tuple[int, int],
     vision: VisionConfig,
-    patches_PX: NDArray[np.uint8],
+    patches_PZ: NDArray[np.uint8],
     number: int = 0,
 ) -> None:
     """Write the frame, resized to ``size`` (height, width), into its patches, as the ``number``-th frame of each.
 
-    ``patches_PX`` is contiguous and has as many frames a patch as its width says.
+    ``patches_PZ`` is contiguous and has as many frames a patch as its width says.
     """
-    frames = patches_PX.shape[1] // vision.still_bytes
+    frames = patches_PZ.shape[1] // vision.still_bytes
     _packing.resize_to_patches(
-        frame_HW3, *size, vision.patch_size, vision.spatial_merge_size, frames, number, patches_PX
+        frame_HW3, *size, vision.patch_size, vision.spatial_merge_size, frames, number, patches_PZ
     )
 
 
 def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig, *, is_still: bool = False) -> NDArray[np.uint8]:
-    """[P, X] patches, step after step; X is ``patch_bytes``, or ``still_bytes`` of a still.
+    """[P, Z] patches, step after step; Z is ``patch_bytes``, or ``still_bytes`` of a still.
 
     The last frame is repeated to fill the last step.
     """

@@ -6,7 +6,7 @@ every dtype, bfloat16 too, and b is next to nothing, so that nothing cancels. A 
 places of a patch: it needs that frame once, and the sum of W' over the places. W' and b are made at every forward, in
 at least float32: parameters stay those of the released model, and each place of W gets the still's gradient.
 
-Dims: B bytes of pixels, P patches, D width, C and X values of a whole and of a stored patch, F frames of a patch.
+Dims: Y bytes of pixels, P patches, D width, Z values stored of a patch, F frames of a patch.
 """
 
 from collections.abc import Sequence
@@ -32,33 +32,33 @@ class PatchEmbedding(nn.Module):
         self.num_frames = config.temporal_patch_size
         self.patch_bytes, self.still_bytes = config.patch_bytes, config.still_bytes
 
-    def forward(self, pixels_B: Tensor, runs: Sequence[tuple[bool, int]]) -> Tensor:
+    def forward(self, pixels_Y: Tensor, runs: Sequence[tuple[bool, int]]) -> Tensor:
         """``runs``: (whether of stills, patches) of the pack's media, as ``VisionLayout.pixel_runs``."""
         runs = runs or [(False, 0)]  # without media too, every parameter has its gradient: zero
         widths = [self.still_bytes if is_still else self.patch_bytes for is_still, _ in runs]
         sizes = [width * count for width, (_, count) in zip(widths, runs, strict=True)]
-        whole_D3FX, bias_D = self._folded()
-        weights = {True: whole_D3FX.sum(2), False: whole_D3FX}
+        whole_D3FZ, bias_D = self._folded()
+        weights = {True: whole_D3FZ.sum(2), False: whole_D3FZ}
         weights = {is_still: weight.flatten(1).to(self.weight.dtype) for is_still, weight in weights.items()}
         bias_D = bias_D.to(self.weight.dtype)
         parts = [
-            linear(self._centred(part_B.view(-1, width)), weights[is_still], bias_D)
-            for part_B, width, (is_still, _) in zip(pixels_B.split(sizes), widths, runs, strict=True)
+            linear(self._centred(part_Y.view(-1, width)), weights[is_still], bias_D)
+            for part_Y, width, (is_still, _) in zip(pixels_Y.split(sizes), widths, runs, strict=True)
         ]
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """(W' [D, 3, F, X / 3], b [D])"""
+        """(W' [D, 3, F, Z / 3], b [D])"""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        channels_DFX = self.weight.to(wide).unflatten(1, (3, self.num_frames, -1)).unbind(1)
+        channels_DFZ = self.weight.to(wide).unflatten(1, (3, self.num_frames, -1)).unbind(1)
         scaled, bias_D = [], self.weight.new_zeros(len(self.weight), dtype=wide)
-        for weight_DFX, mean, std, centre in zip(channels_DFX, PIXEL_MEAN, PIXEL_STD, CENTRE, strict=True):
-            scaled.append(weight_DFX / (255 * std))
-            bias_D = bias_D + weight_DFX.sum((1, 2)) * ((centre / 255 - mean) / std)
+        for weight_DFZ, mean, std, centre in zip(channels_DFZ, PIXEL_MEAN, PIXEL_STD, CENTRE, strict=True):
+            scaled.append(weight_DFZ / (255 * std))
+            bias_D = bias_D + weight_DFZ.sum((1, 2)) * ((centre / 255 - mean) / std)
         return torch.stack(scaled, dim=1), bias_D
 
-    def _centred(self, pixels_PX: Tensor) -> Tensor:
-        values_PX = pixels_PX.to(self.weight.dtype)
-        for channel_PX, centre in zip(values_PX.chunk(3, dim=1), CENTRE, strict=True):
-            channel_PX.sub_(centre)
-        return values_PX
+    def _centred(self, pixels_PZ: Tensor) -> Tensor:
+        values_PZ = pixels_PZ.to(self.weight.dtype)
+        for channel_PZ, centre in zip(values_PZ.chunk(3, dim=1), CENTRE, strict=True):
+            channel_PZ.sub_(centre)
+        return values_PZ

@@ -4,7 +4,7 @@ Embedded patches are permuted once, into window order; the blocks then attend in
 a few layers, and never across images. Invariants: features of an image do not depend on what else is in the pack;
 parameters, values and gradients agree with transformers' encoder; float64 weights make everything float64 (the oracle).
 
-Dims: P patches, C values of a patch, B bytes of pixels, M merge units, D width, N heads, H head width.
+Dims: P patches, C values of a patch, Y bytes of pixels, M merge units, D width, N heads, H head width.
 """
 
 from typing import Any
@@ -113,14 +113,14 @@ class VisionEncoder(nn.Module):
         """Normal weights, zero biases, unit norms, drawn from PyTorch's default generator."""
         reset_linear_and_norm(self)
 
-    def forward(self, pixels_B: Tensor, layout: VisionLayout) -> Tensor:
+    def forward(self, pixels_Y: Tensor, layout: VisionLayout) -> Tensor:
         """hidden_PD in encoder order (units grouped by window) from the pack's uint8 pixels in pack order.
 
         Whole patches, [P, 1176], may come as such where the layout has no stills.
         """
-        order_M = layout.window_order_M.to(pixels_B.device, non_blocking=True)
-        rope_hw_P2 = layout.rope_hw_P2.to(pixels_B.device, non_blocking=True)
-        x_PD = self._in_window_order(self.patch_embed(pixels_B.flatten(), layout.pixel_runs), order_M)
+        order_M = layout.window_order_M.to(pixels_Y.device, non_blocking=True)
+        rope_hw_P2 = layout.rope_hw_P2.to(pixels_Y.device, non_blocking=True)
+        x_PD = self._in_window_order(self.patch_embed(pixels_Y.flatten(), layout.pixel_runs), order_M)
         cos_sin = self._cos_sin(self._in_window_order(rope_hw_P2, order_M))
         for number, block in enumerate(self.blocks):
             is_full = number in self.config.full_attention_layers

@@ -4,7 +4,7 @@ A piece is one image or one temporal grid step of a video: nothing in the encode
 over the tp x cp ranks by their predicted FLOPs, all on the CPU and from the grids alone, so every rank finds the same.
 Invariant: which rank encodes a piece changes neither the features nor, after the sums, any gradient.
 
-Dims: U pieces, B bytes of pixels, M merge units (features), X own features.
+Dims: U pieces, Y bytes of pixels, M merge units (features), X own features.
 """
 
 import itertools
@@ -64,13 +64,13 @@ class VisionShare:
 
 
 def share_out(
-    pixels_B: Tensor, layout: VisionLayout, sharing: VisionSharing
+    pixels_Y: Tensor, layout: VisionLayout, sharing: VisionSharing
 ) -> tuple[Tensor, VisionLayout, VisionShare]:
     """The pixels this rank encodes with their own layout (perhaps none at all), and where all features stand."""
     ranks_U = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
     own = [piece for piece, rank in enumerate(ranks_U) if rank == sharing.tp_cp.rank]
     bounds = _byte_bounds(layout, sharing.vision)
-    pixels = [pixels_B[:0], *(pixels_B[bounds[piece] : bounds[piece + 1]] for piece in own)]
+    pixels = [pixels_Y[:0], *(pixels_Y[bounds[piece] : bounds[piece + 1]] for piece in own)]
     merge_factor = sharing.vision.merge_factor
     return torch.cat(pixels), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
 

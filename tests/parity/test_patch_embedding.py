@@ -29,9 +29,9 @@ def material(runs: Runs, seed: int = 0) -> tuple[PatchEmbedding, Tensor]:
     return embedding, torch.randint(0, 256, (size,), dtype=torch.uint8)
 
 
-def whole_patches(pixels_B: Tensor, runs: Runs) -> Tensor:
+def whole_patches(pixels_Y: Tensor, runs: Runs) -> Tensor:
     """[P, 1176] a still's frame twice."""
-    parts = pixels_B.split([count * (588 if is_still else 1176) for is_still, count in runs])
+    parts = pixels_Y.split([count * (588 if is_still else 1176) for is_still, count in runs])
     rows = [part.view(count, 3, -1, 196) for part, (_, count) in zip(parts, runs, strict=True)]
     return torch.cat([row.expand(-1, -1, 2, -1).flatten(1) for row in rows])
 
@@ -52,11 +52,11 @@ def outcome(embedding: PatchEmbedding, out_PD: Tensor) -> dict[str, Tensor]:
 
 def outcomes(runs: Runs, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], ...]:
     """(ours, the definition in the same dtype, the definition in float64 from the same weights)"""
-    embedding, pixels_B = material(runs, seed)
-    embedding, patches_PC = embedding.to(dtype), whole_patches(pixels_B, runs)
+    embedding, pixels_Y = material(runs, seed)
+    embedding, patches_PC = embedding.to(dtype), whole_patches(pixels_Y, runs)
     exact = copy.deepcopy(embedding).double()
     return (
-        outcome(embedding, embedding(pixels_B, runs)),
+        outcome(embedding, embedding(pixels_Y, runs)),
         outcome(embedding, by_definition(embedding.weight, patches_PC)),
         outcome(exact, by_definition(exact.weight, patches_PC)),
     )
@@ -85,8 +85,8 @@ def test_both_frames_of_the_weight_get_a_stills_gradient() -> None:
 
 
 def test_no_pixels_give_no_rows_and_a_zero_gradient() -> None:
-    embedding, pixels_B = material([])
-    got = outcome(embedding, embedding(pixels_B, []))
+    embedding, pixels_Y = material([])
+    got = outcome(embedding, embedding(pixels_Y, []))
     assert got["out"].shape == (0, VISION.width) and not got["weight"].any()
 
 

@@ -83,7 +83,7 @@ def test_positions_are_those_of_each_sample_from_zero():
 def test_each_placeholder_slot_gets_its_own_merge_unit():
     pack = collate(SAMPLES, TINY, 64)
     media = [one for sample in SAMPLES for one in sample.media]
-    assert pack.pixels_B.numpy().tobytes() == b"".join(one.pixels_PX.tobytes() for one in media)
+    assert pack.pixels_Y.numpy().tobytes() == b"".join(one.pixels_PZ.tobytes() for one in media)
     units = iter(range(pack.num_patches // 4))
     start = 0
     for sample in SAMPLES:
@@ -111,14 +111,14 @@ def test_padding_is_short_segments_without_loss():
 def test_an_empty_pack_is_padding():
     pack = collate([], TINY, 40)
     assert (pack.segment_bounds, pack.num_tokens, pack.sample_ids, pack.vision) == ((0, 40), 0, (), None)
-    assert pack.pixels_B.shape == (0,) and pack.pixels_B.dtype == torch.uint8 and pack.num_patches == 0
+    assert pack.pixels_Y.shape == (0,) and pack.pixels_Y.dtype == torch.uint8 and pack.num_patches == 0
     assert pack.splice_M.shape == (0,) and not pack.loss_weights_S.any()
 
 
 def test_text_packs_have_no_vision_in_either_kind_of_model():
     for model in (TINY, preset("tiny-base")):
         pack = collate([SAMPLES[1]], model, 8)
-        assert pack.vision is None and len(pack.pixels_B) == len(pack.splice_M) == 0
+        assert pack.vision is None and len(pack.pixels_Y) == len(pack.splice_M) == 0
 
 
 def test_a_full_pack_has_no_padding_segment():
@@ -146,7 +146,7 @@ def test_every_pack_keeps_the_promises_of_its_type(plans, padding):
     pack = collate(samples, TINY, max(1, num_tokens + padding))
     dtypes = {
         "token_ids_S": torch.int64, "labels_S": torch.int64, "loss_weights_S": torch.float32,
-        "positions_3S": torch.int64, "pixels_B": torch.uint8, "splice_M": torch.int64,
+        "positions_3S": torch.int64, "pixels_Y": torch.uint8, "splice_M": torch.int64,
     }  # fmt: skip
     assert {name: getattr(pack, name).dtype for name in dtypes} == dtypes
     assert pack.segment_bounds[0] == 0 and pack.segment_bounds[-1] == pack.num_slots

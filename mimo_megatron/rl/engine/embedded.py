@@ -258,4 +258,4 @@ def _choose(logprobs_QV: Tensor, draws_Q: Tensor) -> Tensor:
 
 
 def _key(one: EncodedMedia) -> bytes:
-    return hashlib.sha256(repr(one.grid).encode() + one.pixels_PX.tobytes()).digest()
+    return hashlib.sha256(repr(one.grid).encode() + one.pixels_PZ.tobytes()).digest()
