@@ -7,10 +7,11 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mimo_megatron._packing",
-            ["csrc/binding.cpp", "csrc/pack_one.cpp", "csrc/pack_two.cpp", "csrc/spread.cpp"],
-            depends=["csrc/packing.hpp", "csrc/spread.hpp"],
+            ["csrc/binding.cpp", "csrc/pack_one.cpp", "csrc/pack_two.cpp", "csrc/spread.cpp", "csrc/resize.cpp"],
+            depends=["csrc/packing.hpp", "csrc/spread.hpp", "csrc/resize.hpp"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            # The weights of the resize are Pillow's to the bit only where no multiply is fused with an add.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )
     ]
 )

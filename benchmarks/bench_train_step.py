@@ -87,8 +87,8 @@ def encoded_samples(tokens: SpecialTokens, answer_share: float) -> list[EncodedS
         media = []
         for height, width in sides:
             ids += [tokens.vision_start, *[tokens.image_pad] * (height * width), tokens.vision_end]
-            pixels = draw.integers(0, 256, (4 * height * width, 1176), dtype=np.uint8)
-            media.append(EncodedMedia("image", pixels, (1, 2 * height, 2 * width)))
+            pixels = draw.integers(0, 256, (4 * height * width, 588), dtype=np.uint8)
+            media.append(EncodedMedia("image", pixels, (1, 2 * height, 2 * width), frame_repeats=2))
         ids += draw.integers(16, 8192, num_text).tolist()
         is_trained = np.arange(len(ids)) >= len(ids) - round(num_text * answer_share)
         is_trained[0] = False  # nothing stands before it

@@ -77,8 +77,8 @@ def sample(number: int, sides: Sequence[int], num_text: int, draw: np.random.Gen
     ids, media = [], []
     if sides:
         height, width = sides
-        pixels = draw.integers(0, 256, (4 * height * width, 1176), dtype=np.uint8)
-        media.append(EncodedMedia("image", pixels, (1, 2 * height, 2 * width)))
+        pixels = draw.integers(0, 256, (4 * height * width, 588), dtype=np.uint8)
+        media.append(EncodedMedia("image", pixels, (1, 2 * height, 2 * width), frame_repeats=2))
         ids = [tokens.vision_start, *[tokens.image_pad] * (height * width), tokens.vision_end]
     num_context = len(ids)
     ids += draw.integers(16, 512, num_text).tolist()
@@ -109,7 +109,7 @@ def vision_seconds(trainer: Trainer, batch: PackedBatch) -> float:
     local = local_pack(batch, trainer.mesh.cp, sharing=chunk.sharing)
     start = time.process_time()
     if local.vision is not None and local.vision.num_patches:
-        features_XD = chunk.encode_own(local.patches_PC, local.vision)
+        features_XD = chunk.encode_own(local.pixels_Y, local.vision)
         features_XD.backward(torch.ones_like(features_XD))
     return time.process_time() - start
 
@@ -149,7 +149,7 @@ def row(
     sharing = trainer.bare_chunks[0].sharing
     grids = [batch.vision.grids_I3 for batch in batches if batch.vision]
     loads_PR = np.array([sharing.predicted_loads(one) if sharing else [1.0] * NUM_RANKS for one in grids])
-    patches = sum(len(batch.patches_PC) for batch in batches)
+    patches = sum(batch.num_patches for batch in batches)
     return dict(
         mix=mix,
         placement=name,

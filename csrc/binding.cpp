@@ -1,10 +1,12 @@
-// mimo_megatron._packing: packing, and spreading over ranks, on numpy arrays. The GIL is released while they run.
+// mimo_megatron._packing: packing, spreading over ranks, and frames into patches, on numpy arrays. The GIL is released while they run.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 
 #include "packing.hpp"
+#include "resize.hpp"
 #include "spread.hpp"
 
 namespace py = pybind11;
@@ -66,6 +68,24 @@ py::array_t<std::int64_t> spread(const Costs& costs, std::int64_t num_ranks) {
     return rank_of;
 }
 
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+
+// `out` is the room for the frame's patches, whose sides divide `height` and `width`.
+void resize_to_patches(const Bytes& frame, std::int64_t height, std::int64_t width, pixels::PatchShape shape,
+                       const std::string& way, Bytes& out) {
+    if (frame.ndim() != 3 || frame.shape(2) != 3 || frame.size() == 0)
+        throw std::invalid_argument("a frame is bytes of [height, width, 3], none of them 0");
+    const std::int64_t unit = shape.patch * shape.merge;
+    if (unit < 1 || height < 1 || width < 1 || height % unit || width % unit || shape.frame < 0 ||
+        shape.frame >= shape.frames || out.size() != height * width * 3 * shape.frames)
+        throw std::invalid_argument("the patches of " + std::to_string(height) + " x " + std::to_string(width) +
+                                    " pixels do not fill " + std::to_string(out.size()) + " bytes");
+    const std::uint8_t* from = frame.data();
+    std::uint8_t* to = out.mutable_data();
+    py::gil_scoped_release release;
+    pixels::resize_to_patches(from, frame.shape(0), frame.shape(1), height, width, shape, way, to);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_packing, m) {
@@ -74,5 +94,14 @@ PYBIND11_MODULE(_packing, m) {
     m.def("pack_one", &pack_one, py::arg("lengths"), py::arg("capacity"));
     m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
           py::arg("patch_capacity"));
+    m.def("resize_ways", &pixels::resize_ways);
+    m.def(
+        "resize_to_patches",
+        [](const Bytes& frame, std::int64_t height, std::int64_t width, std::int64_t patch, std::int64_t merge,
+           std::int64_t frames, std::int64_t number, Bytes& out, const std::string& way) {
+            resize_to_patches(frame, height, width, {patch, merge, frames, number}, way, out);
+        },
+        py::arg("frame"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("merge"), py::arg("frames"),
+        py::arg("number"), py::arg("out").noconvert(), py::arg("way") = "");
     m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));
 }

@@ -8,3 +8,15 @@ def pack_two(
     tokens: NDArray[np.integer], patches: NDArray[np.integer], token_capacity: int, patch_capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def spread(costs: NDArray[np.integer], num_ranks: int) -> NDArray[np.int64]: ...
+def resize_ways() -> list[str]: ...
+def resize_to_patches(
+    frame: NDArray[np.uint8],
+    height: int,
+    width: int,
+    patch: int,
+    merge: int,
+    frames: int,
+    number: int,
+    out: NDArray[np.uint8],
+    way: str = "",
+) -> None: ...

@@ -100,6 +100,13 @@ def judge_energon(version: str | None) -> Finding:
     return Finding("packages", "megatron-energon", version or "not installed", "ok", use)
 
 
+def judge_decoder(default: str, version: str | None) -> Finding:
+    if version is None:
+        remedy = "pip install simplejpeg, or set data.decoder=pillow: the same pixels, slower"
+        return Finding("backends", "image decoder", default, "fault", "simplejpeg is not installed", remedy)
+    return Finding("backends", "image decoder", default, "ok", f"the default of data.decoder; simplejpeg {version}")
+
+
 def judge_gpu_package(name: str, use: str, version: str | None, error: str | None) -> Finding:
     """For a machine with a GPU."""
     if version is None:
@@ -139,11 +146,15 @@ print(json.dumps({"cuda": torch.version.cuda, "gpus": [[d.name, d.total_memory] 
 _BACKEND_PROBE = """
 import inspect, json
 from mimo_megatron import platform
+from mimo_megatron import _packing
 from mimo_megatron.attention.packed import causal_attention
+from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.mcore.layers import layer_backend
 attention = inspect.signature(causal_attention).parameters["backend"].default
 here = platform.current()
-print(json.dumps({"kind": here.kind, "collectives": here.backend, "layers": layer_backend(), "attention": attention}))
+facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend(), "attention": attention}
+facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
+print(json.dumps(facts))
 """
 # import name, name in the index, what it speeds up
 _GPU_PACKAGES = (
@@ -242,6 +253,8 @@ def _backends() -> Iterator[Finding]:
     why = "installed, and there is a GPU" if uses_engine else "megatron's own; Transformer Engine needs a GPU"
     yield Finding("backends", "decoder layers", facts["layers"], "note" if on_gpu and not uses_engine else "ok", why)
     yield Finding("backends", "attention", facts["attention"], "ok", "the package's default")
+    yield judge_decoder(facts["decoder"], _version("simplejpeg"))
+    yield Finding("backends", "image resize", facts["resize"][0], "ok", "the fastest of " + ", ".join(facts["resize"]))
 
 
 _EXAMINATIONS: tuple[Callable[[], Iterator[Finding]], ...] = (_machine, _torch, _packages, _extension, _backends)

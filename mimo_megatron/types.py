@@ -1,10 +1,12 @@
 """What crosses a package border: frozen dataclasses with the shape of every field.
 
 Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision tokens (P / 4), I images and videos,
-Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176).
+Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176), Z bytes stored
+of it (588 of a still image, whose one frame fills both halves), Y bytes of pixels.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -48,16 +50,31 @@ class EncodedMedia:
     """One image or video after resize, cut into patches in merge-block order (as Hugging Face orders them)."""
 
     kind: MediaKind
-    patches_PC: NDArray[np.uint8]
-    """[P, 1176] raw pixels; a still image repeats its frame in both temporal halves."""
+    pixels_PZ: NDArray[np.uint8]
+    """[P, 1176] raw pixels, a row channel by channel and of a channel frame by frame; [P, 588] of a still image."""
     grid: tuple[int, int, int]
     """(frames / 2, height / 14, width / 14) in patches; P is their product."""
     seconds_per_grid: float = 0.0
     """Seconds between two temporal grid steps of a video; 0 for an image."""
+    frame_repeats: int = 1
+    """How often a patch shows each of its frames: ``temporal_patch_size`` for a still image, 1 for a video."""
 
     @property
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def is_still(self) -> bool:
+        """Whether one frame is stored for the several of a patch."""
+        return self.frame_repeats > 1
+
+    @property
+    def patches_PC(self) -> NDArray[np.uint8]:
+        """[P, 1176] as Hugging Face lays patches out: a still image repeats its frame."""
+        if not self.is_still:
+            return self.pixels_PZ
+        frames = self.pixels_PZ.reshape(self.num_patches, 3, 1, -1)
+        return np.repeat(frames, self.frame_repeats, axis=2).reshape(self.num_patches, -1)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,8 @@ class VisionLayout:
     """
 
     grids_I3: tuple[tuple[int, int, int], ...]
+    stills_I: tuple[bool, ...]
+    """Which of the media are stills: their patches are stored as one frame."""
     rope_hw_P2: torch.Tensor
     """int64 [P, 2] row and column of each patch inside its frame, in pack order."""
     window_order_M: torch.Tensor
@@ -108,6 +127,13 @@ class VisionLayout:
     @property
     def num_patches(self) -> int:
         return self.frame_bounds[-1]
+
+    @property
+    def pixel_runs(self) -> list[tuple[bool, int]]:
+        """(whether of stills, patches) of each run of media of one sort, in pack order: how pixels are to be read."""
+        media = zip(self.stills_I, self.grids_I3, strict=True)
+        runs = itertools.groupby(media, key=lambda one: one[0])
+        return [(is_still, sum(math.prod(grid) for _, grid in run)) for is_still, run in runs]
 
 
 @dataclass(frozen=True)
@@ -128,8 +154,8 @@ class PackedBatch:
     """int64 [3, S] temporal, height and width position; restarts at 0 in every segment."""
     segment_bounds: tuple[int, ...]
     """Cumulative slot counts of the segments, from 0 to S, padding included."""
-    patches_PC: torch.Tensor
-    """uint8 [P, 1176]; P is 0 in a pack without images."""
+    pixels_Y: torch.Tensor
+    """uint8 [Y] the patches of all media in pack order, 588 bytes each of stills and 1176 of videos."""
     vision: VisionLayout | None
     splice_M: torch.Tensor
     """int64 [M] the slot of each merged vision token, in pack order."""
@@ -142,6 +168,10 @@ class PackedBatch:
     @property
     def num_slots(self) -> int:
         return len(self.token_ids_S)
+
+    @property
+    def num_patches(self) -> int:
+        return self.vision.num_patches if self.vision else 0
 
     @property
     def num_trained(self) -> int:

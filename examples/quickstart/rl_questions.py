@@ -25,7 +25,8 @@ from examples.quickstart.build_data import messages
 from examples.quickstart.preferences import SUBJECT
 from examples.quickstart.scenes import Box
 from examples.quickstart.tasks import MAX_PIXELS, MIN_PIXELS, DemoSample, Question, draw_sample
-from mimo_megatron.data.image import image_size, smart_resize
+from mimo_megatron.data.decode import image_size
+from mimo_megatron.data.image import smart_resize
 from mimo_megatron.reward import times
 from mimo_megatron.reward.wire import ImageMeta, Meta, Task
 

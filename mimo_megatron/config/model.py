@@ -41,6 +41,11 @@ class VisionConfig(Strict):
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
+    def still_bytes(self) -> int:
+        """Values stored of a patch of a still image: one frame, which fills the others too."""
+        return self.patch_bytes // self.temporal_patch_size
+
+    @property
     def merge_factor(self) -> int:
         """Patches per merged vision token."""
         return self.spatial_merge_size**2

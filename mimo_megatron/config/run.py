@@ -14,6 +14,7 @@ Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
+DecoderName = Literal["turbo", "pillow"]
 
 _SLOT_BYTES = 44
 """Of a pack: token and label 8 each, loss weight 4, three positions of 8."""
@@ -86,6 +87,11 @@ class EncodingConfig(Strict):
     tokenizer: Path = Field(description="Folder of a Hugging Face tokenizer.")
     min_pixels: int = Field(3136, gt=0, description="A smaller image is scaled up to this.")
     max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
+    decoder: DecoderName = Field(
+        "turbo",
+        description="What decodes JPEGs. turbo: libjpeg-turbo (simplejpeg), the faster; pillow: Pillow, which decodes "
+        "all other formats in any case. Pixels are the same.",
+    )
     video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
     read: ReadConfig = Field(ReadConfig(), description="How stored bytes are read.")
     system_prompt: str | None = Field(None, description="Put before samples that have no system message.")
@@ -120,7 +126,7 @@ class DataConfig(EncodingConfig):
     )
 
     def pack_bytes(self, model: ModelConfig, num_patches: int) -> int:
-        """Memory of a finished pack of so many patches: its columns, and what belongs to each patch."""
+        """Most memory of a finished pack of so many patches, which videos need: stills have half of the pixels."""
         of_patch = model.vision.patch_bytes + _PATCH_LAYOUT_BYTES if model.vision else 0
         return self.pack_tokens * _SLOT_BYTES + num_patches * of_patch
 

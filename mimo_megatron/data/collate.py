@@ -1,8 +1,8 @@
 """Encoded samples laid side by side in one pack: every index the forward needs, computed here on the CPU.
 
-Dims: S slots of the pack, M merged vision tokens, P patches, C bytes of a patch. Invariants: labels never cross a
+Dims: S slots of the pack, M merged vision tokens, Y bytes of pixels. Invariants: labels never cross a
 segment; positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is the
-k-th merge unit of ``patches_PC``; padding carries no loss and its segments are short, so that attention over it costs
+k-th merge unit of ``pixels_Y``; padding carries no loss and its segments are short, so that attention over it costs
 next to nothing.
 """
 
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.model import ModelConfig, VisionConfig
 from mimo_megatron.data.positions import mrope_positions
 from mimo_megatron.data.vision_layout import vision_layout
-from mimo_megatron.types import EncodedSample, PackedBatch
+from mimo_megatron.types import EncodedMedia, EncodedSample, PackedBatch, VisionLayout
 
 MAX_PADDING_SEGMENT = 1024
 """Causal attention over n slots costs n^2 / 2: 31,000 slots of padding in pieces of 1,024 cost 3 % of one piece."""
@@ -57,8 +56,8 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         loss_weights_S=torch.from_numpy(loss_weights_S),
         positions_3S=torch.from_numpy(positions_3S),
         segment_bounds=tuple(bounds),
-        patches_PC=torch.from_numpy(_concatenate([one.patches_PC for one in media], model)),
-        vision=vision_layout([one.grid for one in media], model.vision) if model.vision and media else None,
+        pixels_Y=joined_pixels(media),
+        vision=layout_of_media(media, model.vision) if model.vision and media else None,
         splice_M=torch.from_numpy(np.flatnonzero(is_placeholder_S)),
         sample_ids=tuple(sample.id for sample in samples),
         num_tokens=num_tokens,
@@ -66,6 +65,11 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
     )
 
 
-def _concatenate(patches: Sequence[NDArray[np.uint8]], model: ModelConfig) -> NDArray[np.uint8]:
-    width = model.vision.patch_bytes if model.vision else 0
-    return np.concatenate([np.zeros((0, width), np.uint8), *patches])
+def joined_pixels(media: Sequence[EncodedMedia]) -> torch.Tensor:
+    """uint8 [Y]: the pixels of these media, one after another."""
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *(one.pixels_PZ.ravel() for one in media)]))
+
+
+def layout_of_media(media: Sequence[EncodedMedia], vision: VisionConfig) -> VisionLayout:
+    """Where the patches of these media stand."""
+    return vision_layout([one.grid for one in media], vision, [one.is_still for one in media])

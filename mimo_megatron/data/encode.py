@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from mimo_megatron.config.model import ModelConfig, VisionConfig
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.data.chat import encode_chat
-from mimo_megatron.data.image import encode_image, image_size, smart_resize
+from mimo_megatron.data.decode import image_size
+from mimo_megatron.data.image import encode_image, smart_resize
 from mimo_megatron.data.markup import Frame, rescale_messages
 from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError, blame
@@ -161,7 +162,7 @@ def _encode_media(
     vision = _vision(model)
     if kind == "video":
         return encode_video(content, vision, data.video, min_pixels=data.min_pixels), None
-    one = encode_image(content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+    one = encode_image(content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels, decoder=data.decoder)
     _, rows, columns = one.grid
     return one, Frame(*image_size(content), rows * vision.patch_size, columns * vision.patch_size)
 

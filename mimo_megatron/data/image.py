@@ -1,20 +1,20 @@
 """From the bytes of an image to uint8 patches, pixel for pixel as Hugging Face's Qwen2-VL processor makes them.
 
-The file is decoded with Pillow, composited on white where it is transparent, resized (bicubic) to sides that are whole
-merge units, and cut. Pixels stay uint8: normalising is the encoder's first operation, on its device. Pixels are taken
-as stored: an EXIF orientation tag is not applied (the processor does not apply it either; a corpus that relies on the
-tag should be rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with
-the decoded size; whatever Pillow raises on damaged bytes becomes a ``DataError``.
+The file is decoded (``decode.py``), then resized (bicubic) to sides that are whole merge units and cut, in one pass
+(``patches.py``). Pixels stay uint8: normalising is folded into the encoder's first layer. They are taken as stored: an
+EXIF orientation tag is not applied (the processor does not apply it either; a corpus that relies on the tag should be
+rotated when its shards are written). Invariants: ``image_size`` needs the header alone and agrees with the decoded
+size; whatever is raised on damaged bytes becomes a ``DataError``.
 """
 
-import io
 import math
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from mimo_megatron.config.model import VisionConfig
+from mimo_megatron.config.run import DecoderName
+from mimo_megatron.data.decode import decode_rgb
+from mimo_megatron.data.patches import resize_to_patches
 from mimo_megatron.errors import DataError
 from mimo_megatron.types import EncodedMedia
 
@@ -48,61 +48,15 @@ def smart_resize(height: int, width: int, *, multiple: int, min_pixels: int, max
     return new_height, new_width
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the header, without decoding pixels."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Exception as fault:
-        raise _unreadable(data, fault) from fault
-
-
-def encode_image(data: bytes, vision: VisionConfig, *, min_pixels: int, max_pixels: int) -> EncodedMedia:
-    """The image as uint8 patches in merge-block order, with its (1, height, width) patch grid."""
-    image = _decode_rgb(data)
+def encode_image(
+    data: bytes, vision: VisionConfig, *, min_pixels: int, max_pixels: int, decoder: DecoderName = "turbo"
+) -> EncodedMedia:
+    """The image as uint8 patches of its one frame in merge-block order, with its (1, height, width) patch grid."""
+    pixels_HW3 = decode_rgb(data, decoder)
     height, width = smart_resize(
-        image.height, image.width, multiple=vision.pixel_multiple, min_pixels=min_pixels, max_pixels=max_pixels
+        *pixels_HW3.shape[:2], multiple=vision.pixel_multiple, min_pixels=min_pixels, max_pixels=max_pixels
     )
-    pixels_HW3 = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     grid = (1, height // vision.patch_size, width // vision.patch_size)
-    return EncodedMedia("image", patchify(pixels_HW3[None], vision), grid)
-
-
-def patchify(frames_FHW3: NDArray[np.uint8], vision: VisionConfig) -> NDArray[np.uint8]:
-    """[P, C] patches: frame pairs, then merge units row by row, then the patches of a unit; a patch is channel-first.
-
-    The last frame is repeated to fill the temporal patch, so a still image shows its one frame twice.
-    """
-    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
-    if missing := -len(frames_FHW3) % time:
-        frames_FHW3 = np.concatenate([frames_FHW3, np.repeat(frames_FHW3[-1:], missing, axis=0)])
-    num_frames, height, width, channels = frames_FHW3.shape
-    unit = merge * patch
-    blocks = frames_FHW3.reshape(
-        num_frames // time, time, height // unit, merge, patch, width // unit, merge, patch, channels
-    )
-    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, vision.patch_bytes)
-
-
-def unpatchify(patches_PC: NDArray[np.uint8], grid: tuple[int, int, int], vision: VisionConfig) -> NDArray[np.uint8]:
-    """[frames, height, width, 3] pixels: the inverse of ``patchify``, repeated last frame included."""
-    time, patch, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
-    steps, rows, columns = grid
-    blocks = patches_PC.reshape(steps, rows // merge, columns // merge, merge, merge, -1, time, patch, patch)
-    frames = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
-    return frames.reshape(steps * time, rows * patch, columns * patch, -1)
-
-
-def _decode_rgb(data: bytes) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if "A" not in image.getbands() and image.info.get("transparency") is None:
-                return image.convert("RGB")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except Exception as fault:
-        raise _unreadable(data, fault) from fault
-
-
-def _unreadable(data: bytes, fault: Exception) -> DataError:
-    return DataError(f"image of {len(data)} bytes cannot be decoded ({fault}); drop the sample or replace the file")
+    patches_PZ = np.empty((grid[1] * grid[2], vision.still_bytes), np.uint8)
+    resize_to_patches(pixels_HW3, (height, width), vision, patches_PZ)
+    return EncodedMedia("image", patches_PZ, grid, frame_repeats=vision.temporal_patch_size)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig, ReadConfig
-from mimo_megatron.data.image import MAX_ASPECT_RATIO, image_size
+from mimo_megatron.data.decode import image_size
+from mimo_megatron.data.image import MAX_ASPECT_RATIO
 from mimo_megatron.data.index import check_names, read_member, read_record
 from mimo_megatron.data.markup import Frame, rescale_messages
 from mimo_megatron.data.pairs import KEYS, measure_stored

@@ -25,6 +25,7 @@ from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import MediaShape, measure_media
 from mimo_megatron.data.markup import Frame, Region, rescale_coordinates, rescale_messages
+from mimo_megatron.data.patches import unpatchify
 from mimo_megatron.data.plan import Position
 from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
@@ -102,21 +103,9 @@ def write_preview(
 
 
 def frames_of(media: EncodedMedia, vision: VisionConfig) -> NDArray[np.uint8]:
-    """uint8 [F, height, width, 3], the inverse of ``patchify``."""
-    frames, height, width = media.grid
-    patch, merge = vision.patch_size, vision.spatial_merge_size
-    blocks = media.patches_PC.reshape(
-        frames,
-        height // merge,
-        width // merge,
-        merge,
-        merge,
-        vision.in_channels,
-        vision.temporal_patch_size,
-        patch,
-        patch,
-    )
-    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(-1, height * patch, width * patch, vision.in_channels)
+    """uint8 [F, height, width, 3], the inverse of ``patchify``; of a still image its one frame."""
+    frames = unpatchify(media.patches_PC, media.grid, vision)
+    return frames[:1] if media.is_still else frames
 
 
 def token_spans(sample: EncodedSample, tokenizer: TextTokenizer, model: ModelConfig) -> Iterator[Span]:

@@ -237,7 +237,7 @@ def _pack(batch: PackedBatch) -> Pack:
         batch.labels_S,
         batch.loss_weights_S,
         batch.positions_3S,
-        batch.patches_PC,
+        batch.pixels_Y,
         batch.splice_M,
         *columns,
     ):

@@ -14,8 +14,12 @@ from mimo_megatron.config.model import VisionConfig
 from mimo_megatron.types import VisionLayout
 
 
-def vision_layout(grids: Sequence[tuple[int, int, int]], vision: VisionConfig) -> VisionLayout:
+def vision_layout(
+    grids: Sequence[tuple[int, int, int]], vision: VisionConfig, stills: Sequence[bool] | None = None
+) -> VisionLayout:
     """The layout of a pack whose images and videos have these (time, height, width) patch grids, in pack order.
+
+    ``stills`` says which of them are stored as one frame; none, where it is left out.
 
     Windows cover ``window_size`` pixels squared, row by row over each frame; those cut by the right or lower border
     hold fewer patches.
@@ -41,6 +45,7 @@ def vision_layout(grids: Sequence[tuple[int, int, int]], vision: VisionConfig) -
     window_M = np.concatenate([np.zeros(0, np.int64), *window_of_unit])
     return VisionLayout(
         grids_I3=tuple((int(t), int(h), int(w)) for t, h, w in grids),
+        stills_I=tuple(stills) if stills is not None else (False,) * len(grids),
         rope_hw_P2=torch.from_numpy(np.concatenate([np.zeros((0, 2), np.int64), *rope_hw])),
         window_order_M=torch.from_numpy(np.argsort(window_M, kind="stable")),
         window_bounds=_bounds(np.bincount(window_M) * vision.merge_factor),

@@ -55,8 +55,8 @@ class LocalPack:
     pieces: tuple[Piece, ...]
     merge_order_S: Tensor | None
     """int64 [S], None where cp is 1."""
-    patches_PC: Tensor
-    """Those this rank encodes: where images are shared out over ranks, its own, perhaps none."""
+    pixels_Y: Tensor
+    """uint8 [Y] of the patches this rank encodes: where images are shared out over ranks, its own, perhaps none."""
     vision: VisionLayout | None
     """Of these patches; None where the whole pack has no images."""
     num_rows: int = 0
@@ -73,7 +73,7 @@ class LocalPack:
 
     def without_media(self) -> "LocalPack":
         """As an inner stage needs it: no pixels."""
-        return replace(self, patches_PC=self.patches_PC[:0], vision=None)
+        return replace(self, pixels_Y=self.pixels_Y[:0], vision=None)
 
     def to(self, device: torch.device) -> "LocalPack":
         """The same pack with its tensors on ``device``."""
@@ -99,15 +99,15 @@ def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0, sharing: Vision
     which the images are shared out over ranks; without it this rank encodes them all.
     """
     num_slots = batch.num_slots
-    patches_PC, vision, share = batch.patches_PC, batch.vision, None
+    pixels_Y, vision, share = batch.pixels_Y, batch.vision, None
     if sharing is not None and vision is not None:
-        patches_PC, vision, share = share_out(patches_PC, vision, sharing)
+        pixels_Y, vision, share = share_out(pixels_Y, vision, sharing)
     return LocalPack(
         lanes=tuple(_lane(batch, cp, ahead) for ahead in range(num_ahead + 1)),
         positions_3S=batch.positions_3S,
         pieces=causal_pieces(batch.segment_bounds, zigzag.local_ranges(num_slots, cp.rank, cp.size)),
         merge_order_S=zigzag.merge_order(num_slots, cp.size) if cp.size > 1 else None,
-        patches_PC=patches_PC,
+        pixels_Y=pixels_Y,
         vision=vision,
         num_rows=batch.num_trained,
         share=share,

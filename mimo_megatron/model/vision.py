@@ -1,10 +1,10 @@
 """The Qwen2.5-VL vision encoder over a whole pack of images and videos, in plain PyTorch.
 
-Patches are permuted once, as bytes, into window order; the blocks then attend inside windows, or inside whole frames in
+Embedded patches are permuted once, into window order; the blocks then attend inside windows, or inside whole frames in
 a few layers, and never across images. Invariants: features of an image do not depend on what else is in the pack;
 parameters, values and gradients agree with transformers' encoder; float64 weights make everything float64 (the oracle).
 
-Dims: P patches, C bytes of a patch, M merge units, D width, N heads, H head width.
+Dims: P patches, C values of a patch, Y bytes of pixels, M merge units, D width, N heads, H head width.
 """
 
 from typing import Any
@@ -17,12 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mimo_megatron.attention.packed import Backend, varlen_attention
 from mimo_megatron.config.model import VisionConfig
+from mimo_megatron.model.patch_embed import PIXEL_MEAN, PIXEL_STD, PatchEmbedding
 from mimo_megatron.ops import rms_norm, turn_into
 from mimo_megatron.types import VisionLayout
 
-# CLIP's statistics of the channels. No buffers: casting the module to bfloat16 would round them.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 INIT_STD = 0.02
 
 
@@ -107,7 +105,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig, *, backend: Backend = "sdpa", recompute: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
-        self.patch_embed = nn.Linear(config.patch_bytes, config.width, bias=False)
+        self.patch_embed = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.depth))
         self.reset_parameters()
 
@@ -115,11 +113,14 @@ class VisionEncoder(nn.Module):
         """Normal weights, zero biases, unit norms, drawn from PyTorch's default generator."""
         reset_linear_and_norm(self)
 
-    def forward(self, patches_PC: Tensor, layout: VisionLayout) -> Tensor:
-        """hidden_PD in encoder order (units grouped by window) from the pack's uint8 patches in pack order."""
-        order_M = layout.window_order_M.to(patches_PC.device, non_blocking=True)
-        rope_hw_P2 = layout.rope_hw_P2.to(patches_PC.device, non_blocking=True)
-        x_PD = self.patch_embed(self._normalized(self._in_window_order(patches_PC, order_M)))
+    def forward(self, pixels_Y: Tensor, layout: VisionLayout) -> Tensor:
+        """hidden_PD in encoder order (units grouped by window) from the pack's uint8 pixels in pack order.
+
+        Whole patches, [P, 1176], may come as such where the layout has no stills.
+        """
+        order_M = layout.window_order_M.to(pixels_Y.device, non_blocking=True)
+        rope_hw_P2 = layout.rope_hw_P2.to(pixels_Y.device, non_blocking=True)
+        x_PD = self._in_window_order(self.patch_embed(pixels_Y.flatten(), layout.pixel_runs), order_M)
         cos_sin = self._cos_sin(self._in_window_order(rope_hw_P2, order_M))
         for number, block in enumerate(self.blocks):
             is_full = number in self.config.full_attention_layers
@@ -134,7 +135,10 @@ class VisionEncoder(nn.Module):
         return rows_P.unflatten(0, (len(order_M), self.config.merge_factor)).index_select(0, order_M).flatten(0, 1)
 
     def _normalized(self, patches_PC: Tensor) -> Tensor:
-        """(pixel / 255 - mean) / std in at least float32, then in the weights' dtype."""
+        """(pixel / 255 - mean) / std in at least float32, then in the weights' dtype: what ``patch_embed`` folds away.
+
+        For comparison with models that take their pixels so.
+        """
         dtype = self.patch_embed.weight.dtype
         pixels_PC = patches_PC.to(torch.promote_types(dtype, torch.float32)).div_(255)
         for channel_PX, mean, std in zip(pixels_PC.chunk(3, dim=1), PIXEL_MEAN, PIXEL_STD, strict=True):
@@ -160,5 +164,7 @@ def reset_linear_and_norm(module: nn.Module) -> None:
             nn.init.normal_(part.weight, std=INIT_STD)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
+        elif isinstance(part, PatchEmbedding):
+            nn.init.normal_(part.weight, std=INIT_STD)
         elif isinstance(part, RMSNorm):
             nn.init.ones_(part.weight)

@@ -4,7 +4,7 @@ A piece is one image or one temporal grid step of a video: nothing in the encode
 over the tp x cp ranks by their predicted FLOPs, all on the CPU and from the grids alone, so every rank finds the same.
 Invariant: which rank encodes a piece changes neither the features nor, after the sums, any gradient.
 
-Dims: U pieces, P patches, C bytes of a patch, M merge units (features), X own features.
+Dims: U pieces, Y bytes of pixels, M merge units (features), X own features.
 """
 
 import itertools
@@ -64,20 +64,33 @@ class VisionShare:
 
 
 def share_out(
-    patches_PC: Tensor, layout: VisionLayout, sharing: VisionSharing
+    pixels_Y: Tensor, layout: VisionLayout, sharing: VisionSharing
 ) -> tuple[Tensor, VisionLayout, VisionShare]:
-    """The patches this rank encodes with their own layout (perhaps none at all), and where all features stand."""
+    """The pixels this rank encodes with their own layout (perhaps none at all), and where all features stand."""
     ranks_U = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
     own = [piece for piece, rank in enumerate(ranks_U) if rank == sharing.tp_cp.rank]
-    bounds = layout.frame_bounds
-    patches = [patches_PC[:0], *(patches_PC[bounds[piece] : bounds[piece + 1]] for piece in own)]
+    bounds = _byte_bounds(layout, sharing.vision)
+    pixels = [pixels_Y[:0], *(pixels_Y[bounds[piece] : bounds[piece + 1]] for piece in own)]
     merge_factor = sharing.vision.merge_factor
-    return torch.cat(patches), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
+    return torch.cat(pixels), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
+
+
+def _byte_bounds(layout: VisionLayout, vision: VisionConfig) -> list[int]:
+    """Where the pixels of each piece begin, and where the last end."""
+    sizes = [
+        height * width * (vision.still_bytes if is_still else vision.patch_bytes)
+        for is_still, (frames, height, width) in zip(layout.stills_I, layout.grids_I3, strict=True)
+        for _ in range(frames)
+    ]
+    return [0, *itertools.accumulate(sizes)]
 
 
 def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) -> VisionLayout:
     """The layout of some pieces of a pack, taken in pack order, as if they were all of it."""
-    frame_of_piece = [(1, height, width) for frames, height, width in layout.grids_I3 for _ in range(frames)]
+    media = zip(layout.stills_I, layout.grids_I3, strict=True)
+    frame_of_piece = [
+        (is_still, (1, rows, columns)) for is_still, (count, rows, columns) in media for _ in range(count)
+    ]
     rope, order, windows, frames = [layout.rope_hw_P2[:0]], [layout.window_order_M[:0]], [0], [0]
     window_bounds = torch.tensor(layout.window_bounds)
     first_window = torch.searchsorted(window_bounds, torch.tensor(layout.frame_bounds)).tolist()
@@ -89,7 +102,8 @@ def layout_of(layout: VisionLayout, pieces: Sequence[int], merge_factor: int) ->
         windows += (window_bounds[first_window[piece] + 1 : first_window[piece + 1] + 1] + shift).tolist()
         frames.append(end + shift)
     return VisionLayout(
-        grids_I3=tuple(frame_of_piece[piece] for piece in pieces),
+        grids_I3=tuple(frame_of_piece[piece][1] for piece in pieces),
+        stills_I=tuple(frame_of_piece[piece][0] for piece in pieces),
         rope_hw_P2=torch.cat(rope),
         window_order_M=torch.cat(order),
         window_bounds=tuple(windows),

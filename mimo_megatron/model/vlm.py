@@ -88,18 +88,18 @@ class VisionLanguageModel(MegatronModule):
         is_trained = torch.is_grad_enabled() and self._trains_vision()
         assert not is_trained or (pack.share is None) == (self.sharing is None), "local_pack wants the model's sharing"
         if pack.share is None:
-            return self.encode_own(pack.patches_PC, pack.vision)
+            return self.encode_own(pack.pixels_Y, pack.vision)
         if pack.vision.num_patches:
-            own_XD = self.encode_own(pack.patches_PC, pack.vision)
+            own_XD = self.encode_own(pack.pixels_Y, pack.vision)
         else:  # nothing to encode, but the gather's gradient is a collective: it must run here too
             weight = next(self.projector.parameters())  # type: ignore[union-attr]
             own_XD = weight.new_empty(0, self.model_config.text.width).requires_grad_(is_trained)
         return gather_shared(own_XD, pack.share.order_M, pack.share.block, self.mesh)
 
-    def encode_own(self, patches_PC: Tensor, layout: VisionLayout) -> Tensor:
-        """Features of these patches, computed on this rank."""
+    def encode_own(self, pixels_Y: Tensor, layout: VisionLayout) -> Tensor:
+        """Features of these pixels, computed on this rank."""
         assert self.vision is not None and self.projector is not None
-        return self.projector(self.vision(patches_PC, layout), layout)
+        return self.projector(self.vision(pixels_Y, layout), layout)
 
     def _trains_vision(self) -> bool:
         parts = [part for part in (self.vision, self.projector) if part is not None]

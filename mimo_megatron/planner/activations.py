@@ -310,13 +310,14 @@ def _vision_parts(setting: Setting, pack: PackShape) -> Iterator[Part]:
     patches = round(pack.num_patches * setting.vision_share(pack))
     row = patches * vision.width * b
     is_trained = "vision" in setting.trained
-    pixels = patches * vision.patch_bytes
+    pixels = round(pack.pixel_bytes(vision) * setting.vision_share(pack)) * b
     angles = patches * vision.head_width * WIDE
+    folded = vision.patch_bytes * vision.width * WIDE * 3 // 2  # the weights of whole patches and of stills
     yield Part(
         "patch embedding",
-        is_trained * (pixels * b + angles),
-        forward=row + pixels * (1 + WIDE) + (0 if b == WIDE and is_trained else pixels * b),
-        backward=0,
+        is_trained * (pixels + angles),
+        forward=folded + row + max(row, 0 if is_trained else pixels),  # as embedded, and in the order of windows
+        backward=is_trained * (2 * folded + row),
     )
     for number in range(vision.depth):
         yield from _vision_block(setting, pack, patches, is_full=number in vision.full_attention_layers)

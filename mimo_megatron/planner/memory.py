@@ -106,7 +106,7 @@ def _inputs(setting: Setting, packs: Sequence[PackShape], num_microbatches: int,
 def _input(setting: Setting, pack: PackShape, *, has_media: bool = True) -> int:
     """One pack, whole on every rank: pixels, coordinates, and the indexes and labels of its slots."""
     vision, t = setting.model.vision if has_media else None, setting.local_slots(pack)
-    pixels = pack.num_patches * (vision.patch_bytes + 2 * 8 + 8 // vision.merge_factor) if vision else 0
+    pixels = pack.pixel_bytes(vision) + pack.num_patches * (2 * 8 + 8 // vision.merge_factor) if vision else 0
     merged = pack.num_patches // vision.merge_factor if vision else 0
     lanes = 1 + setting.model.text.num_mtp_layers
     rows = pack.num_rows // setting.layout.cp

@@ -35,6 +35,13 @@ class PackShape:
     def num_patches(self) -> int:
         return sum(frames * height * width for frames, height, width in self.grids)
 
+    def pixel_bytes(self, vision: VisionConfig) -> int:
+        """Bytes of all patches as they are stored: of stills, which is what one frame is taken for, one frame."""
+        return sum(
+            frames * height * width * (vision.still_bytes if frames == 1 else vision.patch_bytes)
+            for frames, height, width in self.grids
+        )
+
     @property
     def num_tokens(self) -> int:
         return sum(self.segments)

@@ -16,8 +16,10 @@ MOST_ROLLOUTS = 16
 
 def random_media(grid: Grid, seed: int, seconds_per_grid: float = 0.0) -> EncodedMedia:
     """An image where ``seconds_per_grid`` is 0, else a video; grids are in patches."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (int(np.prod(grid)), 1176), dtype=np.uint8)
-    return EncodedMedia("video" if seconds_per_grid else "image", pixels, grid, seconds_per_grid)
+    draw, num_patches = np.random.default_rng(seed), int(np.prod(grid))
+    if seconds_per_grid:
+        return EncodedMedia("video", draw.integers(0, 256, (num_patches, 1176), dtype=np.uint8), grid, seconds_per_grid)
+    return EncodedMedia("image", draw.integers(0, 256, (num_patches, 588), dtype=np.uint8), grid, frame_repeats=2)
 
 
 def random_sample(seed: int, num_text: int, media: Sequence[EncodedMedia] = ()) -> EncodedSample:

@@ -80,7 +80,7 @@ class Reader:
 
 
 def _num_bytes(prompt: EncodedSample) -> int:
-    return prompt.token_ids_T.nbytes + sum(one.patches_PC.nbytes for one in prompt.media)
+    return prompt.token_ids_T.nbytes + sum(one.pixels_PZ.nbytes for one in prompt.media)
 
 
 @dataclass

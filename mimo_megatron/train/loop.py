@@ -183,10 +183,9 @@ def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
         grids = batch.vision.grids_I3 if batch.vision else ()
         trained = tuple(learning_rates(trainer.config.train))
         flops = step_flops(trainer.config.model, batch.segment_lengths, grids, trained, num_head_rows=batch.num_trained)
-        patches = len(batch.patches_PC)
         loads = sharing.predicted_loads(grids) if sharing else [0]
         work = flops.total, max(loads), sum(loads)
-        row = (batch.num_tokens, batch.num_slots, patches, len(grids), len(batch.sample_ids), *work)
+        row = (batch.num_tokens, batch.num_slots, batch.num_patches, len(grids), len(batch.sample_ids), *work)
         own = [total + one for total, one in zip(own, row, strict=True)]
     return sum_over(own, trainer.mesh.dp, trainer.device)
 

@@ -81,7 +81,7 @@ def one_step(address: RankAddress, config: RunConfig) -> tuple[float, float, int
         loader.close()
         assert not loader.skipped
         result = train_step(build_trainer(config, mesh), [pack], 0, 1.0)
-        return result.loss, result.grad_norm, pack.num_tokens, len(pack.patches_PC), pack.segment_lengths
+        return result.loss, result.grad_norm, pack.num_tokens, pack.num_patches, pack.segment_lengths
 
 
 @pytest.mark.slow

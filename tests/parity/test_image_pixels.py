@@ -11,7 +11,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mimo_megatron.config.presets import preset
-from mimo_megatron.data.image import encode_image, image_size
+from mimo_megatron.data.decode import image_size
+from mimo_megatron.data.image import encode_image
 from mimo_megatron.errors import DataError
 from mimo_megatron.model.vision import PIXEL_MEAN, PIXEL_STD
 from mimo_megatron.types import EncodedMedia

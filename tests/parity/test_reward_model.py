@@ -85,7 +85,8 @@ def test_transformers_reads_the_export_and_gives_the_same_scores(exported) -> No
             pixels = {}
             if one.media:
                 grid = torch.tensor([media.grid for media in one.media])
-                pixels = {"pixel_values": normalised(pack.patches_PC), "image_grid_thw": grid}
+                patches_PC = torch.cat([torch.from_numpy(media.patches_PC) for media in one.media])
+                pixels = {"pixel_values": normalised(patches_PC), "image_grid_thw": grid}
             ids = pack.token_ids_S[None]
             with torch.no_grad():
                 hidden = model(input_ids=ids, position_ids=pack.positions_3S[:, None], **pixels).last_hidden_state

@@ -27,8 +27,9 @@ def encoded(name: str, plan, seed: int = 0) -> EncodedSample:
             continue
         kind, grid = run
         num_patches = int(np.prod(grid))
-        patches = random.integers(0, 256, (num_patches, 1176), dtype=np.uint8)
-        media.append(EncodedMedia(kind, patches, grid, 1.0 if kind == "video" else 0.0))
+        is_still = kind == "image"
+        pixels = random.integers(0, 256, (num_patches, 588 if is_still else 1176), dtype=np.uint8)
+        media.append(EncodedMedia(kind, pixels, grid, 0.0 if is_still else 1.0, 2 if is_still else 1))
         ids += [IMAGE_PAD if kind == "image" else VIDEO_PAD] * (num_patches // 4)
     is_text = ~np.isin(ids, [IMAGE_PAD, VIDEO_PAD])
     return EncodedSample(name, np.array(ids), is_text & (random.random(len(ids)) < 0.5), tuple(media))
@@ -82,8 +83,8 @@ def test_positions_are_those_of_each_sample_from_zero():
 def test_each_placeholder_slot_gets_its_own_merge_unit():
     pack = collate(SAMPLES, TINY, 64)
     media = [one for sample in SAMPLES for one in sample.media]
-    assert np.array_equal(pack.patches_PC.numpy(), np.concatenate([one.patches_PC for one in media]))
-    units = iter(range(len(pack.patches_PC) // 4))
+    assert pack.pixels_Y.numpy().tobytes() == b"".join(one.pixels_PZ.tobytes() for one in media)
+    units = iter(range(pack.num_patches // 4))
     start = 0
     for sample in SAMPLES:
         for slot in np.flatnonzero(np.isin(sample.token_ids_T, [IMAGE_PAD, VIDEO_PAD])):
@@ -110,14 +111,14 @@ def test_padding_is_short_segments_without_loss():
 def test_an_empty_pack_is_padding():
     pack = collate([], TINY, 40)
     assert (pack.segment_bounds, pack.num_tokens, pack.sample_ids, pack.vision) == ((0, 40), 0, (), None)
-    assert pack.patches_PC.shape == (0, 1176) and pack.patches_PC.dtype == torch.uint8
+    assert pack.pixels_Y.shape == (0,) and pack.pixels_Y.dtype == torch.uint8 and pack.num_patches == 0
     assert pack.splice_M.shape == (0,) and not pack.loss_weights_S.any()
 
 
 def test_text_packs_have_no_vision_in_either_kind_of_model():
     for model in (TINY, preset("tiny-base")):
         pack = collate([SAMPLES[1]], model, 8)
-        assert pack.vision is None and len(pack.patches_PC) == len(pack.splice_M) == 0
+        assert pack.vision is None and len(pack.pixels_Y) == len(pack.splice_M) == 0
 
 
 def test_a_full_pack_has_no_padding_segment():
@@ -145,12 +146,12 @@ def test_every_pack_keeps_the_promises_of_its_type(plans, padding):
     pack = collate(samples, TINY, max(1, num_tokens + padding))
     dtypes = {
         "token_ids_S": torch.int64, "labels_S": torch.int64, "loss_weights_S": torch.float32,
-        "positions_3S": torch.int64, "patches_PC": torch.uint8, "splice_M": torch.int64,
+        "positions_3S": torch.int64, "pixels_Y": torch.uint8, "splice_M": torch.int64,
     }  # fmt: skip
     assert {name: getattr(pack, name).dtype for name in dtypes} == dtypes
     assert pack.segment_bounds[0] == 0 and pack.segment_bounds[-1] == pack.num_slots
     assert list(pack.segment_bounds) == sorted(set(pack.segment_bounds))
-    assert len(pack.splice_M) * 4 == len(pack.patches_PC)
+    assert len(pack.splice_M) * 4 == pack.num_patches
     assert float(pack.loss_weights_S.sum()) == sum(sample.loss_mask_T[1:].sum() for sample in samples)
     for start in pack.segment_bounds[:-1]:
         assert not pack.positions_3S[:, start].any()

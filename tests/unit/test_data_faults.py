@@ -97,7 +97,7 @@ def test_a_shard_that_fails_during_a_run_costs_its_samples_and_changes_no_other(
         assert after.sample_ids == tuple(name for name in before.sample_ids if name not in lost)
         if after.sample_ids == before.sample_ids:
             assert torch.equal(after.token_ids_S, before.token_ids_S)
-            assert torch.equal(after.patches_PC, before.patches_PC)
+            assert torch.equal(after.pixels_Y, before.pixels_Y)
 
 
 def test_a_shard_replaced_by_a_copy_of_itself_costs_nothing(stored, open_loader):

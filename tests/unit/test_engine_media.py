@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_megatron.config.presets import preset
-from mimo_megatron.data.image import patchify, unpatchify
+from mimo_megatron.data.patches import patchify, unpatchify
 from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine import vllm_wire as wire
 from mimo_megatron.rl.engine.engine_media import check_video_rules, collapse, frames_of, sent_media

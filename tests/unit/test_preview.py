@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mimo_megatron.data.image import encode_image, patchify
+from mimo_megatron.data.image import encode_image
+from mimo_megatron.data.patches import patchify
 from mimo_megatron.data.preview import frames_of, shorten, token_spans, write_preview
 from mimo_megatron.data.shards import ShardSample
 from mimo_megatron.data.tokenizer import load_tokenizer

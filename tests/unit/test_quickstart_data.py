@@ -16,7 +16,8 @@ from examples.quickstart.scenes import Mark, Scene
 from examples.quickstart.scoring import score
 from mimo_megatron.config.presets import preset
 from mimo_megatron.data.chat import encode_chat
-from mimo_megatron.data.image import image_size, smart_resize
+from mimo_megatron.data.decode import image_size
+from mimo_megatron.data.image import smart_resize
 from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.data.markup import Frame, rescale_messages
 from mimo_megatron.data.shards import scan_samples

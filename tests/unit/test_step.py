@@ -55,7 +55,7 @@ def brought(address: RankAddress) -> list[tuple[int, bool, bool]]:
 
         def count(stage: torch.nn.Module, args: tuple, _out: torch.Tensor) -> None:
             nonlocal num_forwards
-            seen.append((num_forwards, bool(len(args[0].patches_PC)), stage.pre_process))
+            seen.append((num_forwards, bool(len(args[0].pixels_Y)), stage.pre_process))
             num_forwards += 1
 
         move = LocalPack.to

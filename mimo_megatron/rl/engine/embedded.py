@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.data.collate import collate
-from mimo_megatron.data.vision_layout import vision_layout
+from mimo_megatron.data.collate import collate, joined_pixels, layout_of_media
 from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine.inference_model import InferenceModel
 from mimo_megatron.rl.engine.protocol import GenerationRequest
@@ -235,9 +234,8 @@ class EmbeddedEngine:
         new = {key: one for key, one in zip(keys, media, strict=True) if key not in self._features}
         if new:
             assert self._config.vision is not None
-            layout = vision_layout([one.grid for one in new.values()], self._config.vision)
-            patches_PC = torch.from_numpy(np.concatenate([one.patches_PC for one in new.values()]))
-            features_MD = self._model.encode(patches_PC, layout)
+            layout = layout_of_media(list(new.values()), self._config.vision)
+            features_MD = self._model.encode(joined_pixels(list(new.values())), layout)
             merge = self._config.vision.merge_factor
             parts = features_MD.split([one.num_patches // merge for one in new.values()])
             self._features.update(zip(new, parts, strict=True))
@@ -260,4 +258,4 @@ def _choose(logprobs_QV: Tensor, draws_Q: Tensor) -> Tensor:
 
 
 def _key(one: EncodedMedia) -> bytes:
-    return hashlib.sha256(repr(one.grid).encode() + one.patches_PC.tobytes()).digest()
+    return hashlib.sha256(repr(one.grid).encode() + one.pixels_PZ.tobytes()).digest()

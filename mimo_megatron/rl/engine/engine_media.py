@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.data.image import unpatchify
+from mimo_megatron.data.patches import unpatchify
 from mimo_megatron.data.positions import mrope_positions
 from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine.vllm_wire import pixels_hash

@@ -97,10 +97,10 @@ class InferenceModel:
         return Cache(self.config, num_rows, self.dtype, self.device)
 
     @torch.no_grad()
-    def encode(self, patches_PC: Tensor, layout: VisionLayout) -> Tensor:
+    def encode(self, pixels_Y: Tensor, layout: VisionLayout) -> Tensor:
         """[M, D] features of pictures and videos."""
         assert self._vision is not None and self._projector is not None
-        return self._projector(self._vision(patches_PC.to(self.device), layout), layout)
+        return self._projector(self._vision(pixels_Y.to(self.device), layout), layout)
 
     @torch.no_grad()
     def prefill(

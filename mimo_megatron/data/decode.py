@@ -1,0 +1,74 @@
+"""From the bytes of an image to RGB pixels, by the back end of ``data.decoder``; the pixels are the same with each.
+
+``turbo`` hands JPEGs to libjpeg-turbo (simplejpeg), which writes straight into an array; Pillow decodes with the same
+library and the same settings (accurate DCT, smooth upsampling), but unpacks its own four-byte pixels afterwards. All
+else, and any JPEG of which libjpeg-turbo complains, is decoded by Pillow, which also judges every header: which files
+are accepted does not depend on the back end. Transparent images lie on white.
+"""
+
+import importlib
+import io
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mimo_megatron.config.run import DecoderName
+from mimo_megatron.errors import ConfigError, DataError
+
+_PACKAGES: dict[DecoderName, str] = {"turbo": "simplejpeg"}
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from the header, without decoding pixels."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except Exception as fault:
+        raise _unreadable(data, fault) from fault
+
+
+def decode_rgb(data: bytes, decoder: DecoderName) -> NDArray[np.uint8]:
+    """[height, width, 3]. ``DataError`` for whatever Pillow raises; ``ConfigError`` where the back end is missing."""
+    turbo = _package(decoder) if decoder == "turbo" else None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if turbo is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = _without_complaint(turbo, data)
+                if pixels is not None:
+                    return pixels
+            return np.asarray(_on_white(image))
+    except Exception as fault:
+        raise _unreadable(data, fault) from fault
+
+
+def _without_complaint(turbo: ModuleType, data: bytes) -> NDArray[np.uint8] | None:
+    try:
+        return turbo.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except ValueError:
+        return None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+@cache
+def _package(decoder: DecoderName) -> ModuleType:
+    name = _PACKAGES[decoder]
+    try:
+        return importlib.import_module(name)
+    except ImportError as fault:
+        raise ConfigError(
+            f"data.decoder is {decoder}, but {name} cannot be imported ({fault}); pip install {name}, or set "
+            "data.decoder=pillow, which gives the same pixels"
+        ) from fault
+
+
+def _unreadable(data: bytes, fault: Exception) -> DataError:
+    return DataError(f"image of {len(data)} bytes cannot be decoded ({fault}); drop the sample or replace the file")
