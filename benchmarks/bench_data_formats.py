@@ -9,6 +9,7 @@ loads the JSON whole and writes with webdataset's ShardWriter, and checks nothin
 """
 
 import argparse
+import io
 import json
 import os
 import tempfile
@@ -23,19 +24,23 @@ import numpy as np
 import webdataset
 from megatron.energon import Cooker, DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
 from megatron.energon.tools.prepare import command as prepare
-from provenance import write_rows
+from PIL import Image
+from provenance import ROOT, write_rows
 
-from mimo_megatron.config.run import ReadConfig, SourceConfig
+from mimo_megatron.config.presets import preset
+from mimo_megatron.config.run import DataConfig, ReadConfig, SourceConfig
 from mimo_megatron.data.energon import open_source
 from mimo_megatron.data.formats.convert import convert
 from mimo_megatron.data.formats.llava import LLAVA
 from mimo_megatron.data.formats.sample import Reading
+from mimo_megatron.data.index import build_index
 from mimo_megatron.data.lint import Linter
 from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.stats import collect
-from tests.data_fixtures import TINY, picture, recipe, write_index, write_tokenizer
+from mimo_megatron.data.tokenizer import load_tokenizer
 
 NUM_PICTURES = 100
+MODEL, TOKENIZER = preset("tiny-vl"), ROOT / "examples/quickstart/base/text"
 PEER = "energon's own loader, front to back"
 
 
@@ -56,10 +61,18 @@ def measured(work: Callable[[], int]) -> dict[str, Any]:
     return dict(samples=num_samples, cpu_us_per_sample=round(1e6 * seconds / num_samples, 1))
 
 
+def picture(seed: int) -> bytes:
+    """A JPEG of 640 x 480, smooth noise in colour."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
 def write_llava(folder: Path, num_samples: int) -> Path:
     """LLaVA's JSON over a hundred JPEGs of 640 x 480."""
     for number in range(NUM_PICTURES):
-        (folder / f"{number}.jpg").write_bytes(picture(480, 640, number, "JPEG"))
+        (folder / f"{number}.jpg").write_bytes(picture(number))
     answer = "A red square stands above a blue one. " * 8
     rows = [
         {
@@ -151,8 +164,10 @@ def main() -> None:
         rows.append(dict(work="convert", by="data convert", **measured(converting)))
         peer = measured(lambda: plain_convert(source, root / "plain"))
         rows.append(dict(work="convert", by="json.load and webdataset, unchecked", **peer))
-        data = recipe(tars, write_tokenizer(root / "tokenizer"), pack_tokens=8192, pack_patches=16_384)
-        write_index(tars, data)
+        data = DataConfig(
+            sources=(SourceConfig(path=tars),), tokenizer=TOKENIZER, pack_tokens=8192, pack_patches=16_384
+        )
+        build_index(tars, load_tokenizer(TOKENIZER, MODEL.tokens, MODEL.text.vocab_size), MODEL, data)
         prepared = "--non-interactive --sample-type CrudeWebdataset --split-ratio 1,0,0 --num-workers 1 --no-progress"
         prepare.main([str(tars), *prepared.split()], standalone_mode=False)
         for backend in ("indexed", "energon"):
@@ -170,7 +185,7 @@ def main() -> None:
             rows.append(dict(work="lint", by="data lint --decode" if decodes else "data lint", **measured(linting)))
 
         def counting() -> int:
-            stats = collect(data, TINY, seed=1, num_samples=options.samples, num_packs=64)
+            stats = collect(data, MODEL, seed=1, num_samples=options.samples, num_packs=64)
             return stats.sources[0].looked.num_samples
 
         rows.append(dict(work="stats", by="data stats, all samples read", **measured(counting)))

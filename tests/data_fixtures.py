@@ -131,9 +131,5 @@ def write_source(
 ) -> IndexReport:
     """Tars and index of these samples in ``folder``."""
     write_shards(samples, folder, samples_per_shard)
-    return write_index(folder, data, **options)
-
-
-def write_index(folder: Path, data: DataConfig, **options: Any) -> IndexReport:
     tokenizer = load_tokenizer(data.tokenizer, TINY.tokens, TINY.text.vocab_size)
     return build_index(folder, tokenizer, TINY, data, **options)

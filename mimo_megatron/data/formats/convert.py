@@ -5,6 +5,7 @@ every shard the state is written; a conversion that was stopped continues after 
 bytes of one that was not. Keys of samples count through all shards, as energon asks.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -66,41 +67,31 @@ def convert(
     with (part / REPORT_FILE).open("a", encoding="utf-8") as report:
         report.truncate(done.report_bytes)
         report.seek(done.report_bytes)
-        rows = _Samples(files, form, reading, done, report, is_strict)
-        samples = iter(rows)
+        samples = iter(_Samples(files, form, reading, done, report, is_strict))
         while True:
-            shard = _Shard(samples, samples_per_shard, shard_bytes)
             path = part / f"shard-{done.num_shards:06d}.tar"
-            if not write_shard(path, shard):
+            num_samples = write_shard(path, _cut(samples, samples_per_shard, shard_bytes))
+            if not num_samples:
                 break
-            rows.count(shard.num_samples)
-            report.flush()
-            _write_state(part, task, rows.done, report)
+            done.num_samples += num_samples
+            done.num_shards += 1
+            _write_state(part, task, done, report)
             get_logger().info("%s: %d samples, %d rows left out", path.name, done.num_samples, done.skipped.total())
-        report.flush()
-        _write_state(part, task, rows.done, report)
+        _write_state(part, task, done, report)
     if not done.num_samples:
         raise DataError(f"not one row of {source} could be used ({_reasons(done)}); see {part / REPORT_FILE}")
     os.replace(part, out)
     return done
 
 
-class _Shard:
-    """The next samples up to a number or a size; one at a time, so a shard is never in memory."""
-
-    def __init__(self, samples: Iterator[ShardSample], most_samples: int, most_bytes: int) -> None:
-        self._samples, self._most_samples, self._most_bytes = samples, most_samples, most_bytes
-        self.num_samples = 0
-
-    def __iter__(self) -> Iterator[ShardSample]:
-        num_bytes = 0
-        while self.num_samples < self._most_samples and num_bytes < self._most_bytes:
-            sample = next(self._samples, None)
-            if sample is None:
-                return
-            self.num_samples += 1
-            num_bytes += sum(len(content) for content in sample.members.values())
-            yield sample
+def _cut(samples: Iterator[ShardSample], most_samples: int, most_bytes: int) -> Iterator[ShardSample]:
+    """The next samples, up to a number or a size; none is taken that is not given."""
+    num_bytes = 0
+    for _ in range(most_samples):
+        if num_bytes >= most_bytes or (sample := next(samples, None)) is None:
+            return
+        num_bytes += sum(len(content) for content in sample.members.values())
+        yield sample
 
 
 class _Samples:
@@ -113,11 +104,7 @@ class _Samples:
         self._report, self._is_strict = report, is_strict
         self._ids: set[int] = set()
         self._skip_rows = done.rows_done
-        self.done = done
-
-    def count(self, num_samples: int) -> None:
-        self.done.num_samples += num_samples
-        self.done.num_shards += 1
+        self._done = done
 
     def __iter__(self) -> Iterator[ShardSample]:
         number = 0
@@ -126,7 +113,7 @@ class _Samples:
                 number += 1
                 sample = self._sample(row, number)
                 if number > self._skip_rows:
-                    self.done.rows_done = number
+                    self._done.rows_done = number
                 if sample is not None:
                     yield sample
 
@@ -147,8 +134,8 @@ class _Samples:
             if not is_done:
                 self._skip(row, sample_id, error)
             return None
-        self.done.num_renamed += sample_id != given
-        self.done.left_out |= left_out
+        self._done.num_renamed += sample_id != given
+        self._done.left_out |= left_out
         return sample
 
     def _unique(self, given: str) -> str:
@@ -163,7 +150,7 @@ class _Samples:
     def _skip(self, row: Row, sample_id: str | None, error: RowError) -> None:
         if self._is_strict:
             raise DataError(f"{row.file} row {row.number}, {error} (reason {error.reason}); mend it, or drop --strict")
-        self.done.skipped[error.reason] += 1
+        self._done.skipped[error.reason] += 1
         line = {
             "file": str(row.file),
             "row": row.number,
@@ -184,10 +171,14 @@ def _task(
     source: Path, files: list[Path], form: Format, reading: Reading, samples_per_shard: int, shard_bytes: int
 ) -> dict[str, Any]:
     """All that decides the shards: what must be the same for a conversion to be continued."""
+    listing = hashlib.sha256()  # of a folder of pictures there may be millions
+    for file in files:
+        stat = file.stat()
+        listing.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return {
         "version": VERSION,
         "from": str(source.resolve()),
-        "files": [[str(file), (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files],
+        "files": {"count": len(files), "digest": listing.hexdigest()},
         "format": form.name,
         "reading": json.loads(json.dumps(asdict(reading), default=str)),
         "samples_per_shard": samples_per_shard,
@@ -218,6 +209,7 @@ def _resume(part: Path, task: Mapping[str, Any]) -> Conversion:
 
 
 def _write_state(part: Path, task: Mapping[str, Any], done: Conversion, report: TextIO) -> None:
+    report.flush()
     done.report_bytes = report.tell()
     state = {**asdict(done), "skipped": dict(done.skipped), "left_out": sorted(done.left_out)}
     new = part / f"{STATE_FILE}.part"
