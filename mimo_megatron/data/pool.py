@@ -6,7 +6,6 @@ again, which is then left out and named; no worker outlives the trainer.
 """
 
 import json
-import mmap
 import os
 import selectors
 import signal
@@ -25,7 +24,7 @@ from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.making import SLOW, MadePack
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shared_pack import read_shared
-from mimo_megatron.data.worker import BORN, FAILED, PAGE_BYTES, PROGRESS, REPLY, send_job
+from mimo_megatron.data.worker import BORN, FAILED, REPLY, Progress, send_job
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.log import get_logger
 
@@ -56,7 +55,7 @@ class _Job:
 @dataclass(eq=False)
 class _Worker:
     sock: socket.socket
-    progress: mmap.mmap
+    progress: Progress
     pid: int = 0
     pidfd: int = -1
     """Of a worker that has said that it is there."""
@@ -67,18 +66,10 @@ class _Worker:
         return self.pidfd >= 0
 
     @property
-    def since(self) -> float:
-        """When it was asked for, got its job, or began its sample."""
-        return float(PROGRESS.unpack_from(self.progress)[0])
-
-    @property
     def number(self) -> int | None:
         """The sample that it is at."""
-        place = PROGRESS.unpack_from(self.progress)[1]
+        place = self.progress.place
         return self.job.numbers[place] if self.job and place < len(self.job.numbers) else None
-
-    def begin(self, place: int) -> None:
-        PROGRESS.pack_into(self.progress, 0, time.monotonic(), place)
 
 
 class WorkerPool:
@@ -160,9 +151,9 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             ours.settimeout(_TALK_SECONDS)
             page = os.memfd_create("mimo-progress", os.MFD_CLOEXEC)
-            os.ftruncate(page, PAGE_BYTES)
-            worker = _Worker(ours, mmap.mmap(page, PAGE_BYTES))
-            worker.begin(0)
+            os.ftruncate(page, Progress.PAGE_BYTES)
+            worker = _Worker(ours, Progress(page))
+            worker.progress.begin(0)
             self._workers.append(worker)
             self._selector.register(ours, selectors.EVENT_READ, worker)
             with theirs, suppress(OSError):  # where the nursery has ended, ours hears that theirs closed
@@ -201,7 +192,7 @@ class WorkerPool:
             if job is None:
                 return
             worker.job = job
-            worker.begin(len(job.numbers))
+            worker.progress.begin(len(job.numbers))
             with suppress(OSError):  # it has ended, which its socket says, or takes nothing, and its time runs
                 send_job(worker.sock, job.numbers, job.left_out)
 
@@ -245,7 +236,7 @@ class WorkerPool:
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _deadline(self, worker: _Worker) -> float:
-        return worker.since + (self.corpus.data.sample_seconds if worker.is_born else _START_SECONDS)
+        return worker.progress.since + (self.corpus.data.sample_seconds if worker.is_born else _START_SECONDS)
 
     def _end_the_slow(self) -> None:
         for worker in list(self._workers):

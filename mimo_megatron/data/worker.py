@@ -4,8 +4,8 @@
 
 The trainer cannot fork them: it has threads of gloo, NCCL and OpenMP, whose locks nobody in a child would release. The
 nursery is a fresh interpreter without threads; a worker forked from it takes milliseconds and shares its memory, the
-index above all. Each message on CONTROL brings the socket of a worker to fork, and a page of shared memory in which the
-worker keeps ``PROGRESS``: when it began what it is at, and the place of that sample in its pack. The nursery ends with
+index above all. Each message on CONTROL brings the socket of a worker to fork, and a page of shared memory for the
+worker's ``Progress``. The nursery ends with
 its parent, and the workers with the nursery (parent-death signals), or when their sockets close.
 
 On a worker's socket, from the trainer: ``JOB`` (number of samples, bytes of text), then the samples' numbers and, as
@@ -40,10 +40,36 @@ JOB = struct.Struct("<qq")
 REPLY = struct.Struct("<Bq")
 BORN, MADE, FAILED = range(3)
 """Kinds of reply: pid with its pidfd; bytes of the pack with its memory; bytes of an error's text with its memory."""
-PROGRESS = struct.Struct("<dq")
-PAGE_BYTES = mmap.PAGESIZE
 _OOM_SCORE = "500"
 """Where memory runs out, the kernel ends a worker, which is replaced, before the trainer."""
+
+
+class Progress:
+    """What a worker is at, in a page of memory that the trainer has mapped too.
+
+    Two aligned words, each of which a memoryview writes by one store. ``struct`` would write byte by byte, after zeros,
+    and the trainer would now and then read a time long ago.
+    """
+
+    PAGE_BYTES = mmap.PAGESIZE
+
+    def __init__(self, file: int) -> None:
+        page = memoryview(mmap.mmap(file, self.PAGE_BYTES))
+        self._since, self._place = page[:8].cast("d"), page[8:16].cast("q")
+
+    def begin(self, place: int) -> None:
+        self._since[0] = time.monotonic()
+        self._place[0] = place
+
+    @property
+    def since(self) -> float:
+        """When the worker was asked for, got its job, or began its sample; by the clock that all processes share."""
+        return self._since[0]
+
+    @property
+    def place(self) -> int:
+        """Of the sample in its pack; that after the last while the pack is put together."""
+        return self._place[0]
 
 
 def main(control_handle: int, parent: int) -> None:
@@ -66,19 +92,15 @@ def main(control_handle: int, parent: int) -> None:
             try:
                 control.close()
                 end_with_parent(me, signal.SIGKILL)
-                work(socket.socket(fileno=handles[0]), mmap.mmap(handles[1], PAGE_BYTES), corpus)
+                work(socket.socket(fileno=handles[0]), Progress(handles[1]), corpus)
             finally:
                 os._exit(0)
         for handle in handles:
             os.close(handle)
 
 
-def work(sock: socket.socket, progress: mmap.mmap, corpus: Corpus) -> None:
+def work(sock: socket.socket, progress: Progress, corpus: Corpus) -> None:
     """Make the packs that are asked for on ``sock`` until it closes."""
-
-    def begin(place: int) -> None:
-        PROGRESS.pack_into(progress, 0, time.monotonic(), place)
-
     Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     pidfd = os.pidfd_open(os.getpid())
     socket.send_fds(sock, [REPLY.pack(BORN, os.getpid())], [pidfd])
@@ -87,7 +109,7 @@ def work(sock: socket.socket, progress: mmap.mmap, corpus: Corpus) -> None:
         numbers, left_out = job
         kind = MADE
         try:
-            file, num_bytes = write_shared(make_pack(corpus, numbers, left_out, begin))
+            file, num_bytes = write_shared(make_pack(corpus, numbers, left_out, progress.begin))
         except Exception:
             kind = FAILED
             file, num_bytes = _written(traceback.format_exc().encode())

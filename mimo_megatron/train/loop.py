@@ -56,8 +56,7 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             folder.faults,
         ) as watchdog,
     ):
-        trainer = build_trainer(config, mesh, address.local_rank)
-        loader = PackLoader(
+        loader = PackLoader(  # before the model, so that workers start meanwhile
             config.data,
             config.model,
             packs_per_step=config.train.packs_per_step,
@@ -65,6 +64,7 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
         )
+        trainer = build_trainer(config, mesh, address.local_rank)
         first_step, skipped, resumed = _start_or_resume(trainer, loader, folder)
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)

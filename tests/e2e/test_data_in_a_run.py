@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mimo_megatron.config.run import DataConfig, RunConfig
-from mimo_megatron.errors import DataError
+from mimo_megatron.errors import MimoError
 from mimo_megatron.train.launch import run_local
 from mimo_megatron.train.loop import pretrain
 from tests.e2e.faults_run import assert_same_run, finish, rows_of, run_of, write_data
@@ -23,8 +23,8 @@ def with_data(config: RunConfig, **changes) -> RunConfig:
 def test_a_run_with_workers_ends_with_the_bits_of_one_without(data, tmp_path):
     thread = run_of(data, tmp_path / "thread", steps=3)
     workers = with_data(run_of(data, tmp_path / "workers", steps=3), workers=2)
-    finish(thread, 2)
-    finish(workers, 2)
+    finish(thread, 1)
+    finish(workers, 1)
     assert_same_run(workers, thread)
     for row in rows_of(workers):
         assert 0 <= row["data_seconds"] <= row["seconds"]
@@ -40,7 +40,7 @@ def test_a_run_that_loses_too_many_samples_stops_with_its_last_step_saved_and_go
     good = [shard.read_bytes() for shard in shards]
     for shard, content in zip(shards[1:], good[1:], strict=True):
         shard.write_bytes(bytes(len(content)))  # of the size that is checked at the start
-    with pytest.raises(DataError, match=r"stopped after step \d, which is saved: \d+ of \d+ samples .*changed"):
+    with pytest.raises(MimoError, match=r"stopped after step \d, which is saved: \d+ of \d+ samples .*changed"):
         run_local(pretrain, 2, config)
     steps = [row["step"] for row in rows_of(config)]
     assert 1 <= len(steps) < 6

@@ -18,6 +18,7 @@ from mimo_megatron.data.loader import PackLoader, open_maker
 from mimo_megatron.data.making import MadePack
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shared_pack import read_shared, write_shared
+from mimo_megatron.data.worker import Progress
 from mimo_megatron.errors import DataError
 from tests.data_fixtures import (
     TINY,
@@ -184,6 +185,28 @@ def test_the_end_of_the_nursery_loses_nothing(stream, pool):
     found, loader = stream(6)
     assert not loader.skipped
     assert_equal(found, expected)
+
+
+def test_progress_is_never_seen_half_written():
+    """With ``struct`` in place of a store it is, within a few thousand looks."""
+    page = os.memfd_create("page")
+    os.ftruncate(page, Progress.PAGE_BYTES)
+    progress = Progress(page)
+    os.close(page)
+    progress.begin(0)
+    began = progress.since
+    writer = os.fork()
+    if not writer:
+        while True:
+            progress.begin(1)
+    try:
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            assert began <= progress.since <= time.monotonic()
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert progress.place == 1
 
 
 @pytest.fixture
