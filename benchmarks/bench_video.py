@@ -32,7 +32,7 @@ from mimo_megatron.data import video, video_packets
 VISION = preset("mimo-vl-7b").vision
 assert VISION is not None
 FRAMES_PER_SECOND = 25
-HEIGHT, WIDTH = 180, 320
+HEIGHT, WIDTH = 108, 192
 SETTINGS = VideoConfig()
 MIN_PIXELS = 3136
 

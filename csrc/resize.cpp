@@ -123,13 +123,17 @@ inline Row high_halves(const Row& a, const Row& b) { return shuffled(a, b, 8); }
 // Four perfect shuffles of 256 bytes swap the two halves of their 8-bit places: the transpose of 16 x 16.
 void transpose(const std::uint8_t* in, std::int64_t in_stride, std::uint8_t* out, std::int64_t out_stride) {
     Row rows[2][16];
+#pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) rows[0][row] = load(in + row * in_stride);
+#pragma GCC unroll 4
     for (int round = 0; round < 4; ++round)
+#pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const Row a = rows[round % 2][i], b = rows[round % 2][i + 8];
             rows[1 - round % 2][2 * i] = low_halves(a, b);
             rows[1 - round % 2][2 * i + 1] = high_halves(a, b);
         }
+#pragma GCC unroll 16
     for (int row = 0; row < 16; ++row) store(rows[0][row], out + row * out_stride);
 }
 
@@ -236,7 +240,9 @@ class Across {
           bytes_(in_width * kChannels),
           turned_(rounded_up(bytes_, kRows) * kRows),
           narrowed_(rounded_up(width(), kRows) * kLanes),
-          columns_(taps.most) {}
+          columns_(in_width) {
+        for (std::int64_t x = 0; x < in_width; ++x) columns_[x] = &turned_[x * kLanes];
+    }
 
     std::int64_t width() const { return taps_.first.size(); }
 
@@ -255,11 +261,8 @@ class Across {
                 std::memcpy(block + row * kRows, rows + row * in_stride + column, columns);
             transpose(block, kRows, &turned_[column * kRows], kRows);
         }
-        for (std::int64_t x = 0; x < width(); ++x) {
-            for (std::int64_t tap = 0; tap < taps_.count[x]; ++tap)
-                columns_[tap] = &turned_[(taps_.first[x] + tap) * kLanes];
-            weigh_(columns_.data(), 0, taps_, x, &narrowed_[x * kLanes]);
-        }
+        for (std::int64_t x = 0; x < width(); ++x)
+            weigh_(&columns_[taps_.first[x]], 0, taps_, x, &narrowed_[x * kLanes]);
         for (std::int64_t channel = 0; channel < kChannels; ++channel)
             for (std::int64_t x = 0; x < width(); x += kRows)
                 transpose(&narrowed_[x * kLanes + channel * kRows], kLanes, plane(channel) + x, out_stride);
