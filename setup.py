@@ -7,10 +7,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mimo_megatron._packing",
-            ["csrc/binding.cpp", "csrc/pack_one.cpp", "csrc/pack_two.cpp", "csrc/spread.cpp"],
-            depends=["csrc/packing.hpp", "csrc/spread.hpp"],
+            [f"csrc/{name}.cpp" for name in ("binding", "pack_one", "pack_two", "balance", "deal", "spread")],
+            depends=[f"csrc/{name}.hpp" for name in ("packing", "open_packs", "balance", "spread")],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=off"],  # sums as in Python,
         )
     ]
 )

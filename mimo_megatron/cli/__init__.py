@@ -26,7 +26,7 @@ VERBS: tuple[Verb, ...] = (
 )
 _GROUPS = {
     "config": "recipes: show, explain",
-    "data": "data sets: index, preview",
+    "data": "data sets: index, preview, calibrate",
     "reward-model": "reward models: evaluate",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
     "rewards": "rewards: check, inspect",

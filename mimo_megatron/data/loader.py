@@ -1,7 +1,7 @@
 """The training loader: packs of a plan, encoded and collated for one data-parallel rank, one step ahead.
 
-Packs of a step are dealt like cards: rank r of D takes packs r, r + D, ... Invariants: the packs of a step, and their
-order, do not depend on D; ``state`` speaks of consumed packs, never of prefetched ones; a damaged sample is dropped
+Packs of a step are dealt by predicted cost, equally many to each rank. Invariants: the packs of a step do not depend on
+the number of ranks; ``state`` speaks of consumed packs, never of prefetched ones; a damaged sample is dropped
 from its pack, counted and listed, and changes nothing else.
 """
 
@@ -135,7 +135,8 @@ class PackLoader:
     def _make_step(self, position: Position) -> _Step:
         packs, after = self._plan.take(position, self._packs_per_step)
         faults: list[SampleError] = []
-        batches = [self._collate(pack, faults) for pack in packs[self._dp_rank :: self._dp_size]]
+        mine = self._plan.deal(packs, self._dp_size)[self._dp_rank]
+        batches = [self._collate(packs[place], faults) for place in mine]
         return _Step(batches, after, faults, self._digest_plan(position, packs), _digest_packs(batches))
 
     def _digest_plan(self, position: Position, packs: Sequence[NDArray[np.int64]]) -> int:

@@ -1,0 +1,136 @@
+"""How evenly a data set's packs load the ranks of a step: figures, and plots against capacity and window.
+
+Predicted costs are those of ``PackCost``; efficiency is mean over maximum of the ranks of a step. Windows are packed
+and their packs shuffled as in training, without regard to sources; packs beyond the last whole step are not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+from mimo_megatron.config.pack_cost import PackCost
+from mimo_megatron.data.balance import deal, efficiency, pack_balanced, sample_costs
+from mimo_megatron.data.source import SampleLengths
+
+CAPACITY_FACTORS = (0.25, 0.5, 1, 2, 4)
+WINDOW_FRACTIONS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)
+MOST_STEPS = 16
+"""Steps dealt for a figure, spread over all: each takes about 20 us a pack."""
+
+
+@dataclass(frozen=True)
+class Step:
+    num_ranks: int
+    packs_per_rank: int
+
+    @property
+    def num_packs(self) -> int:
+        return self.num_ranks * self.packs_per_rank
+
+    def __str__(self) -> str:
+        return f"{self.num_ranks} ranks x {self.packs_per_rank}"
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Means over the steps looked at; None where there is no whole step."""
+
+    num_packs: int
+    token_fill: float
+    patch_fill: float
+    step_efficiency: float | None
+    vision_efficiency: float | None
+    """Of the vision encoder alone, as if ranks waited for each other after it; 1 where there is no vision."""
+    num_over_capacity: int
+
+
+def balance(
+    lengths: SampleLengths,
+    cost: PackCost,
+    token_capacity: int,
+    patch_capacity: int,
+    step: Step,
+    window: int,
+    seed: int = 1,
+) -> Balance:
+    """Of these samples in random order, packed ``window`` at a time."""
+    fits = (lengths.num_tokens_N <= token_capacity) & (lengths.num_patches_N <= patch_capacity)
+    random = np.random.default_rng(seed)
+    samples = lengths.take(random.permutation(np.flatnonzero(fits)))
+    costs = sample_costs(samples, cost, token_capacity, patch_capacity)
+    num_samples = len(samples.num_tokens_N)
+    num_windows = max(1, -(-num_samples // window))
+    columns: list[list[np.ndarray]] = [[], [], [], []]
+    for number in range(num_windows):
+        taken = np.arange(num_samples * number // num_windows, num_samples * (number + 1) // num_windows)
+        part = samples.take(taken)
+        packs = pack_balanced(part, costs.total_N[taken], token_capacity, patch_capacity)
+        turn = random.permutation(len(packs))
+        values = (part.num_tokens_N, part.num_patches_N, costs.total_N[taken], costs.vision_N[taken])
+        for column, one in zip(columns, values, strict=True):
+            column.append(packs.totals(one)[turn])
+    tokens, patches, total, vision = (np.concatenate(column) for column in columns)
+    num_steps = len(total) // step.num_packs
+    looked_at = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)) if num_steps else ()
+    found = []
+    for first in (number * step.num_packs for number in looked_at):
+        own = slice(first, first + step.num_packs)
+        held = deal(total[own].tolist(), vision[own].tolist(), step.num_ranks)
+        loads = ([sum(cost[own][pack] for pack in packs) for packs in held] for cost in (total, vision))
+        found.append([efficiency(np.array(one)) for one in loads])
+    means = np.mean(found, axis=0).tolist() if found else [None, None]
+    fill = (
+        float(one.sum() / (capacity * len(one)))
+        for one, capacity in ((tokens, token_capacity), (patches, patch_capacity))
+    )
+    return Balance(len(total), *fill, *means, num_over_capacity=int((~fits).sum()))
+
+
+def plot_what_if(
+    lengths: SampleLengths, cost: PackCost, token_capacity: int, patch_capacity: int, step: Step, path: Path
+) -> None:
+    """Writes a PNG: fill and efficiency for other capacities (of both costs alike), and for smaller windows."""
+    num_samples = len(lengths.num_tokens_N)
+    capacities = [max(1, round(token_capacity * factor)) for factor in CAPACITY_FACTORS]
+    by_capacity = [
+        balance(lengths, cost, one, max(1, patch_capacity * one // token_capacity), step, num_samples)
+        for one in capacities
+    ]
+    windows = sorted({max(1, round(num_samples * fraction)) for fraction in WINDOW_FRACTIONS})
+    by_window = [balance(lengths, cost, token_capacity, patch_capacity, step, one) for one in windows]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, capacities, by_capacity, f"tokens of a pack (window: all {num_samples:,} samples)")
+    _draw(right, windows, by_window, f"samples of a window (packs of {token_capacity:,} tokens)")
+    dropped = [one.num_over_capacity / num_samples for one in by_capacity]
+    left.plot(capacities, dropped, marker="o", color="#6b7280", linestyle=":", label="samples over a capacity")
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"What if: fill, and balance of a step of {step}", fontsize=12, fontweight="bold")
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: Axes, places: Sequence[int], found: Sequence[Balance], label: str) -> None:
+    lines = {
+        "fill, tokens": ("#d9822b", [one.token_fill for one in found]),
+        "efficiency of a step": ("#2f6db3", [one.step_efficiency for one in found]),
+        "of its vision alone": ("#3a9d5d", [one.vision_efficiency for one in found]),
+    }
+    for name, (color, values) in lines.items():
+        known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        axes.plot([place for place, _ in known], [value for _, value in known], marker="o", color=color, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xticks(places)
+    axes.minorticks_off()
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8)
