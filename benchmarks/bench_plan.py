@@ -6,8 +6,7 @@
 Costs of packs and ranks are FLOPs of the preset ``mimo-vl-7b`` by the published formula, image by image with its grid;
 the packers see only lengths and the four coefficients derived from them. Efficiency is mean over maximum of 256 ranks
 with four packs each, over up to 24 whole steps spread over the plan; a last, partial step goes on with the next epoch's
-packs, so no token is lost (`lost` counts what the packers leave out). Seconds are CPU seconds of one thread, the best of
-three.
+packs, so no token is lost (`lost` counts what the packers leave out). Seconds are CPU seconds of one thread, best of 3.
 """
 
 import argparse

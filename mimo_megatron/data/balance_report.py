@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from numpy.typing import NDArray
 
 from mimo_megatron.config.pack_cost import PackCost
 from mimo_megatron.data.balance import deal, efficiency, pack_balanced, sample_costs
@@ -50,45 +51,45 @@ class Balance:
 
 
 def balance(
-    lengths: SampleLengths,
-    cost: PackCost,
-    token_capacity: int,
-    patch_capacity: int,
-    step: Step,
-    window: int,
-    seed: int = 1,
+    lengths: SampleLengths, cost: PackCost, token_capacity: int, patch_capacity: int, step: Step, window: int
 ) -> Balance:
     """Of these samples in random order, packed ``window`` at a time."""
     fits = (lengths.num_tokens_N <= token_capacity) & (lengths.num_patches_N <= patch_capacity)
-    random = np.random.default_rng(seed)
-    samples = lengths.take(random.permutation(np.flatnonzero(fits)))
-    costs = sample_costs(samples, cost, token_capacity, patch_capacity)
-    num_samples = len(samples.num_tokens_N)
-    num_windows = max(1, -(-num_samples // window))
-    columns: list[list[np.ndarray]] = [[], [], [], []]
-    for number in range(num_windows):
-        taken = np.arange(num_samples * number // num_windows, num_samples * (number + 1) // num_windows)
-        part = samples.take(taken)
-        packs = pack_balanced(part, costs.total_N[taken], token_capacity, patch_capacity)
-        turn = random.permutation(len(packs))
-        values = (part.num_tokens_N, part.num_patches_N, costs.total_N[taken], costs.vision_N[taken])
-        for column, one in zip(columns, values, strict=True):
-            column.append(packs.totals(one)[turn])
-    tokens, patches, total, vision = (np.concatenate(column) for column in columns)
+    samples = lengths.take(np.flatnonzero(fits))
+    tokens, patches, total, vision = _pack_totals(samples, cost, token_capacity, patch_capacity, window)
     num_steps = len(total) // step.num_packs
-    looked_at = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)) if num_steps else ()
+    looked_at = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)).tolist() if num_steps else []
     found = []
     for first in (number * step.num_packs for number in looked_at):
         own = slice(first, first + step.num_packs)
-        held = deal(total[own].tolist(), vision[own].tolist(), step.num_ranks)
-        loads = ([sum(cost[own][pack] for pack in packs) for packs in held] for cost in (total, vision))
-        found.append([efficiency(np.array(one)) for one in loads])
-    means = np.mean(found, axis=0).tolist() if found else [None, None]
-    fill = (
-        float(one.sum() / (capacity * len(one)))
-        for one, capacity in ((tokens, token_capacity), (patches, patch_capacity))
+        held = np.array(deal(total[own].tolist(), vision[own].tolist(), step.num_ranks))
+        found.append([efficiency(one[own][held].sum(axis=1)) for one in (total, vision)])
+    step_efficiency, vision_efficiency = np.mean(found, axis=0).tolist() if found else (None, None)
+    return Balance(
+        num_packs=len(total),
+        token_fill=float(tokens.sum() / (token_capacity * max(1, len(total)))),
+        patch_fill=float(patches.sum() / (patch_capacity * max(1, len(total)))),
+        step_efficiency=step_efficiency,
+        vision_efficiency=vision_efficiency,
+        num_over_capacity=int((~fits).sum()),
     )
-    return Balance(len(total), *fill, *means, num_over_capacity=int((~fits).sum()))
+
+
+def _pack_totals(
+    lengths: SampleLengths, cost: PackCost, token_capacity: int, patch_capacity: int, window: int
+) -> list[NDArray[np.int64]]:
+    """Tokens, patches, cost and vision cost of all packs, in training order."""
+    random = np.random.default_rng(1)
+    order = random.permutation(len(lengths.num_tokens_N))
+    columns: list[list[NDArray[np.int64]]] = [[np.zeros(0, np.int64)] for _ in range(4)]
+    for taken in np.array_split(order, max(1, -(-len(order) // window))):
+        part = lengths.take(taken)
+        costs = sample_costs(part, cost, token_capacity, patch_capacity)
+        packs = pack_balanced(part, costs.total_N, token_capacity, patch_capacity)
+        turn = random.permutation(len(packs))
+        for column, one in zip(columns, (part.num_tokens_N, part.num_patches_N, *costs), strict=True):
+            column.append(packs.totals(one)[turn])
+    return [np.concatenate(column) for column in columns]
 
 
 def plot_what_if(
@@ -115,7 +116,7 @@ def plot_what_if(
 
 
 def _draw(axes: Axes, places: Sequence[int], found: Sequence[Balance], label: str) -> None:
-    lines = {
+    lines: dict[str, tuple[str, list[float | None]]] = {
         "fill, tokens": ("#d9822b", [one.token_fill for one in found]),
         "efficiency of a step": ("#2f6db3", [one.step_efficiency for one in found]),
         "of its vision alone": ("#3a9d5d", [one.vision_efficiency for one in found]),
