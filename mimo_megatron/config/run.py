@@ -79,7 +79,7 @@ class DataConfig(EncodingConfig):
     pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
     window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
     cost: PackCost | None = Field(
-        None, description="What packs and ranks are balanced by; null: the model's FLOPs. `plan calibrate` measures it."
+        None, description="What packs and ranks are balanced by; null: the model's FLOPs. `data calibrate` measures it."
     )
 
 

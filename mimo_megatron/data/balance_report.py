@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from mimo_megatron.config.pack_cost import PackCost
@@ -20,8 +20,9 @@ from mimo_megatron.data.source import SampleLengths
 
 CAPACITY_FACTORS = (0.25, 0.5, 1, 2, 4)
 WINDOW_FRACTIONS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1)
-MOST_STEPS = 16
-"""Steps dealt for a figure, spread over all: each takes about 20 us a pack."""
+LEAST_DRAWN = 1e-5
+MOST_STEPS = 8
+"""Steps dealt for a figure, spread over all: each takes about 0.1 ms a pack."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _pack_totals(
 def plot_what_if(
     lengths: SampleLengths, cost: PackCost, token_capacity: int, patch_capacity: int, step: Step, path: Path
 ) -> None:
-    """Writes a PNG: fill and efficiency for other capacities (of both costs alike), and for smaller windows."""
+    """Writes a PNG: padding and idle time for other capacities (of both costs alike), and for smaller windows."""
     num_samples = len(lengths.num_tokens_N)
     capacities = [max(1, round(token_capacity * factor)) for factor in CAPACITY_FACTORS]
     by_capacity = [
@@ -104,34 +105,41 @@ def plot_what_if(
     ]
     windows = sorted({max(1, round(num_samples * fraction)) for fraction in WINDOW_FRACTIONS})
     by_window = [balance(lengths, cost, token_capacity, patch_capacity, step, one) for one in windows]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw(left, capacities, by_capacity, f"tokens of a pack (window: all {num_samples:,} samples)")
-    _draw(right, windows, by_window, f"samples of a window (packs of {token_capacity:,} tokens)")
-    dropped = [one.num_over_capacity / num_samples for one in by_capacity]
-    left.plot(capacities, dropped, marker="o", color="#6b7280", linestyle=":", label="samples over a capacity")
-    left.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"What if: fill, and balance of a step of {step}", fontsize=12, fontweight="bold")
+    _draw(left, capacities, num_samples, by_capacity, f"tokens of a pack (window: all {num_samples:,} samples)")
+    _draw(right, windows, num_samples, by_window, f"samples of a window (packs of {token_capacity:,} tokens)")
+    handles, names = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(f"What if: what a step of {step} loses", fontsize=12, fontweight="bold")
     figure.savefig(path, dpi=150)
 
 
-def _draw(axes: Axes, places: Sequence[int], found: Sequence[Balance], label: str) -> None:
+def _draw(axes: Axes, places: Sequence[int], num_samples: int, found: Sequence[Balance], label: str) -> None:
     lines: dict[str, tuple[str, list[float | None]]] = {
-        "fill, tokens": ("#d9822b", [one.token_fill for one in found]),
-        "efficiency of a step": ("#2f6db3", [one.step_efficiency for one in found]),
-        "of its vision alone": ("#3a9d5d", [one.vision_efficiency for one in found]),
+        "padding slots": ("#d9822b", [1 - one.token_fill for one in found]),
+        "idle time of ranks in a step": ("#2f6db3", [_rest(one.step_efficiency) for one in found]),
+        "the same, of vision alone": ("#3a9d5d", [_rest(one.vision_efficiency) for one in found]),
+        "samples over a capacity": ("#6b7280", [one.num_over_capacity / max(1, num_samples) for one in found]),
     }
     for name, (color, values) in lines.items():
-        known = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-        axes.plot([place for place, _ in known], [value for _, value in known], marker="o", color=color, label=name)
+        known = [(place, value) for place, value in zip(places, values, strict=True) if value]
+        if known:
+            axes.plot([place for place, _ in known], [one for _, one in known], marker="o", color=color, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xticks(places)
+    axes.set_yscale("log")
+    axes.set_ylim(LEAST_DRAWN, 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     axes.minorticks_off()
-    axes.set_ylim(-0.02, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(label)
+    axes.set_ylabel("share lost (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+
+
+def _rest(share: float | None) -> float | None:
+    return None if share is None else 1 - share
