@@ -8,7 +8,7 @@ setup(
         Pybind11Extension(
             "mimo_megatron._packing",
             [f"csrc/{name}.cpp" for name in ("binding", "pack_one", "pack_two", "balance", "deal", "spread")],
-            depends=[f"csrc/{name}.hpp" for name in ("packing", "open_packs", "balance", "spread")],
+            depends=[f"csrc/{name}.hpp" for name in ("packing", "open_packs", "radix", "balance", "spread")],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra", "-ffp-contract=off"],  # sums as in Python,
         )

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "open_packs.hpp"
+#include "radix.hpp"
 
 namespace packing {
 namespace {
@@ -27,7 +28,18 @@ struct Keyed {
     std::uint32_t number;
 };
 
-bool largest_first(const Keyed& a, const Keyed& b) { return a.key != b.key ? a.key > b.key : a.number < b.number; }
+// By decreasing key; entries with equal keys keep their order.
+void sort_largest_first(std::vector<Keyed>& entries) {
+    std::int64_t largest = 0;
+    for (const Keyed& one : entries) largest = std::max(largest, one.key);
+    std::vector<Keyed> scratch(entries.size());
+    radix_sort(entries, scratch, largest, [=](const Keyed& one) { return static_cast<std::uint64_t>(largest - one.key); });
+}
+
+void sort_by_number(std::vector<Keyed>& entries) {
+    std::vector<Keyed> scratch(entries.size());
+    radix_sort(entries, scratch, ~std::uint32_t{0}, [](const Keyed& one) { return one.number; });
+}
 
 class PackTree {
   public:
@@ -51,7 +63,7 @@ class PackTree {
             const bool left = seems_to_hold(2 * node, tokens, patches);
             const bool right = seems_to_hold(2 * node + 1, tokens, patches);
             if (!left && !right) return -1;
-            const bool goes_right = !left || (right && mean_excess(2 * node + 1) < mean_excess(2 * node));
+            const bool goes_right = !left || (right && is_lighter(nodes_[2 * node + 1], nodes_[2 * node]));
             node = 2 * node + goes_right;
         }
         const std::int64_t pack = node - num_leaves_;
@@ -79,8 +91,9 @@ class PackTree {
         return nodes_[node].tokens >= tokens && nodes_[node].patches >= patches;
     }
 
-    double mean_excess(std::int64_t node) const {
-        return static_cast<double>(nodes_[node].excess) / nodes_[node].num_packs;
+    static bool is_lighter(const Node& a, const Node& b) {
+        if (a.num_packs == b.num_packs) return a.excess < b.excess;  // as most are: spares two divisions
+        return static_cast<double>(a.excess) / a.num_packs < static_cast<double>(b.excess) / b.num_packs;
     }
 
     void refresh_room(std::int64_t node) {
@@ -127,7 +140,7 @@ class Balancer {
     void split() {
         std::vector<Keyed> order(in_.n);
         for (std::int64_t i = 0; i < in_.n; ++i) order[i] = {size(i), static_cast<std::uint32_t>(i)};
-        std::sort(order.begin(), order.end(), largest_first);
+        sort_largest_first(order);
         poll_();
         std::vector<char> is_filler(in_.n, 0);
         std::int64_t so_far = 0;
@@ -141,16 +154,15 @@ class Balancer {
         };
         if (tokens_bind_) take_smallest(false);
         take_smallest(true);
-        for (const Keyed& one : order)
-            (is_filler[one.number] ? filler_ : large_).push_back(one);
+        for (std::int64_t i = 0; i < in_.n; ++i)
+            (is_filler[i] ? filler_ : large_).push_back({is_filler[i] ? size(i) : in_.costs[i], static_cast<std::uint32_t>(i)});
     }
 
     void spread_large() {
         std::int64_t tokens = 0, cost = 0;
         for (const Keyed& one : filler_) tokens += in_.tokens[one.number], cost += in_.costs[one.number];
         const std::int64_t per_token = tokens ? cost / tokens : 0;
-        for (Keyed& one : large_) one.key = in_.costs[one.number];
-        std::sort(large_.begin(), large_.end(), largest_first);
+        sort_largest_first(large_);
 
         PackTree tree(lower_bound_, token_capacity_, patch_capacity_);
         for (std::size_t place = 0; place < large_.size(); ++place) {
@@ -168,7 +180,8 @@ class Balancer {
 
     // Best fit, largest first, in the cost that binds; what fits nowhere opens a pack.
     void fill() {
-        std::sort(filler_.begin(), filler_.end(), largest_first);
+        sort_by_number(filler_);
+        sort_largest_first(filler_);
         const std::int64_t capacity = tokens_bind_ ? token_capacity_ : patch_capacity_;
         const std::int64_t other_capacity = tokens_bind_ ? patch_capacity_ : token_capacity_;
         const std::int64_t* others = tokens_bind_ ? in_.patches : in_.tokens;

@@ -7,6 +7,7 @@
 
 #include "open_packs.hpp"
 #include "packing.hpp"
+#include "radix.hpp"
 
 namespace packing {
 namespace {
@@ -15,20 +16,6 @@ struct Item {
     std::uint32_t number;
     std::int32_t tokens, patches;
 };
-
-// Stable radix sort by increasing key(entry) <= largest, least significant digit first.
-template <typename Entry, typename Key>
-void radix_sort(std::vector<Entry>& entries, std::vector<Entry>& scratch, std::uint64_t largest, Key key) {
-    constexpr int kBits = 11;
-    for (int shift = 0; largest >> shift; shift += kBits) {
-        std::uint32_t start[(1 << kBits) + 1] = {};
-        const auto digit = [=](const Entry& entry) { return key(entry) >> shift & ((1 << kBits) - 1); };
-        for (const Entry& entry : entries) ++start[digit(entry) + 1];
-        std::partial_sum(std::begin(start), std::end(start), std::begin(start));
-        for (const Entry& entry : entries) scratch[start[digit(entry)]++] = entry;
-        entries.swap(scratch);
-    }
-}
 
 // By decreasing tokens / token_capacity + 2 patches / patch_capacity, then by decreasing tokens, then by number.
 std::vector<Item> largest_first(const std::int64_t* tokens, const std::int64_t* patches, std::int64_t n,
