@@ -24,7 +24,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.data.balance_report import Step, balance, plot_what_if
 from mimo_megatron.data.packing import pack, pack_two_costs
-from mimo_megatron.data.source import INDEX_FILE, SampleLengths
+from mimo_megatron.data.source import INDEX_FILE, LENGTH_COLUMNS, SampleLengths
 from mimo_megatron.errors import DataError
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#d9822b", "#6b7280"
@@ -140,7 +140,8 @@ def pack_command(
 
     Draws the packs, and what other capacities and windows would give, into the files that are named.
     """
-    lengths, patches = read_lengths(path)
+    columns = _read_columns(path)
+    lengths, patches = columns["num_tokens"], columns.get("num_patches")
     figures = report(lengths, capacity, patches, patch_capacity)
     table = Table(box=SIMPLE, show_header=False, title=f"packing of {path}", title_justify="left")
     table.add_column()
@@ -156,7 +157,12 @@ def pack_command(
     table.add_row("padding tokens", f"{figures.waste_tokens:,}")
     table.add_row("mean samples per pack", f"{figures.mean_segments:.2f}")
     table.add_row("seconds", f"{figures.seconds:.4f}")
-    samples = SampleLengths(lengths, np.zeros_like(lengths) if patches is None else patches)
+    samples = SampleLengths(
+        lengths,
+        np.zeros_like(lengths) if patches is None else patches,
+        columns.get("segment_squares"),
+        columns.get("frame_squares"),
+    )
     # Without a limit: as many patches as tokens can stand for.
     most_patches = patch_capacity or capacity * (model.vision.merge_factor if model.vision else 1)
     cost = cost_by_flops(model)
@@ -186,23 +192,28 @@ def read_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64] | Non
     Reads an index folder or a Parquet file (columns ``num_tokens`` and perhaps ``num_patches``), a ``.npy`` array of
     lengths, or a text file with one length a line.
     """
+    columns = _read_columns(path)
+    return columns["num_tokens"], columns.get("num_patches")
+
+
+def _read_columns(path: Path) -> dict[str, NDArray[np.int64]]:
     if path.is_dir():
         path = path / INDEX_FILE
     if not path.is_file():
         raise DataError(f"{path} is not a file; give lengths (.npy, .parquet, text) or a folder with an {INDEX_FILE}")
     try:  # pyarrow's errors are ValueErrors too
         if path.suffix == ".parquet":
-            names = [name for name in ("num_tokens", "num_patches") if name in pq.read_schema(path).names]
-            columns = [_lengths(column.to_numpy()) for column in pq.read_table(path, columns=names).columns]
+            names = [name for name in LENGTH_COLUMNS if name in pq.read_schema(path).names]
             if "num_tokens" not in names:
                 raise ValueError("it has no column num_tokens")
-        elif path.suffix == ".npy":
-            columns = [_lengths(np.load(path, allow_pickle=False))]
-        else:
-            columns = [_lengths(np.array([int(word) for word in path.read_text(encoding="utf-8").split()], np.int64))]
+            table = pq.read_table(path, columns=names)
+            return {name: _lengths(table[name].to_numpy()) for name in names}
+        if path.suffix == ".npy":
+            return {"num_tokens": _lengths(np.load(path, allow_pickle=False))}
+        words = path.read_text(encoding="utf-8").split()
+        return {"num_tokens": _lengths(np.array([int(word) for word in words], np.int64))}
     except ValueError as error:
         raise DataError(f"{path} does not hold the lengths of samples: {error}") from error
-    return columns[0], columns[1] if len(columns) > 1 else None
 
 
 def _lengths(values: NDArray[Any]) -> NDArray[np.int64]:

@@ -24,6 +24,7 @@ from mimo_megatron.types import MediaRef, RawSample
 INDEX_VERSION = 2
 INDEX_FILE = "index.parquet"
 SIDECAR_FILE = "index.json"
+LENGTH_COLUMNS = ("num_tokens", "num_patches", "segment_squares", "frame_squares")
 _REBUILD = "run `mimo-megatron data index` again"
 
 
@@ -118,8 +119,7 @@ class IndexedSource:
         if not len(self._table):
             known = ", ".join(f"{name} ({count})" for name, count in self._sidecar["num_samples"].items())
             raise ConfigError(f"data.split: {folder} has no sample in split {split!r}; it has {known or 'none at all'}")
-        columns = ("num_tokens", "num_patches", "segment_squares", "frame_squares")
-        self.lengths = SampleLengths(*(self._table[name].to_numpy() for name in columns))
+        self.lengths = SampleLengths(*(self._table[name].to_numpy() for name in LENGTH_COLUMNS))
 
     @property
     def name(self) -> str:
