@@ -1,7 +1,7 @@
 // The packs of a step to ranks, equally many each: longest processing time first, then swaps.
 //
-// A rank's potential is steep_cost^8 + steep_vision^8, where both are 1 at the mean and 2 at an excess of 1 % of cost, or
-// of 6.7 % of vision cost; a swap of two packs is proposed at random and kept if the sum of potentials falls. A least
+// A rank's potential is steep_cost^16 + steep_vision^16, where both are 1 at the mean and 2 at an excess of 1 % of cost,
+// or of 6 % of vision cost; a swap of two packs is proposed at random and kept if the sum of potentials falls. A least
 // maximum as the aim would end at the first rank that cannot be helped, and leave all others as they are.
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +15,7 @@
 namespace packing {
 namespace {
 
-constexpr double kCostSteepness = 100, kVisionSteepness = 15;
+constexpr double kCostSteepness = 100, kVisionSteepness = 16;
 class Random {  // a linear congruential generator (Knuth's MMIX); its high bits are good enough to propose swaps
   public:
     std::int64_t below(std::int64_t bound) {
@@ -27,14 +27,14 @@ class Random {  // a linear congruential generator (Knuth's MMIX); its high bits
     std::uint64_t state_ = 1;
 };
 
-double eighth_power(double excess) {
+double sixteenth_power(double excess) {
     if (excess <= 0) return 0;
-    const double square = excess * excess, fourth = square * square;
-    return fourth * fourth;
+    const double square = excess * excess, fourth = square * square, eighth = fourth * fourth;
+    return eighth * eighth;
 }
 
 double potential(double cost, double vision) {
-    return eighth_power(cost - (kCostSteepness - 1)) + eighth_power(vision - (kVisionSteepness - 1));
+    return sixteenth_power(cost - (kCostSteepness - 1)) + sixteenth_power(vision - (kVisionSteepness - 1));
 }
 
 // Costs in units of which a mean rank has `steepness`.

@@ -23,7 +23,7 @@ from mimo_megatron.data.packing_reference import pack_two_costs_reference
 
 FILLER_PERCENT = 15
 TOLERATED_FRACTION = 500
-COST_STEEPNESS, VISION_STEEPNESS = 100.0, 15.0
+COST_STEEPNESS, VISION_STEEPNESS = 100.0, 16.0
 
 
 def pack_balanced_reference(
@@ -154,7 +154,8 @@ def deal_reference(
 def _potential(cost: float, vision: float) -> float:
     total = 0.0
     for excess in (cost - (COST_STEEPNESS - 1), vision - (VISION_STEEPNESS - 1)):
-        squared = max(excess, 0.0) * max(excess, 0.0)
-        fourth = squared * squared
-        total += fourth * fourth
+        power = max(excess, 0.0)
+        for _ in range(4):
+            power *= power
+        total += power
     return total
