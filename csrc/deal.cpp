@@ -1,8 +1,8 @@
 // The packs of a step to ranks, equally many each: longest processing time first, then swaps.
 //
-// A rank's potential is steep_cost^16 + steep_vision^16, where both are 1 at the mean and 2 at an excess of 1 % of cost,
-// or of 6 % of vision cost; a swap of two packs is proposed at random and kept if the sum of potentials falls. A least
-// maximum as the aim would end at the first rank that cannot be helped, and leave all others as they are.
+// A rank's potential is steep_cost^16 + steep_vision^16, where both are 1 at the mean and 2 at an excess of 1 % of
+// cost, or of 6 % of vision cost; a swap of two packs is proposed at random and kept if the sum of potentials falls. A
+// least maximum as the aim would end at the first rank that cannot be helped, and leave all others as they are.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -40,7 +40,8 @@ double potential(double cost, double vision) {
 // Costs in units of which a mean rank has `steepness`.
 std::vector<double> scaled(const std::int64_t* costs, std::int64_t n, std::int64_t num_ranks, double steepness) {
     const std::int64_t total = std::accumulate(costs, costs + n, std::int64_t{0});
-    const double unit = static_cast<double>(std::max<std::int64_t>(total, 1)) / static_cast<double>(num_ranks) / steepness;
+    const double mean = static_cast<double>(std::max<std::int64_t>(total, 1)) / static_cast<double>(num_ranks);
+    const double unit = mean / steepness;
     std::vector<double> values(n);
     for (std::int64_t i = 0; i < n; ++i) values[i] = static_cast<double>(costs[i]) / unit;
     return values;

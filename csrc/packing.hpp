@@ -50,7 +50,8 @@ inline void check_total(const std::int64_t* costs, std::int64_t n, const char* u
     for (std::int64_t i = 0; i < n; ++i) {
         if (costs[i] < 0 || costs[i] > kMost - total)
             throw std::invalid_argument("item " + std::to_string(i) + " has " + unit + " of " +
-                                        std::to_string(costs[i]) + "; they must not be negative, nor their sum above 2^52");
+                                        std::to_string(costs[i]) +
+                                        "; they must not be negative, nor their sum above 2^52");
         total += costs[i];
     }
 }

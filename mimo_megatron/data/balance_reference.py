@@ -4,10 +4,11 @@ Packing. As many packs as the lower bound says. The smallest samples, up to 15 %
 patches, whichever needs more packs), are put aside as filler; where tokens bind those without patches go first. The
 others go, the most costly first, down a binary tree over the packs: at each fork to the half whose packs have the
 smaller mean *excess*, the left one of equals, among the halves in which some pack has room for the tokens and some for
-the patches. A sample's excess is its cost less that of as many tokens of filler, since it is filler that will take the
-room it leaves. Where the way ends without a pack it becomes filler. Filler goes, largest first, where it fits best.
-Where that needs over 1/500 more packs than the lower bound - both costs bind nearly alike, or samples are few - and
-plain best fit needs fewer, the packs are those of plain best fit: an empty slot costs more than an uneven load.
+the patches. A sample's excess is its cost less that of as many tokens of filler (of the mean sample, if that is less),
+since it is filler that will take the room it leaves. Where the way ends without a pack it becomes filler. Filler goes,
+largest first, where it fits best. Where that needs over 1/500 more packs than the lower bound - both costs bind nearly
+alike, or samples are few - and plain best fit needs fewer, the packs are those of plain best fit: an empty slot costs
+more than an uneven load.
 
 Dealing. The most costly pack first to the rank with the least cost that may still get one. Then swaps of two packs are
 proposed at random, and kept if the sum of the ranks' potentials falls.
@@ -50,6 +51,7 @@ def pack_balanced_reference(
         filler.add(i)
     filler_tokens = sum(tokens[i] for i in filler)
     per_token = sum(costs[i] for i in filler) // filler_tokens if filler_tokens else 0
+    per_token = min(per_token, sum(costs) // max(sum(tokens), 1))
 
     members: list[list[int]] = [[] for _ in range(num_packs)]
     space = [(token_capacity, patch_capacity)] * num_packs
