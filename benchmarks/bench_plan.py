@@ -98,7 +98,7 @@ def flops(tokens: Counts, patches: Counts) -> tuple[Counts, Counts]:
 
 def balanced(lengths: SampleLengths, patch_capacity: int) -> Packs:
     costs = sample_costs(lengths, cost_by_flops(MODEL), CAPACITY, patch_capacity)
-    return pack_balanced(lengths, costs.total_N, CAPACITY, patch_capacity)
+    return pack_balanced(lengths, costs, CAPACITY, patch_capacity)
 
 
 def two_costs(lengths: SampleLengths, patch_capacity: int) -> Packs:

@@ -14,7 +14,8 @@ namespace packing {
 using Poll = std::function<void()>;
 
 struct Samples {
-    const std::int64_t *tokens, *patches, *costs;  // costs: their sum at most 2^52, so that it is exact in double
+    const std::int64_t *tokens, *patches;
+    const std::int64_t *costs, *vision_costs;  // the sum of each at most 2^49: what is added up here is exact in double
     std::int64_t n;
 };
 

@@ -64,14 +64,15 @@ packing::Poll poll_of(const py::object& is_cancelled) {
     };
 }
 
-py::tuple pack_balanced(const Costs& tokens, const Costs& patches, const Costs& costs, std::int64_t token_capacity,
-                        std::int64_t patch_capacity, const py::object& is_cancelled) {
+py::tuple pack_balanced(const Costs& tokens, const Costs& patches, const Costs& costs, const Costs& vision_costs,
+                        std::int64_t token_capacity, std::int64_t patch_capacity, const py::object& is_cancelled) {
     check_flat(tokens, "tokens");
     check_flat(patches, "patches");
     check_flat(costs, "costs");
-    if (patches.size() != tokens.size() || costs.size() != tokens.size())
+    check_flat(vision_costs, "vision_costs");
+    if (patches.size() != tokens.size() || costs.size() != tokens.size() || vision_costs.size() != tokens.size())
         throw std::invalid_argument("tokens, patches and costs must be equally many");
-    const packing::Samples samples{tokens.data(), patches.data(), costs.data(), tokens.size()};
+    const packing::Samples samples{tokens.data(), patches.data(), costs.data(), vision_costs.data(), tokens.size()};
     const packing::Poll poll = poll_of(is_cancelled);
     return run(samples.n, [&](std::int64_t* items) {
         return packing::pack_balanced(samples, token_capacity, patch_capacity, items, poll);
@@ -117,7 +118,8 @@ PYBIND11_MODULE(_packing, m) {
     m.def("pack_two", &pack_two, py::arg("tokens"), py::arg("patches"), py::arg("token_capacity"),
           py::arg("patch_capacity"));
     m.def("pack_balanced", &pack_balanced, py::arg("tokens"), py::arg("patches"), py::arg("costs"),
-          py::arg("token_capacity"), py::arg("patch_capacity"), py::arg("is_cancelled") = py::none());
+          py::arg("vision_costs"), py::arg("token_capacity"), py::arg("patch_capacity"),
+          py::arg("is_cancelled") = py::none());
     m.def("deal", &deal, py::arg("costs"), py::arg("vision_costs"), py::arg("num_ranks"),
           py::arg("proposals_per_pack"));
     m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));

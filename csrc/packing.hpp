@@ -43,15 +43,15 @@ inline void check_costs(const std::int64_t* costs, std::int64_t n, std::int64_t 
             refuse(i, costs[i], capacity, unit);
 }
 
-// Whole costs from 0 whose sum is exact in double.
+// Whole costs from 0 whose sum, times 10, is exact in double.
 inline void check_total(const std::int64_t* costs, std::int64_t n, const char* unit) {
-    constexpr std::int64_t kMost = std::int64_t{1} << 52;
+    constexpr std::int64_t kMost = std::int64_t{1} << 49;
     std::int64_t total = 0;
     for (std::int64_t i = 0; i < n; ++i) {
         if (costs[i] < 0 || costs[i] > kMost - total)
             throw std::invalid_argument("item " + std::to_string(i) + " has " + unit + " of " +
                                         std::to_string(costs[i]) +
-                                        "; they must not be negative, nor their sum above 2^52");
+                                        "; they must not be negative, nor their sum above 2^49");
         total += costs[i];
     }
 }

@@ -13,6 +13,7 @@ def pack_balanced(
     tokens: NDArray[np.integer],
     patches: NDArray[np.integer],
     costs: NDArray[np.integer],
+    vision_costs: NDArray[np.integer],
     token_capacity: int,
     patch_capacity: int,
     is_cancelled: Callable[[], bool] | None = None,

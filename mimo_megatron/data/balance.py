@@ -20,7 +20,7 @@ from mimo_megatron.errors import DataError
 # 0.989 and 0.949 in 25 ms, 4,000 0.990 and 0.950 in 100 ms.
 PROPOSALS_PER_PACK = 4000
 
-_FULL_PACK = 2.0**30  # costs are whole, so that no order of summing shows; a window of 2^22 such packs is within 2^52
+_FULL_PACK = 2.0**28  # costs are whole, so that no order of summing shows; a window of 2^21 such packs is within 2^49
 
 
 class SampleCosts(NamedTuple):
@@ -30,9 +30,13 @@ class SampleCosts(NamedTuple):
     vision_N: NDArray[np.int64]
     """The part of it that the vision encoder and the projector have."""
 
+    def take(self, numbers: NDArray[np.int64]) -> "SampleCosts":
+        """Those of some of the samples."""
+        return SampleCosts(self.total_N[numbers], self.vision_N[numbers])
+
 
 def sample_costs(lengths: SampleLengths, cost: PackCost, token_capacity: int, patch_capacity: int) -> SampleCosts:
-    """In units of which a pack of one text and one picture, both of the greatest size, has 2^30."""
+    """In units of which a pack of one text and one picture, both of the greatest size, has 2^28."""
     tokens, patches = lengths.num_tokens_N.astype(np.float64), lengths.num_patches_N.astype(np.float64)
     text = cost.per_token * tokens + cost.per_token_pair * lengths.segment_squares_N.astype(np.float64)
     vision = cost.per_patch * patches + cost.per_patch_pair * lengths.frame_squares_N.astype(np.float64)
@@ -45,7 +49,7 @@ def sample_costs(lengths: SampleLengths, cost: PackCost, token_capacity: int, pa
 
 def pack_balanced(
     lengths: SampleLengths,
-    costs: NDArray[np.int64],
+    costs: SampleCosts,
     token_capacity: int,
     patch_capacity: int,
     is_cancelled: Callable[[], bool] | None = None,
@@ -57,10 +61,10 @@ def pack_balanced(
     """
     tokens = checked(lengths.num_tokens_N, token_capacity, "tokens")
     patches = checked(lengths.num_patches_N, patch_capacity, "patches")
-    if not len(tokens) == len(patches) == len(costs):
-        counts = f"{len(tokens)} token counts, {len(patches)} patch counts and {len(costs)} costs"
+    if not len(tokens) == len(patches) == len(costs.total_N) == len(costs.vision_N):
+        counts = f"{len(tokens)} token counts, {len(patches)} patch counts and {len(costs.total_N)} costs"
         raise DataError(f"{counts}; give all three for every sample")
-    return Packs(*_packing.pack_balanced(tokens, patches, costs, token_capacity, patch_capacity, is_cancelled))
+    return Packs(*_packing.pack_balanced(tokens, patches, *costs, token_capacity, patch_capacity, is_cancelled))
 
 
 def deal(costs: Sequence[int], vision_costs: Sequence[int], num_ranks: int) -> list[list[int]]:

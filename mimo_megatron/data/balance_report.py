@@ -86,7 +86,7 @@ def _pack_totals(
     for taken in np.array_split(order, max(1, -(-len(order) // window))):
         part = lengths.take(taken)
         costs = sample_costs(part, cost, token_capacity, patch_capacity)
-        packs = pack_balanced(part, costs.total_N, token_capacity, patch_capacity)
+        packs = pack_balanced(part, costs, token_capacity, patch_capacity)
         turn = random.permutation(len(packs))
         for column, one in zip(columns, (part.num_tokens_N, part.num_patches_N, *costs), strict=True):
             column.append(packs.totals(one)[turn])

@@ -82,7 +82,7 @@ class Plan:
             order = self._epoch_order(epoch)
             start, end = (len(order) * place // self.num_windows for place in (window, window + 1))
             drawn = order[start:end]
-            packs = pack_balanced(self._lengths.take(drawn), self._costs.total_N[drawn], *self._capacities)
+            packs = pack_balanced(self._lengths.take(drawn), self._costs.take(drawn), *self._capacities)
             turn = self._random(_WINDOW, epoch, window).permutation(len(packs))
             self._window = (epoch, window, [drawn[packs[pack]] for pack in turn])
         return self._window[2]

@@ -38,7 +38,7 @@ def test_packs_are_full_and_ranks_are_loaded_evenly_in_cost_and_in_vision_alone(
 def test_random_order_of_the_same_packs_leaves_ranks_idle():
     lengths, cost = image_heavy(40_000), cost_by_flops(preset("mimo-vl-7b"))
     costs = sample_costs(lengths, cost, CAPACITY, PATCH_CAPACITY)
-    packs = pack_balanced(lengths, costs.total_N, CAPACITY, PATCH_CAPACITY)
+    packs = pack_balanced(lengths, costs, CAPACITY, PATCH_CAPACITY)
     order = np.random.default_rng(0).permutation(len(packs))[: STEP.num_packs].reshape(STEP.num_ranks, -1)
     total, vision = (efficiency(packs.totals(one)[order].sum(axis=1)) for one in costs)
     assert total < 0.94 and vision < 0.9
@@ -48,7 +48,7 @@ def test_where_both_costs_bind_the_packs_are_as_few_as_best_fits():
     lengths, cost = image_heavy(20_000), cost_by_flops(preset("mimo-vl-7b"))
     tight = 57_344  # the patches fill it as far as the tokens fill theirs
     costs = sample_costs(lengths, cost, CAPACITY, tight)
-    packs = pack_balanced(lengths, costs.total_N, CAPACITY, tight)
+    packs = pack_balanced(lengths, costs, CAPACITY, tight)
     lower_bound = max(lengths.num_tokens_N.sum() / CAPACITY, lengths.num_patches_N.sum() / tight)
     assert len(packs) < 1.05 * lower_bound
 
