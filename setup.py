@@ -7,10 +7,10 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "mimo_megatron._packing",
-            ["csrc/binding.cpp", "csrc/pack_one.cpp", "csrc/pack_two.cpp", "csrc/spread.cpp", "csrc/resize.cpp"],
-            depends=["csrc/packing.hpp", "csrc/spread.hpp", "csrc/resize.hpp"],
+            [f"csrc/{name}.cpp" for name in ("binding", "pack_one", "pack_two", "balance", "deal", "spread", "resize")],
+            depends=[f"csrc/{name}.hpp" for name in ("packing", "open_packs", "radix", "balance", "spread", "resize")],
             cxx_std=17,
-            # The weights of the resize are Pillow's to the bit only where no multiply is fused with an add.
+            # Sums as in Python, and the weights of the resize Pillow's to the bit: no multiply is fused with an add.
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra"],
         )
     ]

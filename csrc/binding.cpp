@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "balance.hpp"
 #include "packing.hpp"
 #include "resize.hpp"
 #include "spread.hpp"
@@ -55,6 +56,48 @@ py::tuple pack_two(const Costs& tokens, const Costs& patches, std::int64_t token
     });
 }
 
+// Ends the work on Ctrl-C, and where the caller's `is_cancelled` says so: then with its own exception.
+packing::Poll poll_of(const py::object& is_cancelled) {
+    return [is_cancelled] {
+        py::gil_scoped_acquire acquire;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (!is_cancelled.is_none() && is_cancelled().cast<bool>())
+            throw std::runtime_error("cancelled");
+    };
+}
+
+py::tuple pack_balanced(const Costs& tokens, const Costs& patches, const Costs& costs, const Costs& vision_costs,
+                        std::int64_t token_capacity, std::int64_t patch_capacity, const py::object& is_cancelled) {
+    check_flat(tokens, "tokens");
+    check_flat(patches, "patches");
+    check_flat(costs, "costs");
+    check_flat(vision_costs, "vision_costs");
+    if (patches.size() != tokens.size() || costs.size() != tokens.size() || vision_costs.size() != tokens.size())
+        throw std::invalid_argument("tokens, patches and costs must be equally many");
+    const packing::Samples samples{tokens.data(), patches.data(), costs.data(), vision_costs.data(), tokens.size()};
+    const packing::Poll poll = poll_of(is_cancelled);
+    return run(samples.n, [&](std::int64_t* items) {
+        return packing::pack_balanced(samples, token_capacity, patch_capacity, items, poll);
+    });
+}
+
+py::array_t<std::int64_t> deal(const Costs& costs, const Costs& vision_costs, std::int64_t num_ranks,
+                              std::int64_t proposals_per_pack) {
+    check_flat(costs, "costs");
+    check_flat(vision_costs, "vision_costs");
+    const std::int64_t n = costs.size();
+    if (vision_costs.size() != n) throw std::invalid_argument("costs and vision costs must be equally many");
+    py::array_t<std::int64_t> rank_of(n);
+    const std::int64_t *cost_data = costs.data(), *vision_data = vision_costs.data();
+    std::int64_t* rank_data = rank_of.mutable_data();
+    const packing::Poll poll = poll_of(py::none());
+    {
+        py::gil_scoped_release release;
+        packing::deal(cost_data, vision_data, n, num_ranks, proposals_per_pack, rank_data, poll);
+    }
+    return rank_of;
+}
+
 py::array_t<std::int64_t> spread(const Costs& costs, std::int64_t num_ranks) {
     check_flat(costs, "costs");
     const std::int64_t n = costs.size();
@@ -103,5 +146,10 @@ PYBIND11_MODULE(_packing, m) {
         },
         py::arg("frame"), py::arg("height"), py::arg("width"), py::arg("patch"), py::arg("merge"), py::arg("frames"),
         py::arg("number"), py::arg("out").noconvert(), py::arg("way") = "");
+    m.def("pack_balanced", &pack_balanced, py::arg("tokens"), py::arg("patches"), py::arg("costs"),
+          py::arg("vision_costs"), py::arg("token_capacity"), py::arg("patch_capacity"),
+          py::arg("is_cancelled") = py::none());
+    m.def("deal", &deal, py::arg("costs"), py::arg("vision_costs"), py::arg("num_ranks"),
+          py::arg("proposals_per_pack"));
     m.def("spread", &spread, py::arg("costs"), py::arg("num_ranks"));
 }

@@ -37,4 +37,23 @@ inline void check_sizes(std::int64_t n, std::int64_t capacity, const char* unit)
                                 ", outside 0 .. " + std::to_string(capacity));
 }
 
+inline void check_costs(const std::int64_t* costs, std::int64_t n, std::int64_t capacity, const char* unit) {
+    for (std::int64_t i = 0; i < n; ++i)
+        if (static_cast<std::uint64_t>(costs[i]) > static_cast<std::uint64_t>(capacity))
+            refuse(i, costs[i], capacity, unit);
+}
+
+// Whole costs from 0 whose sum, times 10, is exact in double.
+inline void check_total(const std::int64_t* costs, std::int64_t n, const char* unit) {
+    constexpr std::int64_t kMost = std::int64_t{1} << 49;
+    std::int64_t total = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+        if (costs[i] < 0 || costs[i] > kMost - total)
+            throw std::invalid_argument("item " + std::to_string(i) + " has " + unit + " of " +
+                                        std::to_string(costs[i]) +
+                                        "; they must not be negative, nor their sum above 2^49");
+        total += costs[i];
+    }
+}
+
 }  // namespace packing

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,6 +9,18 @@ def pack_one(lengths: NDArray[np.integer], capacity: int) -> tuple[NDArray[np.in
 def pack_two(
     tokens: NDArray[np.integer], patches: NDArray[np.integer], token_capacity: int, patch_capacity: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def pack_balanced(
+    tokens: NDArray[np.integer],
+    patches: NDArray[np.integer],
+    costs: NDArray[np.integer],
+    vision_costs: NDArray[np.integer],
+    token_capacity: int,
+    patch_capacity: int,
+    is_cancelled: Callable[[], bool] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def deal(
+    costs: NDArray[np.integer], vision_costs: NDArray[np.integer], num_ranks: int, proposals_per_pack: int
+) -> NDArray[np.int64]: ...
 def spread(costs: NDArray[np.integer], num_ranks: int) -> NDArray[np.int64]: ...
 def resize_ways() -> list[str]: ...
 def resize_to_patches(

@@ -26,7 +26,7 @@ VERBS: tuple[Verb, ...] = (
 )
 _GROUPS = {
     "config": "recipes: show, explain",
-    "data": "data sets: convert, index, lint, stats, preview",
+    "data": "data sets: convert, index, lint, stats, preview, verify-resume, calibrate",
     "reward-model": "reward models: evaluate",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",
     "rewards": "rewards: check, inspect",

@@ -200,17 +200,38 @@ def _verify_resume(values: Values) -> int:
     return 0
 
 
+def _calibrate_arguments(parser: Arguments) -> None:
+    parser.add_argument("run_dir", type=Path, help="the folder of a run that trained on samples of many lengths")
+    parser.add_argument("--skip", type=int, default=3, help="first steps left out, which warm up (default 3)")
+
+
+def _calibrate(values: Values) -> int:
+    from mimo_megatron.data.calibrate import calibrate, page, read_steps
+
+    print(page(calibrate(read_steps(values.run_dir), values.skip)))
+    return 0
+
+
 def _pack_arguments(parser: Arguments) -> None:
     parser.add_argument("lengths", type=Path, help="an indexed folder, or lengths as .parquet, .npy or text")
     parser.add_argument("--capacity", type=count, required=True, help="tokens of a pack")
     parser.add_argument("--patch-capacity", type=count, help="vision patches of a pack")
     parser.add_argument("--plot", type=Path, help="draw the lengths and the fill into this file")
+    parser.add_argument("--model", default="mimo-vl-7b", help="preset whose FLOPs are the cost (default mimo-vl-7b)")
+    parser.add_argument("--ranks", type=count, default=8, help="data-parallel ranks (default 8)")
+    parser.add_argument("--packs-per-rank", type=count, default=4, help="packs of a rank in a step (default 4)")
+    parser.add_argument("--what-if", type=Path, help="draw fill and balance against capacity and window into this file")
 
 
 def _pack(values: Values) -> int:
+    from mimo_megatron.config.presets import preset
+    from mimo_megatron.data.balance_report import Step
     from mimo_megatron.data.packing_report import pack_command
 
-    pack_command(values.lengths, values.capacity, values.patch_capacity, values.plot)
+    step = Step(values.ranks, values.packs_per_rank)
+    pack_command(
+        values.lengths, values.capacity, values.patch_capacity, preset(values.model), step, values.plot, values.what_if
+    )
     return 0
 
 
@@ -231,5 +252,6 @@ VERBS = (
         _verify_resume_arguments,
         _verify_resume,
     ),
+    Verb("data calibrate", "the cost of samples from a run's measured steps", _calibrate_arguments, _calibrate),
     Verb("pack", "how samples of given lengths fill packs", _pack_arguments, _pack),
 )

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt
 
 from mimo_megatron.config.base import Strict
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.pack_cost import PackCost
 from mimo_megatron.config.rl import RLConfig
 
 ModuleName = Literal["vision", "projector", "text"]
@@ -105,6 +106,9 @@ class DataConfig(EncodingConfig):
     pack_tokens: int = Field(gt=0, description="S: slots of a pack.")
     pack_patches: int = Field(gt=0, description="Vision patches a pack may hold.")
     window_samples: int = Field(10_000, gt=0, description="Samples shuffled and packed together.")
+    cost: PackCost | None = Field(
+        None, description="What packs and ranks are balanced by; null: the model's FLOPs. `data calibrate` measures it."
+    )
     workers: int = Field(
         0, ge=0, description="Processes of each rank that read, decode and pack ahead; 0: a thread does."
     )

@@ -32,9 +32,9 @@ class Share:
     dp_rank: int
     dp_size: int
 
-    def places(self) -> Sequence[int]:
-        """Their places in the step."""
-        return range(self.packs_per_step)[self.dp_rank :: self.dp_size]
+    @property
+    def num_packs(self) -> int:
+        return self.packs_per_step // self.dp_size
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ahead:
         self._num_steps = num_steps
         data = maker.corpus.data
         # Four steps hide a step whose packs take four times the mean; two packs a worker keep all of them busy.
-        most_packs = max(4 * len(share.places()), 2 * maker.num_workers)
+        most_packs = max(4 * share.num_packs, 2 * maker.num_workers)
         self._budget = Budget(data.prefetch_mib << 20, most_packs)
         self._made: queue.SimpleQueue[PlannedStep | tuple[Future[MadePack], int] | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(position,), name="pack-planner", daemon=True)
@@ -121,7 +121,8 @@ class Ahead:
             packs, after = self._plan.take(position, self._share.packs_per_step)
             digest = self._digest(position, packs)
             of_sources = self._maker.corpus.count_by_source(np.concatenate(packs))
-            yield PlannedStep(after, digest, of_sources, tuple(self._share.places())), packs
+            mine = self._plan.deal(packs, self._share.dp_size)[self._share.dp_rank]
+            yield PlannedStep(after, digest, of_sources, tuple(mine)), packs
             position = after
 
     def _digest(self, position: Position, packs: Sequence[NDArray[np.int64]]) -> bytes:

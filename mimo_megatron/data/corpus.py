@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.energon import open_source
@@ -45,6 +46,7 @@ class Corpus:
             patch_capacity=self.data.pack_patches,
             window_samples=self.data.window_samples,
             seed=seed,
+            cost=self.data.cost or cost_by_flops(self.model),
         )
 
     def sample_id(self, number: int) -> str:

@@ -7,7 +7,7 @@ by image; every error names the sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,29 @@ class MediaShape:
     def num_patches(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def frame_squares(self) -> int:
+        return self.grid[0] * (self.grid[1] * self.grid[2]) ** 2
+
+
+class Measure(NamedTuple):
+    """What a stored sample takes in a pack: tokens and patches, and their squares by segment and by frame."""
+
+    num_tokens: int
+    num_patches: int
+    segment_squares: int
+    frame_squares: int
+
+
+def measure_of(segments: Sequence[int], shapes: Sequence[MediaShape]) -> Measure:
+    """Of segments that each see all the media."""
+    return Measure(
+        sum(segments),
+        len(segments) * sum(shape.num_patches for shape in shapes),
+        sum(length**2 for length in segments),
+        len(segments) * sum(shape.frame_squares for shape in shapes),
+    )
+
 
 def length_settings(tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig) -> dict[str, Any]:
     """All that a sample's lengths depend on besides the sample, as plain JSON values."""
@@ -71,11 +94,11 @@ def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: Enc
 
 def measure_sample(
     raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
-) -> tuple[int, int]:
-    """(tokens, patches) that ``encode_sample`` will give. ``contents`` are the bytes of its media."""
+) -> Measure:
+    """What ``encode_sample`` will give. ``contents`` are the bytes of its media."""
     shapes = measure_all_media(raw, contents, model, data)
     token_ids_T, _ = encode_text(raw, shapes, tokenizer, model, data)
-    return len(token_ids_T), sum(shape.num_patches for shape in shapes)
+    return measure_of([len(token_ids_T)], shapes)
 
 
 def measure_all_media(

@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
         "media": pa.list_(_MEDIA),
         "num_tokens": pa.int64(),
         "num_patches": pa.int64(),
+        "segment_squares": pa.int64(),
+        "frame_squares": pa.int64(),
         "split": pa.string(),
     }
 )
@@ -200,12 +202,12 @@ class _Indexer:
             for kind, name in record.media
         )
         raw = RawSample(record.id, self._source, record.messages, media, record.meta)
-        num_tokens, num_patches = measure_stored(
+        measure = measure_stored(
             raw, [contents[name] for _, name in record.media], self._tokenizer, self._model, self._data
         )
         self._seen.add(record.id)
         split = record.split or ("validation" if _chance(record.id) < self._held_out_fraction else "train")
-        self._count(split, num_tokens, num_patches)
+        self._count(split, measure.num_tokens, measure.num_patches)
         return {
             "id": record.id,
             "shard": shard.name,
@@ -217,8 +219,7 @@ class _Indexer:
                 {"kind": one.kind, "offset": one.offset, "num_bytes": one.num_bytes, "sha256": one.sha256}
                 for one in media
             ],
-            "num_tokens": num_tokens,
-            "num_patches": num_patches,
+            **measure._asdict(),
             "split": split,
         }
 

@@ -220,13 +220,13 @@ class Linter:
         media = tuple(MediaRef(kind, str(shard), 0, len(content), "") for kind, _, content in contents)
         raw = RawSample(record.id, "", record.messages, media, record.meta)
         try:
-            tokens, patches = measure_stored(raw, [one for *_, one in contents], self._limits.tokenizer, model, data)
+            found = measure_stored(raw, [one for *_, one in contents], self._limits.tokenizer, model, data)
         except SampleError as error:
             yield error.reason, "", error.detail
             return
-        if tokens > data.pack_tokens or patches > data.pack_patches:
+        if found.num_tokens > data.pack_tokens or found.num_patches > data.pack_patches:
             limits = f"a pack holds data.pack_tokens {data.pack_tokens:,} and data.pack_patches {data.pack_patches:,}"
-            yield "over_capacity", "", f"{tokens:,} tokens and {patches:,} patches; {limits}"
+            yield "over_capacity", "", f"{found.num_tokens:,} tokens and {found.num_patches:,} patches; {limits}"
 
 
 def _digest(content: bytes) -> bytes:

@@ -1,8 +1,8 @@
 """The training loader: packs of a plan, made ahead of time for one data-parallel rank (docs/loader.md).
 
-Invariants: the packs of a step, and their order, do not depend on the number of ranks or workers; ``state`` speaks of
-consumed packs, never of those made ahead; a damaged sample is dropped from its pack, counted and listed, and changes
-nothing else.
+Packs of a step are dealt by predicted cost, equally many to each rank. Invariants: the packs of a step, and their
+order, do not depend on the number of ranks or workers; ``state`` speaks of consumed packs, never of those made ahead; a
+damaged sample is dropped from its pack, counted and listed, and changes nothing else.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ class Packs:
 
 def pack(lengths: ArrayLike, capacity: int) -> Packs:
     """Packs of at most ``capacity`` tokens. ``DataError`` names the first item that exceeds it."""
-    return Packs(*_packing.pack_one(_checked(lengths, capacity, "tokens"), capacity))
+    return Packs(*_packing.pack_one(checked(lengths, capacity, "tokens"), capacity))
 
 
 def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, patch_capacity: int) -> Packs:
@@ -49,13 +49,14 @@ def pack_two_costs(tokens: ArrayLike, patches: ArrayLike, token_capacity: int, p
 
     ``DataError`` names the first item that exceeds one of them.
     """
-    tokens, patches = _checked(tokens, token_capacity, "tokens"), _checked(patches, patch_capacity, "patches")
+    tokens, patches = checked(tokens, token_capacity, "tokens"), checked(patches, patch_capacity, "patches")
     if len(tokens) != len(patches):
         raise DataError(f"{len(tokens)} token counts but {len(patches)} patch counts; give both for every sample")
     return Packs(*_packing.pack_two(tokens, patches, token_capacity, patch_capacity))
 
 
-def _checked(values: ArrayLike, capacity: int, unit: str) -> NDArray[np.int64]:
+def checked(values: ArrayLike, capacity: int, unit: str) -> NDArray[np.int64]:
+    """The costs as int64 [N]. ``DataError`` unless they are whole numbers from 0 to ``capacity``."""
     costs = np.asarray(values)
     if costs.ndim != 1 or (costs.size and costs.dtype.kind not in "iu"):
         raise DataError(f"{unit} of samples must be a 1-D integer array, not {costs.ndim}-D {costs.dtype}")

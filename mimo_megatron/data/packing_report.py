@@ -20,8 +20,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.pack_cost import cost_by_flops
+from mimo_megatron.data.balance_report import Step, balance, plot_what_if
 from mimo_megatron.data.packing import pack, pack_two_costs
-from mimo_megatron.data.source import INDEX_FILE
+from mimo_megatron.data.source import INDEX_FILE, LENGTH_COLUMNS, SampleLengths
 from mimo_megatron.errors import DataError
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#d9822b", "#6b7280"
@@ -124,9 +127,21 @@ def plot(figures: PackingReport, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def pack_command(path: Path, capacity: int, patch_capacity: int | None = None, plot_path: Path | None = None) -> None:
-    """Prints how the samples of ``path`` pack, see ``read_lengths``; draws them if a ``plot_path`` is given."""
-    lengths, patches = read_lengths(path)
+def pack_command(
+    path: Path,
+    capacity: int,
+    patch_capacity: int | None,
+    model: ModelConfig,
+    step: Step,
+    plot_path: Path | None = None,
+    what_if_path: Path | None = None,
+) -> None:
+    """Prints how the samples of ``path`` pack, see ``read_lengths``, and how evenly their packs load a step's ranks.
+
+    Draws the packs, and what other capacities and windows would give, into the files that are named.
+    """
+    columns = _read_columns(path)
+    lengths, patches = columns["num_tokens"], columns.get("num_patches")
     figures = report(lengths, capacity, patches, patch_capacity)
     table = Table(box=SIMPLE, show_header=False, title=f"packing of {path}", title_justify="left")
     table.add_column()
@@ -134,7 +149,7 @@ def pack_command(path: Path, capacity: int, patch_capacity: int | None = None, p
     tokens = figures.tokens
     table.add_row("samples", f"{len(tokens.lengths):,}")
     table.add_row("left out, over a capacity", f"{figures.num_over_capacity:,}")
-    table.add_row("packs", f"{figures.num_packs:,}")
+    table.add_row("packs, best fit", f"{figures.num_packs:,}")
     table.add_row("lower bound", f"{figures.lower_bound:,}")
     table.add_row(f"fill of {capacity:,} tokens", f"{tokens.fill_fraction:.3%}")
     if figures.patches:
@@ -142,11 +157,33 @@ def pack_command(path: Path, capacity: int, patch_capacity: int | None = None, p
     table.add_row("padding tokens", f"{figures.waste_tokens:,}")
     table.add_row("mean samples per pack", f"{figures.mean_segments:.2f}")
     table.add_row("seconds", f"{figures.seconds:.4f}")
+    samples = SampleLengths(
+        lengths,
+        np.zeros_like(lengths) if patches is None else patches,
+        columns.get("segment_squares"),
+        columns.get("frame_squares"),
+    )
+    # Without a limit: as many patches as tokens can stand for.
+    most_patches = patch_capacity or capacity * (model.vision.merge_factor if model.vision else 1)
+    cost = cost_by_flops(model)
+    found = balance(samples, cost, capacity, most_patches, step, len(lengths))
+    table.add_section()
+    table.add_row(f"packs, balanced by the FLOPs of {model.name}", f"{found.num_packs:,}")
+    table.add_row("their fill in tokens", f"{found.token_fill:.3%}")
+    table.add_row(f"predicted efficiency of a step, {step}", _percent(found.step_efficiency))
+    table.add_row("of its vision alone", _percent(found.vision_efficiency))
     console = Console()
     console.print(table)
     if plot_path:
         plot(figures, plot_path)
         console.print(f"plot: {plot_path}")
+    if what_if_path:
+        plot_what_if(samples, cost, capacity, most_patches, step, what_if_path)
+        console.print(f"what if: {what_if_path}")
+
+
+def _percent(share: float | None) -> str:
+    return "no whole step" if share is None else f"{share:.2%}"
 
 
 def read_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
@@ -155,23 +192,28 @@ def read_lengths(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64] | Non
     Reads an index folder or a Parquet file (columns ``num_tokens`` and perhaps ``num_patches``), a ``.npy`` array of
     lengths, or a text file with one length a line.
     """
+    columns = _read_columns(path)
+    return columns["num_tokens"], columns.get("num_patches")
+
+
+def _read_columns(path: Path) -> dict[str, NDArray[np.int64]]:
     if path.is_dir():
         path = path / INDEX_FILE
     if not path.is_file():
         raise DataError(f"{path} is not a file; give lengths (.npy, .parquet, text) or a folder with an {INDEX_FILE}")
     try:  # pyarrow's errors are ValueErrors too
         if path.suffix == ".parquet":
-            names = [name for name in ("num_tokens", "num_patches") if name in pq.read_schema(path).names]
-            columns = [_lengths(column.to_numpy()) for column in pq.read_table(path, columns=names).columns]
+            names = [name for name in LENGTH_COLUMNS if name in pq.read_schema(path).names]
             if "num_tokens" not in names:
                 raise ValueError("it has no column num_tokens")
-        elif path.suffix == ".npy":
-            columns = [_lengths(np.load(path, allow_pickle=False))]
-        else:
-            columns = [_lengths(np.array([int(word) for word in path.read_text(encoding="utf-8").split()], np.int64))]
+            table = pq.read_table(path, columns=names)
+            return {name: _lengths(table[name].to_numpy()) for name in names}
+        if path.suffix == ".npy":
+            return {"num_tokens": _lengths(np.load(path, allow_pickle=False))}
+        words = path.read_text(encoding="utf-8").split()
+        return {"num_tokens": _lengths(np.array([int(word) for word in words], np.int64))}
     except ValueError as error:
         raise DataError(f"{path} does not hold the lengths of samples: {error}") from error
-    return columns[0], columns[1] if len(columns) > 1 else None
 
 
 def _lengths(values: NDArray[Any]) -> NDArray[np.int64]:

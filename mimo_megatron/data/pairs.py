@@ -11,7 +11,15 @@ from typing import Any
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import EncodingConfig
-from mimo_megatron.data.encode import encode_media, encode_sample, encode_text, measure_all_media, measure_sample
+from mimo_megatron.data.encode import (
+    Measure,
+    encode_media,
+    encode_sample,
+    encode_text,
+    measure_all_media,
+    measure_of,
+    measure_sample,
+)
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.types import EncodedSample, RawSample
@@ -22,14 +30,13 @@ _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
 def measure_stored(
     raw: RawSample, contents: Sequence[bytes], tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
-) -> tuple[int, int]:
-    """(tokens, patches) that a stored sample takes in a pack: for a reward model, of both members of the pair."""
+) -> Measure:
+    """What a stored sample takes in a pack: for a reward model, both members of the pair."""
     if model.text.head != "reward":
         return measure_sample(raw, contents, tokenizer, model, data)
     members = pair_of(raw)
     shapes = measure_all_media(raw, contents, model, data)
-    num_tokens = sum(len(encode_text(one, shapes, tokenizer, model, data)[0]) for one in members)
-    return num_tokens, len(members) * sum(shape.num_patches for shape in shapes)
+    return measure_of([len(encode_text(one, shapes, tokenizer, model, data)[0]) for one in members], shapes)
 
 
 def encode_stored(

@@ -1,12 +1,13 @@
 """The order of all samples and their packs: a function of (seed, epoch, window) alone.
 
 An epoch takes an exact number of samples from each source, shuffles them all together, and cuts the order into
-windows of equal size; each window is packed on its own and its packs are shuffled. Nothing here knows how many
-processes train. Invariants (N samples in all, numbered through the sources):
+windows of equal size; each window is packed on its own, into packs of nearly equal predicted cost, which are shuffled.
+Nothing but ``deal`` knows how many processes train. Invariants (N samples in all, numbered through the sources):
 
 * A source gives ``round(share * N)`` samples an epoch, and over epochs uses each of its samples equally often (+- 1).
 * Every sample drawn for a window is in exactly one of its packs, and no pack exceeds a capacity.
 * Samples over a capacity are never drawn; they are listed in ``over_capacity``.
+* A step has the same packs for any number of ranks; only who takes which of them depends on it.
 * The packs after a position depend on the plan and the position, not on how the position was reached.
 """
 
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mimo_megatron.data.packing import pack_two_costs
-from mimo_megatron.data.source import SampleLengths
+from mimo_megatron.config.pack_cost import PackCost
+from mimo_megatron.data.balance import deal, pack_balanced, sample_costs
+from mimo_megatron.data.source import SampleLengths, joined
 from mimo_megatron.errors import ConfigError
+
+TOKENS_ALONE = PackCost(per_token=1)
 
 # First word of the entropy of each random stream, so that no two uses share a stream.
 _SOURCE, _EPOCH, _WINDOW = range(3)
@@ -47,12 +51,14 @@ class Plan:
         patch_capacity: int,
         window_samples: int,
         seed: int,
+        cost: PackCost = TOKENS_ALONE,
     ) -> None:
         self._seed = seed
+        self._cost = cost
         self._capacities = (token_capacity, patch_capacity)
-        self._tokens = np.concatenate([one.num_tokens_N for one in lengths])
-        self._patches = np.concatenate([one.num_patches_N for one in lengths])
-        fits = (self._tokens <= token_capacity) & (self._patches <= patch_capacity)
+        self._lengths = joined(lengths)
+        self._costs = sample_costs(self._lengths, cost, token_capacity, patch_capacity)
+        fits = (self._lengths.num_tokens_N <= token_capacity) & (self._lengths.num_patches_N <= patch_capacity)
         self.over_capacity: NDArray[np.int64] = np.flatnonzero(~fits)
         starts = np.cumsum([0, *(len(one.num_tokens_N) for one in lengths)])
         self._members = [start + np.flatnonzero(fits[start:end]) for start, end in itertools.pairwise(starts)]
@@ -76,7 +82,7 @@ class Plan:
             order = self._epoch_order(epoch)
             start, end = (len(order) * place // self.num_windows for place in (window, window + 1))
             drawn = order[start:end]
-            packs = pack_two_costs(self._tokens[drawn], self._patches[drawn], *self._capacities)
+            packs = pack_balanced(self._lengths.take(drawn), self._costs.take(drawn), *self._capacities)
             turn = self._random(_WINDOW, epoch, window).permutation(len(packs))
             self._window = (epoch, window, [drawn[packs[pack]] for pack in turn])
         return self._window[2]
@@ -94,6 +100,11 @@ class Plan:
             taken += found
             consumed += len(found)
         return taken, Position(epoch, consumed)
+
+    def deal(self, packs: Sequence[NDArray[np.int64]], num_ranks: int) -> list[list[int]]:
+        """The places of each rank's packs in a step's ``packs``: equally many, of nearly equal predicted cost."""
+        costs, vision = ([int(cost[pack].sum()) for pack in packs] for cost in self._costs)
+        return deal(costs, vision, num_ranks)
 
     def _find(self, epoch: int, consumed: int) -> tuple[int, int]:
         """The window that holds this pack of the epoch, and the packs before it.
@@ -130,8 +141,8 @@ class Plan:
 
     def _fingerprint(self, weights: Sequence[float], window_samples: int) -> str:
         sizes = [len(members) for members in self._members]
-        digest = hashlib.sha256(repr((list(weights), window_samples, self._capacities, sizes)).encode())
-        for array in (*self._members, self._tokens, self._patches):
+        digest = hashlib.sha256(repr((list(weights), window_samples, self._capacities, self._cost, sizes)).encode())
+        for array in (*self._members, self._lengths.num_tokens_N, self._lengths.num_patches_N, *self._costs):
             digest.update(array.tobytes())
         # Another numpy may permute in another way, another packer may pack in another way: the first packs tell.
         for pack in self.window_packs(0, 0):

@@ -6,7 +6,7 @@ hash of each read; reads share nothing, so they are safe in threads and after a 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,14 +24,50 @@ from mimo_megatron.types import MediaRef, RawSample
 INDEX_VERSION = 2
 INDEX_FILE = "index.parquet"
 SIDECAR_FILE = "index.json"
+LENGTH_COLUMNS = ("num_tokens", "num_patches", "segment_squares", "frame_squares")
 _REBUILD = "run `mimo-megatron data index` again"
 
 
 class SampleLengths(NamedTuple):
-    """int64 [N] each: tokens and vision patches of every sample."""
+    """int64 [N] each, of every sample: tokens and vision patches, and what attention grows with.
+
+    A source that does not know the squares leaves them out: they are then those of one segment and one frame a sample,
+    the most they can be.
+    """
 
     num_tokens_N: NDArray[np.int64]
     num_patches_N: NDArray[np.int64]
+    segment_squares: NDArray[np.int64] | None = None
+    """Sum over the segments of tokens squared."""
+    frame_squares: NDArray[np.int64] | None = None
+    """Sum over images and frames of patches squared."""
+
+    @property
+    def segment_squares_N(self) -> NDArray[np.int64]:
+        return self.num_tokens_N**2 if self.segment_squares is None else self.segment_squares
+
+    @property
+    def frame_squares_N(self) -> NDArray[np.int64]:
+        return self.num_patches_N**2 if self.frame_squares is None else self.frame_squares
+
+    def take(self, numbers: NDArray[np.int64]) -> "SampleLengths":
+        """Those of some of the samples."""
+        return SampleLengths(
+            self.num_tokens_N[numbers],
+            self.num_patches_N[numbers],
+            self.segment_squares_N[numbers],
+            self.frame_squares_N[numbers],
+        )
+
+
+def joined(lengths: Sequence[SampleLengths]) -> SampleLengths:
+    """The lengths of several sources, one after another."""
+    return SampleLengths(
+        np.concatenate([one.num_tokens_N for one in lengths]),
+        np.concatenate([one.num_patches_N for one in lengths]),
+        np.concatenate([one.segment_squares_N for one in lengths]),
+        np.concatenate([one.frame_squares_N for one in lengths]),
+    )
 
 
 class DataSource(Protocol):
@@ -61,7 +97,7 @@ class IndexedSource:
         if not len(self._table):
             known = ", ".join(f"{name} ({count})" for name, count in self._sidecar["num_samples"].items())
             raise ConfigError(f"data.split: {folder} has no sample in split {split!r}; it has {known or 'none at all'}")
-        self.lengths = SampleLengths(self._table["num_tokens"].to_numpy(), self._table["num_patches"].to_numpy())
+        self.lengths = SampleLengths(*(self._table[name].to_numpy() for name in LENGTH_COLUMNS))
 
     @property
     def name(self) -> str:

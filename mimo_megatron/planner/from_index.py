@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.source import IndexedSource
@@ -23,6 +24,7 @@ def packs_of_index(config: RunConfig) -> Packs:
         patch_capacity=data.pack_patches,
         window_samples=data.window_samples,
         seed=config.seed,
+        cost=data.cost or cost_by_flops(config.model),
     )
     tokens = np.concatenate([one.num_tokens_N for one in lengths])
     patches = np.concatenate([one.num_patches_N for one in lengths])

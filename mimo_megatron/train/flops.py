@@ -22,8 +22,9 @@ weights: its backward is twice its forward, or nothing.
 from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
-from mimo_megatron.config.model import ModelConfig, TextConfig
+from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName
+from mimo_megatron.config.text_flops import text_weights
 from mimo_megatron.config.vision_flops import frame_pairs, layer_weights, projector_weights
 
 Grid = tuple[int, int, int]
@@ -93,7 +94,7 @@ def step_flops(
     text = model.text
     squares = (text.num_layers + text.num_mtp_layers) * sum(length * length for length in segments)
     return FlopCount(
-        text_linear=text_products * 2 * num_tokens * _text_weights(text),
+        text_linear=text_products * 2 * num_tokens * text_weights(text),
         text_attention=(1 + 2 * text_needs_grad) * 2 * text.num_heads * text.head_width * squares,
         head=text_products * 2 * num_rows * text.width * text.head_rows * (1 + text.num_mtp_layers),
         vision_linear=vision_linear,
@@ -105,10 +106,3 @@ def step_flops(
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of the device by its data sheet; None where none is known (a CPU, another GPU)."""
     return next((peak for name, peak in _PEAK_BF16_FLOPS if name.lower() in device_name.lower()), None)
-
-
-def _text_weights(text: TextConfig) -> int:
-    """Weights every token is multiplied by below the head: the layers, and each MTP layer with its joining matrix."""
-    queries, keys = text.num_heads * text.head_width, text.num_kv_heads * text.head_width
-    layer = text.width * (2 * queries + 2 * keys + 3 * text.ffn_width)
-    return text.num_layers * layer + text.num_mtp_layers * (layer + 2 * text.width * text.width)

@@ -175,9 +175,9 @@ def _steps(
 
 
 def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
-    """Tokens, slots, patches, images, samples, model FLOPs, and of the encoder's ranks the heaviest's and all ranks'
-    predicted FLOPs, of the step, over all data-parallel ranks."""
-    own = [0] * 8
+    """Tokens, slots, patches, images, samples, squares of segments and of frames, model FLOPs, and of the encoder's
+    ranks the heaviest's and all ranks' predicted FLOPs, of the step, over all data-parallel ranks."""
+    own = [0] * 10
     sharing = trainer.bare_chunks[0].sharing
     for batch in batches:
         grids = batch.vision.grids_I3 if batch.vision else ()
@@ -185,7 +185,10 @@ def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
         flops = step_flops(trainer.config.model, batch.segment_lengths, grids, trained, num_head_rows=batch.num_trained)
         loads = sharing.predicted_loads(grids) if sharing else [0]
         work = flops.total, max(loads), sum(loads)
-        row = (batch.num_tokens, batch.num_slots, batch.num_patches, len(grids), len(batch.sample_ids), *work)
+        segments = sum(length**2 for length in batch.segment_lengths)
+        frames = sum(count * (height * width) ** 2 for count, height, width in grids)
+        sizes = (batch.num_tokens, batch.num_slots, batch.num_patches, len(grids), len(batch.sample_ids))
+        row = (*sizes, segments, frames, *work)
         own = [total + one for total, one in zip(own, row, strict=True)]
     return sum_over(own, trainer.mesh.dp, trainer.device)
 
@@ -199,7 +202,7 @@ def _record(
     skipped: Counter[str],
     seconds: float,
 ) -> StepRecord:
-    tokens, slots, patches, images, samples, flops, heaviest, vision = totals
+    tokens, slots, patches, images, samples, segments, frames, flops, heaviest, vision = totals
     return StepRecord(
         step=step,
         loss=result.loss,
@@ -213,6 +216,8 @@ def _record(
         num_samples=samples,
         seconds=seconds,
         skipped=dict(skipped),
+        segment_squares=segments,
+        frame_squares=frames,
         model_flops=flops,
         vision_imbalance=heaviest * mesh.tp_cp.size / vision if vision else None,
         pair_accuracy=result.pair_accuracy,

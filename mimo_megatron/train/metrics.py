@@ -50,6 +50,10 @@ class StepRecord:
     seconds: float
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Samples skipped since the run began, by reason."""
+    segment_squares: int = 0
+    """Sum over segments of tokens squared; with ``frame_squares`` what `mimo-megatron data calibrate` fits."""
+    frame_squares: int = 0
+    """Sum over images and frames of patches squared."""
     model_flops: int = 0
     """``step_flops(...).total``; 0 where it was not counted."""
     vision_imbalance: float | None = None

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_megatron.config.pack_cost import PackCost
 from mimo_megatron.data.plan import Plan, Position
 from mimo_megatron.data.source import SampleLengths
 from mimo_megatron.errors import ConfigError
@@ -23,7 +24,9 @@ def lengths_of(costs) -> SampleLengths:
     return SampleLengths(tokens, patches)
 
 
-def plan_of(sources, weights=None, *, window_samples=8, seed=3, token_capacity=TOKENS, patch_capacity=PATCHES) -> Plan:
+def plan_of(
+    sources, weights=None, *, window_samples=8, seed=3, token_capacity=TOKENS, patch_capacity=PATCHES, **options
+) -> Plan:
     return Plan(
         [lengths_of(costs) for costs in sources],
         weights or [len(costs) for costs in sources],
@@ -31,6 +34,7 @@ def plan_of(sources, weights=None, *, window_samples=8, seed=3, token_capacity=T
         patch_capacity=patch_capacity,
         window_samples=window_samples,
         seed=seed,
+        **options,
     )
 
 
@@ -155,6 +159,15 @@ def test_the_draw_is_pinned():
     assert drawn == [[0, 1, 3], [2, 4, 5], [1, 3, 4], [0, 2, 5]]
 
 
+@given(sources=_SOURCES, num_ranks=st.sampled_from([1, 2, 3, 6]))
+def test_a_step_has_the_same_packs_for_any_number_of_ranks(sources, num_ranks):
+    plan = plan_of(sources, window_samples=50)
+    packs, _ = plan.take(Position(0, 0), 6)
+    held = plan.deal(packs, num_ranks)
+    assert [len(places) for places in held] == [6 // num_ranks] * num_ranks
+    assert sorted(itertools.chain(*held)) == list(range(6))
+
+
 def test_the_fingerprint_tells_streams_apart():
     base = {"window_samples": 8, "seed": 3, "token_capacity": TOKENS}
     costs = [[(10, 1), (20, 2)], [(30, 3)]]
@@ -163,5 +176,6 @@ def test_the_fingerprint_tells_streams_apart():
     changes = {"window_samples": 9, "token_capacity": 99}
     others = [plan_of(costs, **{**base, key: value}) for key, value in changes.items()]
     others += [plan_of(costs, [1, 1], **base), plan_of([[(10, 1), (20, 3)], [(30, 3)]], **base)]
+    others += [plan_of(costs, cost=PackCost(per_token=1, per_patch=1), **base)]
     others += [plan_of([[(10, 1)], [(20, 2), (30, 3)]], [2, 1], **base)]
-    assert len({same, *(plan.fingerprint for plan in others)}) == 6
+    assert len({same, *(plan.fingerprint for plan in others)}) == 7

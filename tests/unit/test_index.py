@@ -64,7 +64,10 @@ def test_indexed_lengths_equal_encoded_lengths(tmp_path, data):
         sample = encode_sample(source.read(number), tokenizer, TINY, data)
         assert sample.num_tokens == source.lengths.num_tokens_N[number]
         assert sample.num_patches == source.lengths.num_patches_N[number]
-    assert (report.num_tokens, report.num_patches) == tuple(int(one.sum()) for one in source.lengths)
+        assert sample.num_tokens**2 == source.lengths.segment_squares_N[number]
+        frames = [(one.grid[0], one.grid[1] * one.grid[2]) for one in sample.media]
+        assert sum(count * patches**2 for count, patches in frames) == source.lengths.frame_squares_N[number]
+    assert (report.num_tokens, report.num_patches) == tuple(int(one.sum()) for one in source.lengths[:2])
     assert source.sample_id(7) == "shard-000002/000099"
 
 

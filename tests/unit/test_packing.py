@@ -10,10 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimo_megatron import _packing
+from mimo_megatron.config.pack_cost import cost_by_flops
+from mimo_megatron.config.presets import preset
+from mimo_megatron.data.balance_report import Step, balance
 from mimo_megatron.data.packing import Packs, pack, pack_two_costs
 from mimo_megatron.data.packing_reference import check_packs, pack_reference
 from mimo_megatron.data.packing_report import pack_command, plot, read_lengths, report
-from mimo_megatron.data.source import INDEX_FILE
+from mimo_megatron.data.source import INDEX_FILE, SampleLengths
 from mimo_megatron.errors import DataError
 
 
@@ -209,11 +212,16 @@ def test_file_without_lengths_is_a_data_error(tmp_path: Path) -> None:
 def test_pack_command_prints_the_figures_and_draws_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens, patches = vision_mix(500)
     pq.write_table(pa.table({"num_tokens": tokens, "num_patches": patches}), tmp_path / INDEX_FILE)
-    pack_command(tmp_path, 32_768, 65_536, tmp_path / "packs.png")
+    model, step = preset("mimo-vl-7b"), Step(2, 2)
+    pack_command(tmp_path, 32_768, 65_536, model, step, tmp_path / "packs.png", tmp_path / "what_if.png")
     figures = report(tokens, 32_768, patches, 65_536)
     printed = capsys.readouterr().out
     assert f"{figures.num_packs:,}" in printed and f"{figures.tokens.fill_fraction:.3%}" in printed
-    assert (tmp_path / "packs.png").read_bytes().startswith(b"\x89PNG")
+    samples = SampleLengths(tokens, patches)
+    found = balance(samples, cost_by_flops(model), 32_768, 65_536, step, 500)
+    assert found.token_fill > 0.9 and f"{found.token_fill:.3%}" in printed
+    assert found.step_efficiency and f"{found.step_efficiency:.2%}" in printed
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("packs.png", "what_if.png"))
 
 
 def test_plot_of_no_samples_and_of_one_length_is_drawn(tmp_path: Path) -> None:

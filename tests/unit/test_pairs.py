@@ -96,9 +96,9 @@ def test_lengths_of_the_index_are_those_of_both_encoded_members(data: DataConfig
         members = encode_stored(sample, text, JUDGE, data)
         lengths = sum(one.num_tokens for one in members), sum(one.num_patches for one in members)
         assert lengths == (source.lengths.num_tokens_N[index], source.lengths.num_patches_N[index])
-        assert lengths == measure_stored(
-            sample, [read_media(ref, data.read) for ref in sample.media], text, JUDGE, data
-        )
+        measured = measure_stored(sample, [read_media(ref, data.read) for ref in sample.media], text, JUDGE, data)
+        assert lengths == measured[:2]
+        assert sum(one.num_tokens**2 for one in members) == measured.segment_squares
 
 
 def test_what_is_no_pair_is_left_out_of_the_index_and_listed(data: DataConfig) -> None:
