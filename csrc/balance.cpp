@@ -1,5 +1,5 @@
 // Packing that balances predicted cost: large samples spread over a fixed number of packs, small ones by best fit.
-// Where that needs too many packs, again with vision levelled above all, and at last plain best fit.
+// Where that needs too many packs, or would, again with vision levelled above all, and at last plain best fit.
 //
 // The packs are the leaves of a binary tree. A large sample goes down it, at each fork to the half whose packs have the
 // smaller mean excess, among the halves that seem to have room. So packs of every aligned group have nearly equal sums,
@@ -128,6 +128,7 @@ class Balancer {
         binding_ = tokens_bind_ ? in_.tokens : in_.patches;
         wanted_filler_ = (tokens_bind_ ? tokens : patches) * kFillerPercent / 100;
         lower_bound_ = std::max({by_tokens, by_patches, std::int64_t{1}});
+        other_bound_ = std::min(by_tokens, by_patches);
     }
 
     Offsets pack(std::int64_t* items) {
@@ -137,6 +138,8 @@ class Balancer {
         fill();
         return write(items);
     }
+
+    bool both_nearly_bind() const { return 5 * other_bound_ >= 4 * lower_bound_; }
 
     bool needs_too_many(const Offsets& offsets) const {
         return static_cast<std::int64_t>(offsets.size()) - 1 - lower_bound_ > lower_bound_ / kToleratedFraction;
@@ -244,7 +247,7 @@ class Balancer {
     const Poll& poll_;
     bool tokens_bind_;
     const std::int64_t* binding_;
-    std::int64_t wanted_filler_, lower_bound_, num_packs_ = 0;
+    std::int64_t wanted_filler_, lower_bound_, other_bound_, num_packs_ = 0;
     std::vector<Keyed> large_, filler_;
     std::vector<std::pair<std::int32_t, std::int32_t>> spaces_;  // tokens and patches left after the large samples
     std::vector<std::uint32_t> pack_of_;
@@ -270,6 +273,7 @@ Offsets pack_balanced(const Samples& samples, std::int64_t token_capacity, std::
     };
     for (const std::int64_t emphasis : {std::int64_t{0}, kVisionEmphasis}) {
         Balancer balancer(samples, token_capacity, patch_capacity, emphasis, poll);
+        if (emphasis == 0 && balancer.both_nearly_bind()) continue;
         keep(balancer.pack(tried.data()));
         if (!balancer.needs_too_many(best)) return best;
     }

@@ -8,8 +8,9 @@ the patches. A sample's excess is its cost less that of as many tokens of filler
 since it is filler that will take the room it leaves. Where the way ends without a pack it becomes filler. Filler goes,
 largest first, where it fits best.
 
-Where that needs over 1/500 more packs than the lower bound - both costs bind nearly alike, or samples are few - it is
-tried again with vision counted 9 times in the excess, then plain best fit; the first with the fewest packs is taken.
+Where that needs over 1/500 more packs than the lower bound it is tried again with vision counted 9 times in the excess,
+then plain best fit; the first with the fewest packs is taken. Where the cost that does not bind needs 4/5 of the packs
+or more, patches would run out before tokens, and the first of these tries is left out.
 
 Dealing. The most costly pack first to the rank with the least cost that may still get one. Then swaps of two packs are
 proposed at random, and kept if the sum of the ranks' potentials falls.
@@ -39,9 +40,9 @@ def pack_balanced_reference(
 ) -> Packs:
     if not tokens:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
-    lower_bound = max(-(-sum(tokens) // token_capacity), -(-sum(patches) // patch_capacity), 1)
-    tried = []
-    for emphasis in (0, VISION_EMPHASIS):
+    bounds = (-(-sum(tokens) // token_capacity), -(-sum(patches) // patch_capacity))
+    lower_bound, tried = max(*bounds, 1), []
+    for emphasis in (VISION_EMPHASIS,) if 5 * min(bounds) >= 4 * lower_bound else (0, VISION_EMPHASIS):
         weighted = [cost + emphasis * vision for cost, vision in zip(costs, vision_costs, strict=True)]
         tried.append(_balanced(tokens, patches, costs, weighted, token_capacity, patch_capacity))
         if min(map(len, tried)) - lower_bound <= lower_bound // TOLERATED_FRACTION:
