@@ -162,7 +162,6 @@ _GPU_PACKAGES = (
     ("flash_attn", "flash-attn", "packed attention"),
     ("triton", "triton", "this package's own kernels"),
     ("apex", "apex", "fused optimizer"),
-    ("nvidia.dali", "nvidia-dali-cuda120", "image decoding on the GPU"),
 )
 
 
