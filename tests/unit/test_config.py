@@ -274,6 +274,7 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("largest_media_fit_a_pack", 1, ["data.max_pixels=12845056"]),
         ("largest_media_fit_a_pack", 1, ["data.video.max_total_tokens=512"]),
         ("largest_media_fit_a_pack", 1, ["data.pack_patches=1020"]),
+        ("a_pack_can_be_made_ahead", 1, ["data.prefetch_mib=1"]),
         ("special_tokens_differ", 1, ["model.tokens.pad=1"]),
         ("interleaving_needs_a_pipeline", 1, ["parallel.vpp=2"]),
         ("interleaving_fills_the_pipeline", 2, ["parallel.pp=2", "parallel.vpp=2", "train.packs_per_step=3"]),
