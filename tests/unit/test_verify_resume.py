@@ -6,7 +6,6 @@ import random
 import pytest
 
 from mimo_megatron.cli import main
-from mimo_megatron.data.ahead import Share
 from mimo_megatron.data.loader import PackLoader, open_maker
 from mimo_megatron.data.verify_resume import MOST_STATE_BYTES, Request, difference, read_steps, request_of
 from mimo_megatron.errors import ConfigError
@@ -115,9 +114,3 @@ def test_steps_keep_the_recipes_packs_where_all_ranks_share_them_evenly(data):
     assert request_of(config, steps=2, kill_at=1, ranks=RANKS, workers=(0,)).packs_per_step == 48
     with pytest.raises(ConfigError, match="--kill-at 2 must be at least 1 and below --steps 2"):
         request_of(config, steps=2, kill_at=2, ranks=RANKS, workers=(0,))
-
-
-def test_each_pack_of_a_step_goes_to_one_rank():
-    for size in (1, 2, 3, 4, 6, 12):
-        places = [place for rank in range(size) for place in Share(12, rank, size).places()]
-        assert sorted(places) == list(range(12))
