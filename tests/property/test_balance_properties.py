@@ -1,6 +1,9 @@
 """Balanced packs and dealing: the C++ gives the definition's answer, and the definition keeps its promises."""
 
 import itertools
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -112,3 +115,20 @@ def test_packing_ends_where_the_caller_cancels_it():
     ones, zeros = np.ones(1_000_000, np.int64), np.zeros(1_000_000, np.int64)
     with pytest.raises(RuntimeError, match="cancelled"):
         pack_balanced(SampleLengths(7 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES, lambda: next(calls))
+
+
+def test_a_signal_such_as_ctrl_c_ends_packing():
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    ones, zeros = np.ones(2_000_000, np.int64), np.zeros(2_000_000, np.int64)
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(Stopped):
+            pack_balanced(SampleLengths(7 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
