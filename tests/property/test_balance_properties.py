@@ -126,8 +126,8 @@ def test_a_signal_such_as_ctrl_c_ends_packing_at_once():
         raise Stopped
 
     def pack_many():
-        ones, zeros = np.ones(2_000_000, np.int64), np.zeros(2_000_000, np.int64)
-        pack_balanced(SampleLengths(7 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES)
+        ones, zeros = np.ones(700_000, np.int64), np.zeros(700_000, np.int64)
+        pack_balanced(SampleLengths(5 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES)
 
     began = time.process_time()
     pack_many()
