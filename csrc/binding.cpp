@@ -56,13 +56,12 @@ py::tuple pack_two(const Costs& tokens, const Costs& patches, std::int64_t token
     });
 }
 
-// Ends the work on Ctrl-C, and where the caller's `is_cancelled` says so: then with its own exception.
+// Ends the work on Ctrl-C, and with a RuntimeError where the caller's `is_cancelled` says so.
 packing::Poll poll_of(const py::object& is_cancelled) {
     return [is_cancelled] {
         py::gil_scoped_acquire acquire;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        if (!is_cancelled.is_none() && is_cancelled().cast<bool>())
-            throw std::runtime_error("cancelled");
+        if (!is_cancelled.is_none() && is_cancelled().cast<bool>()) throw std::runtime_error("cancelled");
     };
 }
 

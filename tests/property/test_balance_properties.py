@@ -1,6 +1,10 @@
 """Balanced packs and dealing: the C++ gives the definition's answer, and the definition keeps its promises."""
 
 import itertools
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -112,3 +116,28 @@ def test_packing_ends_where_the_caller_cancels_it():
     ones, zeros = np.ones(1_000_000, np.int64), np.zeros(1_000_000, np.int64)
     with pytest.raises(RuntimeError, match="cancelled"):
         pack_balanced(SampleLengths(7 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES, lambda: next(calls))
+
+
+def test_a_signal_such_as_ctrl_c_ends_packing_at_once():
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    def pack_many():
+        ones, zeros = np.ones(700_000, np.int64), np.zeros(700_000, np.int64)
+        pack_balanced(SampleLengths(5 * ones, zeros), SampleCosts(ones, zeros), TOKENS, PATCHES)
+
+    began = time.process_time()
+    pack_many()
+    whole = time.process_time() - began
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        began = time.process_time()
+        threading.Timer(whole / 5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with pytest.raises(Stopped):
+            pack_many()
+        assert time.process_time() - began < 0.7 * whole
+    finally:
+        signal.signal(signal.SIGUSR1, before)
