@@ -116,10 +116,10 @@ def test_only_packets_of_the_groups_of_wanted_frames_are_decoded(
     assert most // 2 <= len(decoded) <= most
 
 
-@pytest.mark.parametrize("kind", ["H.264, open groups", "VP9", "MPEG-4"])
-def test_damage_never_raises_anything_but_a_data_error(kind: str) -> None:
-    rng, whole, refused = np.random.default_rng(1), clip(kind), 0
-    for _ in range(25):
+def test_damage_never_raises_anything_but_a_data_error() -> None:
+    rng, refused = np.random.default_rng(1), 0
+    for kind in 25 * ["H.264, open groups", "VP9", "MPEG-4"]:
+        whole = clip(kind)
         data = bytearray(whole[: rng.integers(len(whole) // 3, len(whole))] if rng.random() < 0.3 else whole)
         start = int(rng.integers(len(data)))
         data[start : start + 200] = rng.bytes(len(data[start : start + 200]))
@@ -129,4 +129,4 @@ def test_damage_never_raises_anything_but_a_data_error(kind: str) -> None:
                 pass
         except DataError:
             refused += 1
-    assert refused > 2
+    assert refused > 5
