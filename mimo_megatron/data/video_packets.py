@@ -116,7 +116,7 @@ def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[av.VideoStream]:
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"file of {len(data)} bytes has no video stream; drop the sample or replace the file")
             yield container.streams.video[0]
