@@ -55,6 +55,13 @@ class Run:
         print(f"{self.folder}: {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
     @property
+    def has_ended(self) -> bool:
+        if not (self.folder / "evaluations.jsonl").exists():
+            return False
+        last = (self.folder / "evaluations.jsonl").read_text().splitlines()[-1]
+        return json.loads(last)["step"] == load_recipe(RECIPE, self.overrides).train.steps
+
+    @property
     def rewards(self) -> list[dict[str, float]]:
         """Of each task at every evaluation, from the first to the last."""
         return [json.loads(line)["rewards"] for line in (self.folder / "evaluations.jsonl").read_text().splitlines()]
@@ -103,21 +110,25 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", choices=[MIXED, ALONE, GRPO], nargs="+", default=[MIXED, ALONE, GRPO])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--as-is", action="store_true", help="start nothing: compare the runs that have ended")
     parser.add_argument("--runs", type=Path, default=Path("runs/tiny/compare"), help="folder of the runs")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/morl-comparison.png")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe, for every run")
     options = parser.parse_args()
     runs = list(planned(options.seeds, options.only, options.overrides, options.runs))
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda run: run.start(threads), runs))
+    if options.as_is:
+        runs = [run for run in runs if run.has_ended]
+    else:
+        threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda run: run.start(threads), runs))
     rows = [
         {"run": run.label, "seed": run.seed, "task": task, "first": run.rewards[0][task], "last": run.rewards[-1][task]}
         for run in runs
         for task in run.rewards[0]
     ]
     print(write_rows("rl-comparison", rows, ("mimo_megatron", "examples"), ("torch", "megatron-core"), None))
-    by_label = {label: [run.folder for run in runs if run.label == label] for label in options.only}
+    by_label = {label: found for label in options.only if (found := [run.folder for run in runs if run.label == label])}
     print(write_comparison(by_label, options.plot))
     Console(width=160).print(table_of(runs))
     return 0
