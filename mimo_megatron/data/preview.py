@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +24,7 @@ from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import MediaShape, measure_media
 from mimo_megatron.data.markup import Frame, Region, rescale_coordinates, rescale_messages
+from mimo_megatron.data.page import write_html
 from mimo_megatron.data.patches import unpatchify
 from mimo_megatron.data.plan import Position
 from mimo_megatron.data.reading import read_media
@@ -81,14 +81,9 @@ def write_preview(
     plan = corpus.plan(seed)
     packs, _ = plan.take(Position(0, 0), num_packs)
     views = [_pack_view(corpus, number, pack.tolist(), shown_tokens) for number, pack in enumerate(packs)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    return write_html(
+        TEMPLATE,
+        out,
         model=model.name,
         data=data,
         seed=seed,
@@ -97,9 +92,6 @@ def write_preview(
         packs=views,
         totals=_totals(views),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
 
 
 def frames_of(media: EncodedMedia, vision: VisionConfig) -> NDArray[np.uint8]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +19,7 @@ from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.bars import Limit, histogram
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import encode_text, measure_all_media
+from mimo_megatron.data.page import write_html
 from mimo_megatron.data.plan import Position
 from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
@@ -157,14 +157,9 @@ def _packs(corpus: Corpus, seed: int, num_packs: int) -> PackStats:
 
 def write_page(stats: DataStats, data: DataConfig, model: ModelConfig, out: Path) -> Path:
     """``out``, now one page of these statistics that needs no other file."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(TEMPLATE).render(
+    return write_html(
+        TEMPLATE,
+        out,
         model=model.name,
         data=data,
         stats=stats,
@@ -172,9 +167,6 @@ def write_page(stats: DataStats, data: DataConfig, model: ModelConfig, out: Path
         tables=_tables(stats),
         quantile=np.quantile,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
 
 
 def _charts(stats: DataStats, data: DataConfig) -> dict[str, Any]:
