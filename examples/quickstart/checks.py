@@ -11,8 +11,9 @@ from mimo_megatron.convert.storage import same_bits
 from mimo_megatron.errors import MimoError
 from mimo_megatron.mcore.optimizer import MODULES
 
-_ENDS = 0.1
-"""Fraction of the steps at each end whose mean losses are compared."""
+_ENDS = 1 / 3
+"""Fraction of the steps at each end whose losses are compared. Of 20 steps of stage 4 the mean has a standard error of
+0.04 from their samples alone, nearly what the stage learns."""
 
 
 class CheckFailed(MimoError):
@@ -40,13 +41,15 @@ def check_frozen(before: Path, after: Path, config: RunConfig) -> dict[str, tupl
 
 
 def check_loss(run_dir: Path) -> tuple[float, float]:
-    """Mean loss of the first and of the last tenth of the steps; the second is smaller."""
+    """Mean loss of the trained tokens in the first and in the last third of the steps; the second is smaller."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     count = max(1, round(_ENDS * len(rows)))
-    losses = [row["loss"] for row in rows]
-    first, last = fmean(losses[:count]), fmean(losses[-count:])
+    first, last = (
+        fmean((row["loss"] for row in part), weights=[row["num_trained_tokens"] for row in part])
+        for part in (rows[:count], rows[-count:])
+    )
     if not last < first:
-        raise CheckFailed(f"{run_dir}: the loss did not fall: {first:.4f} in the first tenth, {last:.4f} in the last")
+        raise CheckFailed(f"{run_dir}: the loss did not fall: {first:.4f} in the first third, {last:.4f} in the last")
     return first, last
 
 

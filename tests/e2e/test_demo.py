@@ -149,14 +149,21 @@ def test_a_frozen_module_that_changed_and_a_trained_one_that_did_not_are_found(r
 
 
 def test_a_loss_that_rises_is_found(tmp_path: Path) -> None:
-    def write(losses: list[float]) -> None:
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    def write(losses: list[float], tokens: int = 9) -> None:
+        rows = [{"loss": loss, "num_trained_tokens": tokens} for loss in losses]
+        rows[-1]["num_trained_tokens"] = 9
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write([3.0] * 10 + [9.0] * 80 + [2.0] * 10)
+    write([3.0] * 33 + [9.0] * 34 + [2.0] * 33)
     assert check_loss(tmp_path) == (3.0, 2.0)
-    write([2.0] * 10 + [1.0] * 80 + [3.0] * 10)
+    write([2.0] * 33 + [1.0] * 34 + [3.0] * 33)
     with pytest.raises(CheckFailed, match="did not fall"):
         check_loss(tmp_path)
+    write([2.0, 9.0, 1.0, 4.0], tokens=3)  # the first third is one step of the four
+    with pytest.raises(CheckFailed, match=r"2\.0000 in the first third, 4\.0000"):
+        check_loss(tmp_path)
+    write([2.0] * 5 + [4.0, 1.0], tokens=1)  # the last two steps have 1 and 9 tokens
+    assert check_loss(tmp_path) == (2.0, 1.3)
 
 
 def test_an_answer_that_differs_between_the_two_clients_is_found() -> None:
