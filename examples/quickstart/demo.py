@@ -121,9 +121,7 @@ def run_stage(protocol: Protocol, recipe: Path, config: RunConfig) -> Path:
         state = f"trained, {num_changed} of" if num_changed else "frozen, bit-identical in all"
         protocol.found(f"{module}: {state} {num_tensors} tensors")
     first, last = check_loss(config.dir)
-    protocol.found(
-        f"loss: {first:.3f} -> {last:.3f} (of the trained tokens in the first and in the last third of the steps)"
-    )
+    protocol.found(f"loss: {first:.3f} -> {last:.3f} (first and last third of the steps, over their trained tokens)")
     return checkpoint
 
 
