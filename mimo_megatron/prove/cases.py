@@ -223,6 +223,8 @@ def run_config(layout: Layout, feature: Feature) -> RunConfig:
         ),
         train=TrainConfig(**(train | dict(feature.train))),
         rl=_rl(feature.policy) if feature.policy else None,
+        # A divergence is from the start; here the reference policy is given, and nothing is read.
+        start_from=nowhere if feature.policy and feature.policy.kl_weight else None,
     )  # fmt: skip
 
 

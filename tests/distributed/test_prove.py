@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mimo_megatron.cli import main
+from mimo_megatron.config.check import check
 from mimo_megatron.config.run import ParallelConfig
-from mimo_megatron.prove.cases import FEATURES, LAYOUTS, REFUSALS, cases
+from mimo_megatron.prove.cases import FEATURES, LAYOUTS, REFUSALS, cases, run_config
 from mimo_megatron.prove.faults import FAULTS
 from mimo_megatron.prove.report import support_matrix
 from mimo_megatron.prove.run import prove, refused
@@ -41,6 +42,11 @@ def test_an_unknown_fault_and_an_empty_choice_are_refused(capsys: pytest.Capture
     assert main(["prove", "--fault", "x"]) == 2
     assert "splice" in capsys.readouterr().err
     assert main(["prove", "--only", "cp99"]) == 2
+
+
+def test_no_rule_of_recipes_refuses_a_case() -> None:
+    for case in CASES.values():
+        check(run_config(case.layout, case.feature), case.layout.ranks)
 
 
 def test_what_cannot_be_right_is_refused_by_name() -> None:

@@ -21,7 +21,8 @@ def test_two_ranks_two_engines_and_a_reward_service_run_and_an_engine_that_is_ki
         assert topology.problems(STEPS) == []
         assert all(part.num_starts == 1 for part in topology.parts)  # the keeper lives, and so does the trainer
         assert "the engine ended with code -9 and is started again" in topology.engines[0].log.read_text()
-        assert len(list((tmp_path / "services").glob("engine-*.json"))) == 2
+        services = tmp_path / "services"
+        topology.wait(lambda: len(list(services.glob("engine-*.json"))) == 2, 300)  # the run may end before it is back
     assert list((tmp_path / "services").iterdir()) == []
 
 
