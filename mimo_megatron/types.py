@@ -1,6 +1,6 @@
 """What crosses a package border: frozen dataclasses with the shape of every field.
 
-Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision tokens (P / 4), I images and videos,
+Dims: S slots of a pack, T tokens of a sample, P vision patches, M merged vision tokens, I images and videos,
 Q segments of a pack, C bytes of one patch (channels x frames x height x width = 3 x 2 x 14 x 14 = 1176), Z bytes stored
 of it (588 of a still image, whose one frame fills both halves), Y bytes of pixels.
 """
@@ -155,10 +155,12 @@ class PackedBatch:
     segment_bounds: tuple[int, ...]
     """Cumulative slot counts of the segments, from 0 to S, padding included."""
     pixels_Y: torch.Tensor
-    """uint8 [Y] the patches of all media in pack order, 588 bytes each of stills and 1176 of videos."""
+    """uint8 [Y] the patches of all media as they first appear, 588 bytes each of stills and 1176 of videos."""
     vision: VisionLayout | None
     splice_M: torch.Tensor
     """int64 [M] the slot of each merged vision token, in pack order."""
+    splice_rows_M: torch.Tensor
+    """int64 [M] the row each takes of the P / 4 features: media that several samples share stand there once."""
     sample_ids: tuple[str, ...]
     num_tokens: int
     """Slots that hold real tokens."""

@@ -1,15 +1,17 @@
 """Encoded samples laid side by side in one pack: every index the forward needs, computed here on the CPU.
 
 Dims: S slots of the pack, M merged vision tokens, Y bytes of pixels. Invariants: labels never cross a
-segment; positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is the
-k-th merge unit of ``pixels_Y``; padding carries no loss and its segments are short, so that attention over it costs
-next to nothing.
+segment; positions restart at 0 in each segment; the k-th placeholder slot is ``splice_M[k]`` and its feature is
+merge unit ``splice_rows_M[k]`` of ``pixels_Y``; a picture that several samples have, as one object, stands there once,
+and so is encoded once; padding carries no loss and its segments are short, so that attention over it costs next to
+nothing.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig, VisionConfig
 from mimo_megatron.data.positions import mrope_positions
@@ -48,7 +50,7 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         start, end = bounds[-1], min(bounds[-1] + MAX_PADDING_SEGMENT, num_slots)
         positions_3S[:, start:end] = np.arange(end - start)
         bounds.append(end)
-    media = [one for sample in samples for one in sample.media]
+    media, rows_M = _shared_media(samples, model.vision.merge_factor if model.vision else 1)
     is_placeholder_S = np.isin(token_ids_S[:num_tokens], (model.tokens.image_pad, model.tokens.video_pad))
     return PackedBatch(
         token_ids_S=torch.from_numpy(token_ids_S),
@@ -59,10 +61,26 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         pixels_Y=joined_pixels(media),
         vision=layout_of_media(media, model.vision) if model.vision and media else None,
         splice_M=torch.from_numpy(np.flatnonzero(is_placeholder_S)),
+        splice_rows_M=torch.from_numpy(rows_M),
         sample_ids=tuple(sample.id for sample in samples),
         num_tokens=num_tokens,
         columns={name: torch.from_numpy(column_S) for name, column_S in columns_S.items()},
     )
+
+
+def _shared_media(samples: Sequence[EncodedSample], merge_factor: int) -> tuple[list[EncodedMedia], NDArray[np.int64]]:
+    """The samples' media, each object once, and the feature row of every placeholder."""
+    media: list[EncodedMedia] = []
+    first_rows: dict[int, int] = {}
+    rows_M, num_rows = [np.zeros(0, np.int64)], 0
+    for one in (one for sample in samples for one in sample.media):
+        num_features = one.num_patches // merge_factor
+        if id(one) not in first_rows:
+            first_rows[id(one)] = num_rows
+            media.append(one)
+            num_rows += num_features
+        rows_M.append(first_rows[id(one)] + np.arange(num_features))
+    return media, np.concatenate(rows_M)
 
 
 def joined_pixels(media: Sequence[EncodedMedia]) -> torch.Tensor:

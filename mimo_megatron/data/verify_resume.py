@@ -239,6 +239,7 @@ def _pack(batch: PackedBatch) -> Pack:
         batch.positions_3S,
         batch.pixels_Y,
         batch.splice_M,
+        batch.splice_rows_M,
         *columns,
     ):
         content.update(tensor.contiguous().numpy().data)

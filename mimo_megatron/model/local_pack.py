@@ -30,7 +30,7 @@ class Lane:
     splice_slots_L: Tensor
     """int64 [L] local slots that take a vision feature."""
     splice_rows_L: Tensor
-    """int64 [L] the feature row each of them takes, in pack order."""
+    """int64 [L] the feature row each of them takes; several may take one."""
     rows_R: Tensor
     """int64 [R] local slots whose logits are wanted."""
     labels_R: Tensor
@@ -125,11 +125,11 @@ def _lane(batch: PackedBatch, cp: Axis, ahead: int) -> Lane:
     target_M = batch.splice_M - ahead  # of which those before the segment's start are left out
     starts_here = ends_S[target_M.clamp(min=0)] == ends_S[batch.splice_M]
     splice_slots_M = zigzag.global_to_local(num_slots, cp.rank, cp.size)[target_M]
-    splice_rows_L = ((splice_slots_M >= 0) & (target_M >= 0) & starts_here).nonzero().squeeze(-1)
+    taken_L = ((splice_slots_M >= 0) & (target_M >= 0) & starts_here).nonzero().squeeze(-1)
     return Lane(
         token_ids_S=batch.token_ids_S[source],
-        splice_slots_L=splice_slots_M[splice_rows_L],
-        splice_rows_L=splice_rows_L,
+        splice_slots_L=splice_slots_M[taken_L],
+        splice_rows_L=batch.splice_rows_M[taken_L],
         rows_R=rows_R,
         labels_R=batch.labels_S[source][rows_R],
         weights_R=weights_S[rows_R],

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, ParallelConfig
@@ -123,7 +124,8 @@ class VisionLanguageModel(MegatronModule):
 def splice(hidden_S1D: Tensor, features_MD: Tensor, slots_L: Tensor, rows_L: Tensor) -> Tensor:
     """``hidden`` with feature row ``rows_L[i]`` in slot ``slots_L[i]``. Slots are distinct, so the result is exact.
 
-    Gradient: that of the taken slots goes to the features, that of the others to the embeddings.
+    Gradient: that of the taken slots goes to the features, that of the others to the embeddings. A row may be taken
+    several times: ``embedding`` sums its gradients in a fixed order on GPUs too, where ``index_select`` does not.
     """
-    taken_L1D = features_MD.index_select(0, rows_L).unsqueeze(1).to(hidden_S1D.dtype)
+    taken_L1D = functional.embedding(rows_L, features_MD).unsqueeze(1).to(hidden_S1D.dtype)
     return hidden_S1D.index_copy(0, slots_L, taken_L1D)

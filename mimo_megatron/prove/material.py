@@ -114,8 +114,8 @@ def pairs() -> Packs:
 
 
 def rollouts() -> Packs:
-    """Responses with advantages of both signs, weights and log-probabilities of others; a pack without any; a response
-    of one token."""
+    """Responses with advantages of both signs, weights and log-probabilities of others; two to one picture; a pack
+    without any; a response of one token."""
 
     def response(number: int, num_prompt: int, length: int, media: Sequence[EncodedMedia] = ()) -> EncodedSample:
         sample = random_sample(80 + number, num_prompt + length, media)
@@ -133,8 +133,9 @@ def rollouts() -> Packs:
         columns = {name: (is_response_T * column_T).astype(np.float32) for name, column_T in columns.items()}
         return replace(sample, loss_mask_T=is_response_T, columns=columns)
 
+    of_both = image(6, 6, 80)
     return [
-        [response(0, 6, 9, [image(6, 6, 80)]), response(1, 6, 14, [image(6, 6, 80)]), response(2, 9, 1)],
+        [response(0, 6, 9, [of_both]), response(1, 6, 14, [of_both]), response(2, 9, 1)],
         [response(3, 31, 40)],
         [],
         [response(4, 5, 12, [random_media((2, 4, 6), 81, 1.0)]), response(5, 3, 33)],

@@ -89,6 +89,8 @@ class Curves:
         self, step: int, batch: Collected, update: UpdateResult | None, numbers: Mapping[str, float], seconds: float
     ) -> StepRecord:
         train, steps, rows = self._config.train, update.steps if update else (), update.rows if update else ()
+        encoded = update.encoded if update else ()
+        patches = {row.question_id: row.num_patches for row in rows}
         factor = rate_factor(step - 1, train.steps, train.schedule)
         return StepRecord(
             step=step,
@@ -98,8 +100,8 @@ class Curves:
             num_tokens=sum(row.num_tokens for row in rows),
             num_trained_tokens=sum(one.num_trained for one in steps),
             num_slots=update.num_slots if update else 1,
-            num_patches=sum(row.num_patches for row in rows),
-            num_images=sum(len(self._questions[row.question_id].raw.media) for row in rows),
+            num_patches=sum(patches[name] for name in encoded),
+            num_images=sum(len(self._questions[name].raw.media) for name in encoded),
             num_samples=len(rows),
             seconds=seconds,
             numbers=numbers,

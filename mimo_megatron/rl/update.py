@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mimo_megatron.config.model import SpecialTokens
 from mimo_megatron.config.rl import AlgorithmConfig
+from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.data.packing import pack_two_costs
 from mimo_megatron.loss.cross_entropy import token_losses, token_losses_and_entropies
@@ -46,6 +46,8 @@ class UpdateResult:
     largest_ratio_error: float
     """Largest |ratio - 1| at any token; 0 on policy."""
     clipped_fraction: float
+    encoded: tuple[str, ...]
+    """Questions whose media were encoded: once for each pack that holds some of their responses."""
 
 
 class PolicyLoss:
@@ -117,12 +119,14 @@ def update_policy(
     rl = trainer.config.rl
     assert rl is not None and groups
     algorithm, max_new_tokens = rl.algorithm, rl.rollout.max_new_tokens
-    steps, rows, sums, largest = [], [], [], torch.zeros(2, dtype=torch.float64)
+    steps, rows, encoded, sums, largest = [], [], [], [], torch.zeros(2, dtype=torch.float64)
     parts = _parts(groups, algorithm.updates_per_batch)
     batches = []
     for part in parts:
         rows_of_part = policy_rows(part, algorithm, max_new_tokens)
-        packs = rollout_packs(trainer, rows_of_part, read)
+        dealt = rollout_packs(rows_of_part, trainer.config, trainer.mesh.dp.size)
+        encoded += [name for pack in dealt for name in {rows_of_part[number].question_id: None for number in pack}]
+        packs = read_packs(trainer, rows_of_part, dealt, read)
         if algorithm.name == "grpo":
             packs = _with_logprobs(trainer, trainer.bare_chunks, packs, "old_logprob")
             if reference is not None:
@@ -147,24 +151,49 @@ def update_policy(
         largest_gap=float(largest[0]),
         largest_ratio_error=float(largest[1]),
         clipped_fraction=float(clipped_N.sum() / tokens_N.sum()),
+        encoded=tuple(encoded),
     )
 
 
-def rollout_packs(trainer: Trainer, rows: Sequence[PolicyRow], read: ReadPrompt) -> list[PackedBatch]:
-    """This data-parallel rank's packs of the rows: the same in number on all of them, the last ones perhaps empty."""
-    config, mesh = trainer.config, trainer.mesh
-    tokens, patches = ([getattr(row, name) for row in rows] for name in ("num_tokens", "num_patches"))
-    packs = list(pack_two_costs(tokens, patches, config.data.pack_tokens, config.data.pack_patches))
-    unit = mesh.dp.size * (mesh.pp.size if config.parallel.vpp > 1 else 1)
-    packs += [np.zeros(0, np.int64)] * (math.ceil(len(packs) / unit) * unit - len(packs))
+def rollout_packs(rows: Sequence[PolicyRow], config: RunConfig, num_dp: int) -> list[list[int]]:
+    """Numbers of the rows of each pack, of all data-parallel ranks: as many for each, the last ones perhaps empty."""
+    data, parallel = config.data, config.parallel
+    bundles = _bundles(rows, data.pack_tokens // 4)
+    tokens = [sum(rows[number].num_tokens for number in bundle) for bundle in bundles]
+    patches = [rows[bundle[0]].num_patches for bundle in bundles]
+    packs = pack_two_costs(tokens, patches, data.pack_tokens, data.pack_patches)
+    dealt = [[number for bundle in pack.tolist() for number in bundles[bundle]] for pack in packs]
+    unit = num_dp * (parallel.pp if parallel.vpp > 1 else 1)
+    return dealt + [[]] * (math.ceil(len(dealt) / unit) * unit - len(dealt))
+
+
+def _bundles(rows: Sequence[PolicyRow], most_tokens: int) -> list[list[int]]:
+    """Numbers of rows that go into one pack: responses to one question with media, which are then encoded once, but no
+    more than fill a part of it, so that packs are still full."""
+    bundles: list[list[int]] = []
+    num_tokens = 0
+    for number, row in enumerate(rows):
+        joins = bundles and row.num_patches and rows[bundles[-1][0]].question_id == row.question_id
+        if joins and num_tokens + row.num_tokens <= most_tokens:
+            bundles[-1].append(number)
+            num_tokens += row.num_tokens
+        else:
+            bundles.append([number])
+            num_tokens = row.num_tokens
+    return bundles
+
+
+def read_packs(
+    trainer: Trainer, rows: Sequence[PolicyRow], dealt: Sequence[Sequence[int]], read: ReadPrompt
+) -> list[PackedBatch]:
+    """This data-parallel rank's packs of those of ``rollout_packs``, with the pixels of their questions."""
+    config, dp = trainer.config, trainer.mesh.dp
 
     def sample(number: int) -> EncodedSample:
         return policy_sample(read(rows[number].question_id), rows[number], number)
 
-    own = packs[mesh.dp.rank :: mesh.dp.size]
-    return [
-        collate([sample(number) for number in pack.tolist()], config.model, config.data.pack_tokens) for pack in own
-    ]
+    own = dealt[dp.rank :: dp.size]
+    return [collate([sample(number) for number in pack], config.model, config.data.pack_tokens) for pack in own]
 
 
 def _parts(groups: Sequence[RewardedGroup], num_parts: int) -> list[Sequence[RewardedGroup]]:

@@ -88,13 +88,27 @@ def test_each_placeholder_slot_gets_its_own_merge_unit():
     start = 0
     for sample in SAMPLES:
         for slot in np.flatnonzero(np.isin(sample.token_ids_T, [IMAGE_PAD, VIDEO_PAD])):
-            assert pack.splice_M[next(units)] == start + slot
+            unit = next(units)
+            assert (pack.splice_M[unit], pack.splice_rows_M[unit]) == (start + slot, unit)
         start += sample.num_tokens
     assert next(units, None) is None
     assert pack.vision is not None and pack.vision.grids_I3 == tuple(one.grid for one in media)
     assert torch.equal(
         pack.vision.window_order_M, vision_layout([one.grid for one in media], TINY.vision).window_order_M
     )
+
+
+def test_a_picture_that_several_samples_share_stands_once_and_every_placeholder_takes_its_row():
+    shared, own, last = (encoded(name, [2, ("image", grid), 1], seed) for name, grid, seed in (
+        ("a", (1, 4, 6), 1), ("b", (1, 2, 4), 2), ("d", (1, 2, 2), 4)
+    ))  # fmt: skip
+    again = EncodedSample("c", shared.token_ids_T, shared.loss_mask_T, shared.media)
+    pack = collate([shared, own, again, last], TINY, 64)
+    media = [*shared.media, *own.media, *last.media]
+    assert pack.pixels_Y.numpy().tobytes() == b"".join(one.pixels_PZ.tobytes() for one in media)
+    assert pack.vision is not None and pack.vision.grids_I3 == tuple(one.grid for one in media)
+    assert pack.splice_rows_M.tolist() == [*range(6), 6, 7, *range(6), 8]
+    assert len(pack.splice_M) == len(pack.splice_rows_M)
 
 
 def test_padding_is_short_segments_without_loss():
@@ -118,7 +132,7 @@ def test_an_empty_pack_is_padding():
 def test_text_packs_have_no_vision_in_either_kind_of_model():
     for model in (TINY, preset("tiny-base")):
         pack = collate([SAMPLES[1]], model, 8)
-        assert pack.vision is None and len(pack.pixels_Y) == len(pack.splice_M) == 0
+        assert pack.vision is None and len(pack.pixels_Y) == len(pack.splice_M) == len(pack.splice_rows_M) == 0
 
 
 def test_a_full_pack_has_no_padding_segment():
@@ -146,7 +160,7 @@ def test_every_pack_keeps_the_promises_of_its_type(plans, padding):
     pack = collate(samples, TINY, max(1, num_tokens + padding))
     dtypes = {
         "token_ids_S": torch.int64, "labels_S": torch.int64, "loss_weights_S": torch.float32,
-        "positions_3S": torch.int64, "pixels_Y": torch.uint8, "splice_M": torch.int64,
+        "positions_3S": torch.int64, "pixels_Y": torch.uint8, "splice_M": torch.int64, "splice_rows_M": torch.int64,
     }  # fmt: skip
     assert {name: getattr(pack, name).dtype for name in dtypes} == dtypes
     assert pack.segment_bounds[0] == 0 and pack.segment_bounds[-1] == pack.num_slots

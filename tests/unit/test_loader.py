@@ -43,7 +43,7 @@ def open_loader():
 
 
 def equal(first, second) -> bool:
-    tensors = ("token_ids_S", "labels_S", "loss_weights_S", "positions_3S", "pixels_Y", "splice_M")
+    tensors = ("token_ids_S", "labels_S", "loss_weights_S", "positions_3S", "pixels_Y", "splice_M", "splice_rows_M")
     return (
         all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
         and first.segment_bounds == second.segment_bounds
