@@ -26,7 +26,7 @@ class VisionConfig(Strict):
     video_advance: Literal["time", "frame"] = Field(
         "time",
         description="Where the text after a video counts on: past the video's last moment (time), as the released "
-        "models were trained and vLLM runs them, or past one frame's side (frame), as in transformers 5.",
+        "models were trained, or past one frame's side (frame), as in transformers 5.",
     )
     rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
     norm_eps: float = Field(1e-6, gt=0, description="Added to the mean square in every norm.")

@@ -1,4 +1,4 @@
-"""Prompts on their way to an outside engine: placeholders collapsed, pictures whole again, videos placed in time."""
+"""Prompts on their way to an outside engine: placeholders collapsed, pictures whole again, what it reads compared."""
 
 from dataclasses import replace
 
@@ -11,14 +11,13 @@ from mimo_megatron.config.presets import preset
 from mimo_megatron.data.patches import patchify, unpatchify
 from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine import vllm_wire as wire
-from mimo_megatron.rl.engine.engine_media import check_video_rules, collapse, frames_of, sent_media
+from mimo_megatron.rl.engine.engine_media import collapse, frames_of, sent_media
 from mimo_megatron.rl.engine.vllm import check_report
 from mimo_megatron.types import EncodedMedia, EncodedSample
 
 MODEL = preset("tiny-vl")
 assert MODEL.vision is not None
 VISION = MODEL.vision
-TIMED = MODEL.model_copy(update={"vision": VISION.model_copy(update={"video_advance": "time"})})
 TOKENS = MODEL.tokens
 
 
@@ -41,7 +40,9 @@ def report_of(sample: EncodedSample) -> dict:
     pixels: dict[str, list[str]] = {}
     for one in sample.media:
         pixels.setdefault(one.kind, []).append(wire.pixels_hash(one.patches_PC))
-    return {"num_tokens": sample.num_tokens, "ids_hash": wire.ids_hash(sample.token_ids_T), "pixels": pixels}
+    seconds = [float(np.float32(one.seconds_per_grid)) for one in sample.media if one.kind == "video"]
+    ids_hash = wire.ids_hash(sample.token_ids_T)
+    return {"num_tokens": sample.num_tokens, "ids_hash": ids_hash, "pixels": pixels, "seconds": seconds}
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
@@ -79,9 +80,9 @@ def test_equal_pictures_have_one_key_and_another_size_or_time_has_another():
     assert len({sent.key for sent in sent_media(sample_of(slow, fast))}) == 2
 
 
-@pytest.mark.parametrize("fault", ["none", "length", "ids", "pixels"])
+@pytest.mark.parametrize("fault", ["none", "length", "ids", "pixels", "seconds"])
 def test_a_prompt_that_the_engine_reads_otherwise_is_an_error(fault):
-    sample = sample_of(medium("image", 1, 2, 3))
+    sample = sample_of(medium("image", 1, 2, 3), medium("video", 5, 1, 2, seconds=2 / 1.2))
     report = report_of(sample)
     if fault == "none":
         return check_report(sample, report)
@@ -89,24 +90,11 @@ def test_a_prompt_that_the_engine_reads_otherwise_is_an_error(fault):
         report["num_tokens"] += 1
     elif fault == "ids":
         report["ids_hash"] = wire.ids_hash(sample.token_ids_T[::-1].copy())
+    elif fault == "seconds":
+        report["seconds"] = [1.0]
     else:
         patches = sample.media[0].patches_PC.copy()
         patches[3, 5] ^= 1
-        report["pixels"] = {"image": [wire.pixels_hash(patches)]}
+        report["pixels"]["image"] = [wire.pixels_hash(patches)]
     with pytest.raises(EngineError, match="vLLM"):
         check_report(sample, report)
-
-
-def test_a_video_is_refused_where_the_model_counts_on_otherwise_than_vllm():
-    sample = sample_of(medium("video", 4, 1, 1, seconds=1.0))
-    check_video_rules(sample, TIMED)
-    check_video_rules(sample_of(medium("image", 1, 1, 1)), MODEL)
-    with pytest.raises(EngineError, match="video_advance"):
-        check_video_rules(sample, MODEL)
-
-
-def test_a_video_is_refused_where_rounding_puts_a_frame_elsewhere():
-    """At 1.2 frames a second, step 3 stands at 5 s: position 10 in float32, 9 in float64."""
-    sample = sample_of(medium("video", 8, 1, 1, seconds=2 / 1.2))
-    with pytest.raises(EngineError, match="rounding"):
-        check_video_rules(sample, TIMED)

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.rl import VllmConfig
-from mimo_megatron.config.run import EncodingConfig, ParallelConfig
+from mimo_megatron.config.run import EncodingConfig, ParallelConfig, VideoConfig
 from mimo_megatron.convert.families import rules_for
 from mimo_megatron.convert.hf_config import write_hf_companions
 from mimo_megatron.data.encode import encode_sample
@@ -41,9 +42,8 @@ from tests.samples import tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-_TINY = tiny_model()
-assert _TINY.vision is not None
-MODEL = _TINY.model_copy(update={"vision": _TINY.vision.model_copy(update={"video_advance": "time"})})
+MODEL = tiny_model()
+assert MODEL.vision is not None and MODEL.vision.video_advance == "frame"
 TOKENS = MODEL.tokens
 BANNED = {TOKENS.image_pad, TOKENS.video_pad, TOKENS.vision_start, TOKENS.vision_end, TOKENS.turn_start}
 MOST_GAP = 2e-5
@@ -54,7 +54,8 @@ Weights = Mapping[str, Tensor]
 @pytest.fixture(scope="module")
 def encoding(tmp_path_factory) -> EncodingConfig:
     tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
-    return EncodingConfig(tokenizer=tokenizer, max_pixels=50_000)
+    # At 1.2 frames a second step 3 stands at 5 s: position 10 in float32, as we count, and 9 in float64.
+    return EncodingConfig(tokenizer=tokenizer, max_pixels=50_000, video=VideoConfig(fps=1.2))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def corpus(tmp_path_factory) -> Path:
     (folder / "a.png").write_bytes(picture(60, 90, seed=1))
     (folder / "b.png").write_bytes(picture(120, 40, seed=2))
     (folder / "flat.png").write_bytes(picture(28, 2900, seed=4))
-    (folder / "c.avi").write_bytes(clip(9))
+    (folder / "c.avi").write_bytes(clip(64))  # it lasts longer than it is wide
     text = {"type": "text", "text": "What is in the image?"}
     parts: dict[str, list[dict[str, Any]]] = {
         "words": [{"type": "text", "text": "hello"}],
@@ -102,9 +103,9 @@ def engine(encoding: EncodingConfig) -> Iterator[VllmEngine]:
     memory.close()
 
 
-def _started(encoding: EncodingConfig, memory: LocalBuckets | None = None) -> VllmEngine:
+def _started(encoding: EncodingConfig, memory: LocalBuckets | None = None, model: ModelConfig = MODEL) -> VllmEngine:
     config = VllmConfig(python=Path(os.environ["VLLM_PYTHON"]), max_model_len=1024)
-    return VllmEngine.start(MODEL, encoding, config, max_sequences=16, memory=memory)
+    return VllmEngine.start(model, encoding, config, max_sequences=16, memory=memory)
 
 
 def _encoded(corpus: Path, encoding: EncodingConfig, *, is_open: bool) -> list[EncodedSample]:
@@ -127,12 +128,14 @@ def random_weights(seed: int) -> dict[str, Tensor]:
     return found
 
 
-def own_logprobs(weights: Weights, corpus: Path, encoding: EncodingConfig, tmp_path: Path) -> dict[str, np.ndarray]:
+def own_logprobs(
+    weights: Weights, corpus: Path, encoding: EncodingConfig, tmp_path: Path, model: ModelConfig = MODEL
+) -> dict[str, np.ndarray]:
     """log p of every token of the corpus after the first, by our own model."""
     folder = tmp_path / "hf"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write_hf_companions(folder, MODEL, torch.float32, encoding)
+    write_hf_companions(folder, model, torch.float32, encoding)
     save_file(dict(weights), folder / "model.safetensors")
     out = tmp_path / "scores.jsonl"
     run_ranks(score, 1, ScoreRequest(folder, corpus, out, ParallelConfig(), read_encoding(folder), tmp_path))
@@ -308,6 +311,15 @@ def test_abort_leaves_nothing_running_and_nothing_to_come(engine, prompts):
     assert engine.poll(0.5) == []
 
 
+def test_prompts_that_a_pass_has_no_room_for_are_read_in_parts_and_answered(engine, prompts):
+    update(engine, random_weights(1))
+    words = prompts["words"]
+    for number in range(16):
+        ids_T = np.concatenate([np.random.default_rng(number).integers(20, 500, 900), words.token_ids_T])
+        engine.submit(GenerationRequest(f"long-{number}", replace(words, token_ids_T=ids_T), 1, 4))
+    assert len(collect(engine)) == 16
+
+
 def test_what_does_not_fit_or_would_be_another_policy_is_refused(engine, prompts):
     update(engine, random_weights(1))
     with pytest.raises(EngineError, match="do not fit"):
@@ -317,10 +329,17 @@ def test_what_does_not_fit_or_would_be_another_policy_is_refused(engine, prompts
     assert engine.status()["num_running"] == 0
 
 
-def test_an_engine_that_is_killed_is_an_error_within_seconds(encoding, prompts):
-    engine = _started(encoding)
+def test_an_engine_counts_after_videos_by_either_rule_and_its_kill_is_an_error_within_seconds(
+    encoding, samples, prompts, corpus, tmp_path
+):
+    assert MODEL.vision is not None
+    timed = MODEL.model_copy(update={"vision": MODEL.vision.model_copy(update={"video_advance": "time"})})
+    engine = _started(encoding, model=timed)
     try:
-        update(engine, random_weights(1))
+        update(engine, weights := random_weights(1))
+        (found,) = engine.logprobs([samples["video"]])
+        by_rule = [own_logprobs(weights, corpus, encoding, tmp_path, model)["video"] for model in (timed, MODEL)]
+        assert gaps(found, by_rule[0])[1] < MOST_GAP < 1e-3 < gaps(found, by_rule[1])[1]
         engine.submit(GenerationRequest("g", prompts["words"], 4, 400))
         assert engine.pid is not None
         os.kill(engine.pid, signal.SIGKILL)

@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.data.patches import unpatchify
-from mimo_megatron.data.positions import mrope_positions
-from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine.vllm_wire import pixels_hash
 from mimo_megatron.types import EncodedMedia, EncodedSample
 
@@ -54,37 +52,3 @@ def collapse(sample: EncodedSample, model: ModelConfig) -> list[int]:
         first += num_merged
     assert first == len(slots), (first, len(slots))
     return token_ids_T[keep].tolist()
-
-
-def check_video_rules(sample: EncodedSample, model: ModelConfig) -> None:
-    """``EngineError`` where vLLM would place the sample's videos in time otherwise than the trainer does."""
-    videos = [one for one in sample.media if one.kind == "video"]
-    if not videos:
-        return
-    assert model.vision is not None
-    if model.vision.video_advance != "time":
-        raise EngineError(
-            f"sample {sample.id!r} has a video, and vision.video_advance of {model.name!r} is "
-            f"{model.vision.video_advance!r}: vLLM counts on after a video by 'time' only; train such a model with it, "
-            "or use rollout.engine=embedded"
-        )
-    for one in videos:
-        steps = np.arange(one.grid[0])
-        # vLLM multiplies in float64 what its processor stored in float32
-        theirs = (steps * (float(np.float32(2 / (2 / one.seconds_per_grid))) * model.vision.tokens_per_second)).astype(
-            np.int64
-        )
-        ours = _time_positions(one, sample, model)
-        if not np.array_equal(theirs, ours):
-            raise EngineError(
-                f"sample {sample.id!r}: at {one.seconds_per_grid} s a step, rounding puts a frame of a video elsewhere "
-                "in vLLM than in the trainer; sample the video at another rate"
-            )
-
-
-def _time_positions(one: EncodedMedia, sample: EncodedSample, model: ModelConfig) -> NDArray[np.int64]:
-    """[temporal steps] the trainer's time positions of a video, from its own start."""
-    assert model.vision is not None
-    num_merged = one.num_patches // model.vision.merge_factor
-    alone = np.full(num_merged, model.tokens.video_pad, np.int64)
-    return mrope_positions(alone, [one], model)[0, :: num_merged // one.grid[0]]

@@ -24,7 +24,7 @@ from mimo_megatron.config.rl import VllmConfig
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.errors import EngineError, EngineLostError, SyncError
 from mimo_megatron.rl.engine import vllm_wire as wire
-from mimo_megatron.rl.engine.engine_media import SentMedium, check_video_rules, collapse, frames_of, sent_media
+from mimo_megatron.rl.engine.engine_media import SentMedium, collapse, frames_of, sent_media
 from mimo_megatron.rl.engine.protocol import GenerationRequest
 from mimo_megatron.rl.engine.vllm_start import EngineProcess, start_process
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest
@@ -203,7 +203,6 @@ class VllmEngine:
                 f"sample {prompt.id!r}: a prompt of {prompt.num_tokens} tokens and {num_new} new ones do not fit in "
                 f"the engine's {self._max_tokens}; prompts are never cut: raise rl.vllm.max_model_len or drop it"
             )
-        check_video_rules(prompt, self._model)
 
     def _send_prompt(self, sample: EncodedSample) -> dict[str, Any]:
         """The prompt as vLLM takes it, after its pixels, which go once."""
@@ -310,6 +309,12 @@ def check_report(sample: EncodedSample, report: Mapping[str, Any]) -> None:
         raise EngineError(
             f"sample {sample.id!r}: vLLM's encoder would read other pixels ({report['pixels']}) than the trainer's "
             f"({pixels}); compare the two image processors"
+        )
+    seconds = [float(np.float32(one.seconds_per_grid)) for one in sample.media if one.kind == "video"]
+    if report["seconds"] != seconds:
+        raise EngineError(
+            f"sample {sample.id!r}: the steps of its videos last {report['seconds']} s in vLLM, {seconds} s in the "
+            "trainer; sample them at another rate"
         )
 
 

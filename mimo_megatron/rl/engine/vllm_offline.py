@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from mimo_megatron.errors import EngineError, SyncError
 from mimo_megatron.rl.engine.vllm_wire import EngineSettings, ids_hash, pixels_hash
-from mimo_megatron.rl.engine.vllm_worker import AWAITED, BANNED_KEY, BannedTokens, WeightUpdates
+from mimo_megatron.rl.engine.vllm_worker import AWAITED, BANNED_KEY, BannedTokens, WorkerParts
 from mimo_megatron.rl.sync.buckets import Bucket, Manifest, checksum
 from mimo_megatron.rl.sync.receiver import Receiver
 from mimo_megatron.rl.sync.shared_memory import SlotReader
@@ -54,6 +54,7 @@ class OfflineEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._vllm = LLMEngine.from_engine_args(_arguments(settings))
+        self._vllm.collective_rpc("mimo_prepare", args=(settings.rule,))
         entries = Manifest.from_json(Path(settings.tensors).read_bytes()).tensors
         self._expected = {entry.name: entry for entry in entries}
         self._receiver = Receiver(self._expected)
@@ -238,7 +239,13 @@ class OfflineEngine:
         parsed = parse_model_prompt(self._vllm.model_config, prompt)
         (rendered,) = self._vllm.renderer.render_cmpl([parsed])
         expanded = np.array(rendered["prompt_token_ids"], np.int64)
-        report = {"num_tokens": len(expanded), "ids_hash": ids_hash(expanded), "pixels": _patches(rendered)}
+        videos = rendered.get("mm_kwargs", {}).get("video", ())
+        report = {
+            "num_tokens": len(expanded),
+            "ids_hash": ids_hash(expanded),
+            "pixels": _patches(rendered),
+            "seconds": [one["second_per_grid_ts"].data.item() for one in videos],
+        }
         return rendered, report
 
 
@@ -259,7 +266,7 @@ def _arguments(settings: EngineSettings) -> EngineArgs:
         logprobs_mode="processed_logprobs",
         logits_processors=[BannedTokens],
         additional_config={BANNED_KEY: settings.banned},
-        worker_extension_cls=f"{WeightUpdates.__module__}.{WeightUpdates.__qualname__}",
+        worker_extension_cls=f"{WorkerParts.__module__}.{WorkerParts.__qualname__}",
         disable_log_stats=True,
     )
 

@@ -1,4 +1,4 @@
-"""What is put into vLLM's own worker: weights that come in buckets after the start, and a ban on tokens.
+"""What is put into vLLM's own worker: weights that come in buckets after the start, a ban on tokens, positions.
 
 Runs inside vLLM.
 
@@ -8,16 +8,23 @@ checkpoint's form: a layer's tensors are kept until the layer is complete, then 
 So an update needs room for its buckets and the incomplete layers, never for a second model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+from mimo_megatron.config.model import ModelConfig as TrainedModel
+from mimo_megatron.data.positions import mrope_positions
+from mimo_megatron.types import EncodedMedia
 
 BANNED_KEY = "mimo_megatron_banned"
 AWAITED = "mimo_megatron_awaited"
@@ -55,13 +62,40 @@ class BannedTokens(LogitsProcessor):
         return logits.index_fill_(-1, self.banned, float("-inf"))
 
 
-class WeightUpdates:
+def trainer_positions(
+    rule: TrainedModel, token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+) -> tuple[Tensor, int]:
+    """What vLLM's ``get_mrope_input_positions`` returns, by the trainer's rule: [3, T] positions of a prompt, and the
+    position of a later token less its place. vLLM has one of the two rules for what comes after a video."""
+    media = [_grid_alone(one) for one in sorted(features, key=lambda one: one.mm_position.offset)]
+    positions_3T = mrope_positions(np.array(token_ids, np.int64), media, rule)
+    return torch.from_numpy(positions_3T), int(positions_3T[:, -1].max()) + 1 - len(token_ids)
+
+
+def _grid_alone(feature: MultiModalFeatureSpec) -> EncodedMedia:
+    data = feature.data
+    assert data is not None
+    frames, rows, columns = data[f"{feature.modality}_grid_thw"].data.tolist()
+    seconds = data["second_per_grid_ts"].data.item() if feature.modality == "video" else 0.0
+    return EncodedMedia(feature.modality, np.zeros((0, 0), np.uint8), (frames, rows, columns), seconds)
+
+
+class WorkerParts:
     """vLLM mixes this class into its worker (``worker_extension_cls``); called by ``collective_rpc``."""
 
     vllm_config: VllmConfig
     model_runner: Any
     _mimo_loaded: set[str] | None = None
     """vLLM's names of what the running update has brought; None while there is none."""
+
+    def mimo_prepare(self, rule: dict[str, Any]) -> None:
+        """From now on prompts with media are counted as in the trainer, and a pass may end inside a prompt."""
+        runner = self.model_runner
+        model = runner.get_model()
+        if hasattr(model, "get_mrope_input_positions"):
+            model.get_mrope_input_positions = partial(trainer_positions, TrainedModel.model_validate(rule))
+        if runner.device.type == "cpu":
+            runner._bookkeeping_sync = partial(_without_rewinding, runner, runner._bookkeeping_sync)
 
     def mimo_begin_update(self) -> None:
         """Begin, also where an update was broken off: what that one left is put aside."""
@@ -102,6 +136,16 @@ class WeightUpdates:
     def _mimo_context(self) -> Iterator[Any]:
         with set_current_vllm_config(self.vllm_config), torch.inference_mode():
             yield self.model_runner.get_model()
+
+
+def _without_rewinding(runner: Any, book: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """After a pass that ends inside a prompt vLLM takes back what the response's generator drew, which those of the
+    CPU cannot do (``CPU Generator does not use offset``). Left as it is, later draws are as random."""
+    generators, runner.input_batch.generators = runner.input_batch.generators, {}
+    try:
+        return book(*args, **kwargs)
+    finally:
+        runner.input_batch.generators = generators
 
 
 def _slice_of_packed(model: nn.Module, module: str, parameter: str, part: int) -> Tensor | None:
