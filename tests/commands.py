@@ -5,6 +5,7 @@ What a module says, its exit code, its signals and its death are here a process'
 start from nothing is asked by ``tests/e2e/test_readme.py`` and ``test_torchrun.py``.
 """
 
+import atexit
 import importlib
 import logging
 import multiprocessing
@@ -23,6 +24,13 @@ from tests.repository import ROOT
 
 for _module in ("convert.verbs", "data.index", "evaluation.answer", "reward_model.evaluate", "rl.start", "train.loop"):
     importlib.import_module(f"mimo_megatron.{_module}")  # what verbs import when they run
+
+
+@atexit.register
+def _end_what_failed_tests_left() -> None:
+    """Python would wait for them."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @dataclass(frozen=True)
