@@ -21,7 +21,7 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo yes)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help install vllm-env test test-vllm quick lint format demo morl prove bench clean
+.PHONY: help install vllm-env test test-vllm quick lint style format demo morl prove bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 18
@@ -41,8 +41,10 @@ else
 endif
 	@touch $@
 
+# mypy (half a minute without its cache) works beside the tests, which seldom want two cores at once.
 test: $(STAMP)  ## lint, types and every CPU test; prints the time it took
-	@start=$$(date +%s); $(MAKE) --no-print-directory lint && $(BIN)/python -m pytest -q; code=$$?; \
+	@start=$$(date +%s); $(MAKE) --no-print-directory style || exit; $(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -q; code=$$?; wait $$types || code=1; \
 	echo "make test: $$(( $$(date +%s) - start )) s"; exit $$code
 
 vllm-env: $(VLLM_STAMP)  ## create .vllm-env with vLLM (its CPU build where there is no NVIDIA GPU), for rollout.engine=vllm
@@ -73,10 +75,12 @@ test-vllm: $(STAMP)  ## the tests of the engine vllm; VLLM_PYTHON=... names anot
 quick: $(STAMP)  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow and not vllm"
 
-lint: $(STAMP)  ## ruff and mypy
+lint: style  ## ruff and mypy
+	$(BIN)/mypy
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -96,14 +96,19 @@ class Job:
         return int(self._forked.pid or 0) if self._launcher == "fork" else self._torchrun.pid
 
 
-def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_seconds: float, quiet: bool) -> SoakResult:
-    """Run, kill ``kills`` times, and compare. Deterministic but for timing."""
-    draw = random.Random(seed)
-    data = write_data(scratch)
-    steps = max(12 * kills, 80)  # more than the kills leave time for, so that all of them happen
-    checkpoint = {"every_steps": 3, "keep": 3}
-    whole, killed = (run_of(data, scratch / name, steps, checkpoint=checkpoint) for name in ("whole", "killed"))
+def left_alone(scratch: Path, steps: int) -> RunConfig:
+    """A run of ``steps`` that nothing disturbed. More than the kills leave time for, so that all of them happen."""
+    whole = run_of(write_data(scratch), scratch / "whole", steps, checkpoint={"every_steps": 3, "keep": 3})
     finish(whole, RANKS, seconds=3600)
+    return whole
+
+
+def soak(
+    scratch: Path, whole: RunConfig, kills: int, launcher: str, seed: int, longest_life_seconds: float, quiet: bool
+) -> SoakResult:
+    """Run what ``whole`` ran, kill ``kills`` times, and compare. Deterministic but for timing."""
+    draw = random.Random(seed)
+    killed = whole.model_copy(update={"dir": scratch / "killed"})
     began = time.monotonic()
     job = Job(killed, launcher, kills, scratch)
     done = while_saving = 0
@@ -131,7 +136,7 @@ def soak(scratch: Path, kills: int, launcher: str, seed: int, longest_life_secon
             problems.append(job.output)
     finally:
         job.end()
-    return SoakResult(done, while_saving, steps, time.monotonic() - began, tuple(problems))
+    return SoakResult(done, while_saving, whole.train.steps, time.monotonic() - began, tuple(problems))
 
 
 def _wait(job: Job, condition: Callable[[], bool]) -> bool:
@@ -189,7 +194,8 @@ def main() -> int:
     parser.add_argument("--longest-life", type=float, default=8.0, help="seconds that ranks may train at most")
     options = parser.parse_args()
     with TemporaryDirectory() as scratch:
-        result = soak(Path(scratch), options.kills, options.launcher, options.seed, options.longest_life, False)
+        whole = left_alone(Path(scratch), max(12 * options.kills, 80))
+        result = soak(Path(scratch), whole, options.kills, options.launcher, options.seed, options.longest_life, False)
     print(result)
     return int(bool(result.problems))
 

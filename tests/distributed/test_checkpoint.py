@@ -1,6 +1,10 @@
 """Checkpoints: a resumed run is the uninterrupted run bit for bit, in its own layout; any layout loads any other's."""
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,27 @@ def uninterrupted(address: RankAddress, config: RunConfig, folder: Path) -> tupl
         return losses + steps(trainer, mesh, 2, 4), parameters(trainer)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What ``uninterrupted`` gave on every rank, and the checkpoint that it left alone in a folder; to be read only."""
+
+    ranks: list[tuple[list[float], dict[str, torch.Tensor]]]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
+    """Of a layout and a precision; each is run once."""
+
+    @cache
+    def run(name: str, precision: str = "fp32") -> Saved:
+        world_size, layout = LAYOUTS[name]
+        folder = tmp_path_factory.mktemp("run") / "saved"
+        return Saved(run_ranks(uninterrupted, world_size, recipe(layout, precision=precision), folder), folder)
+
+    return run
+
+
 def resumed(address: RankAddress, config: RunConfig, folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     with megatron(config.parallel, address) as mesh:
         trainer = build_trainer(config, mesh)
@@ -60,24 +85,23 @@ def resumed(address: RankAddress, config: RunConfig, folder: Path) -> tuple[list
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2-pp2-sequence-parallel"])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, precision, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(name, precision, saved):
     world_size, layout = LAYOUTS[name]
-    config = recipe(layout, precision=precision)
-    whole = run_ranks(uninterrupted, world_size, config, tmp_path / "saved")
-    parts = run_ranks(resumed, world_size, config, tmp_path / "saved")
-    for (whole_losses, whole_weights), (part_losses, part_weights) in zip(whole, parts, strict=True):
+    whole = saved(name, precision)
+    parts = run_ranks(resumed, world_size, recipe(layout, precision=precision), whole.folder)
+    for (whole_losses, whole_weights), (part_losses, part_weights) in zip(whole.ranks, parts, strict=True):
         assert whole_losses[2:] == part_losses
         assert whole_weights.keys() == part_weights.keys()
         assert all(torch.equal(whole_weights[key], part_weights[key]) for key in whole_weights)
 
 
 @pytest.mark.parametrize("before, after", [("tp2-pp2-sequence-parallel", "one"), ("one", "tp2"), ("dp2", "pp2")])
-def test_a_checkpoint_resumes_on_another_layout(before, after, tmp_path):
+def test_a_checkpoint_resumes_on_another_layout(before, after, saved):
     """Weights and optimizer state both: the next two steps lose as much as the uninterrupted run's. Measured: 2e-7."""
-    size, layout = LAYOUTS[before]
-    whole_losses, _ = run_ranks(uninterrupted, size, recipe(layout), tmp_path / "saved")[0]
+    whole = saved(before)
+    whole_losses, _ = whole.ranks[0]
     size, layout = LAYOUTS[after]
-    for part_losses, _ in run_ranks(resumed, size, recipe(layout), tmp_path / "saved"):
+    for part_losses, _ in run_ranks(resumed, size, recipe(layout), whole.folder):
         assert part_losses == pytest.approx(whole_losses[2:], rel=3e-6)
 
 
@@ -89,15 +113,14 @@ def load_into(address: RankAddress, config: RunConfig, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_the_fields_that_differ(tmp_path):
-    run_ranks(uninterrupted, 1, recipe({}), tmp_path / "saved")
+def test_a_checkpoint_of_another_model_is_refused_by_the_fields_that_differ(saved):
     other = run_config(tiny_model(ffn_width=256))
-    message = run_ranks(load_into, 1, other, tmp_path / "saved")[0]
+    message = run_ranks(load_into, 1, other, saved("one").folder)[0]
     assert "model.text.ffn_width: found 384, wanted 256" in message
 
 
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    run_ranks(uninterrupted, 1, recipe({}), tmp_path / "saved")
+def test_a_truncated_checkpoint_is_refused(saved, tmp_path):
+    shutil.copytree(saved("one").folder, tmp_path / "saved")
     shard = max((tmp_path / "saved").glob("*.distcp"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     message = run_ranks(load_into, 2, recipe({}), tmp_path / "saved")[1]
@@ -109,7 +132,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     assert "is not a checkpoint" in run_ranks(load_into, 1, recipe({}), tmp_path / "empty")[0]
 
 
-def test_a_checkpoint_is_published_whole(tmp_path):
-    run_ranks(uninterrupted, 1, recipe({}), tmp_path / "saved")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
-    assert json.loads((tmp_path / "saved" / "state.json").read_text()) == {"step": 2}
+def test_a_checkpoint_is_published_whole(saved):
+    folder = saved("one").folder
+    assert [path.name for path in folder.parent.iterdir()] == ["saved"]
+    assert json.loads((folder / "state.json").read_text()) == {"step": 2}

@@ -26,10 +26,16 @@ def test_the_short_matrix_equals_one_process_and_is_written_down(tmp_path: Path)
     assert (tmp_path / "m.md").read_text() == support_matrix(results)
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one process's outcomes are kept: a fault is planted in the ranks only."""
+    return tmp_path_factory.mktemp("references")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_planted_fault_is_caught_and_its_kind_is_named(fault, tmp_path: Path) -> None:
-    (verdict,) = prove([CASES[fault.case]], tmp_path, fault.name)
+def test_a_planted_fault_is_caught_and_its_kind_is_named(fault, references: Path) -> None:
+    (verdict,) = prove([CASES[fault.case]], references, fault.name)
     assert verdict.problem.startswith(fault.verdict), verdict
 
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.commands import Done, finish, start
 from tests.repository import ROOT
 
 pytestmark = pytest.mark.slow
@@ -72,26 +75,37 @@ def recipe(folder: Path, questions: Path, steps: int) -> Path:
     return path
 
 
-def command(path: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "mimo_megatron.cli", "rl", str(path), *words]
-
-
-def finish(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(path, *words), cwd=ROOT, capture_output=True, text=True, timeout=240)
+def rl(path: Path, *words: str) -> Done:
+    """The command on a recipe, to its end."""
+    return finish("mimo_megatron.cli", "rl", path, *words, folder=ROOT, said=path.with_name("said"))
 
 
 def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def begun(path: Path, until: str, seconds: float = 120, words: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+def begun(path: Path, until: str, seconds: float = 120, words: Sequence[str] = ()) -> ForkProcess:
     """A run that has come so far that ``until`` exists."""
-    process = subprocess.Popen(command(path, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start("mimo_megatron.cli", "rl", path, *words)
     end = time.monotonic() + seconds
     while not (path.parent / "run" / until).exists():
-        assert process.poll() is None and time.monotonic() < end
+        assert process.is_alive() and time.monotonic() < end
         time.sleep(0.05)
     return process
+
+
+def ended(process: ForkProcess, seconds: float = 120) -> int | None:
+    """Its exit code; None where it still runs after ``seconds``."""
+    process.join(seconds)
+    return process.exitcode
+
+
+def kill(process: ForkProcess) -> list[psutil.Process]:
+    """The processes that it had started, after SIGKILL to it alone."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    return children
 
 
 def assert_whole(run: Path, steps: int) -> None:
@@ -109,8 +123,8 @@ def assert_whole(run: Path, steps: int) -> None:
 
 
 def test_a_run_learns_on_policy_and_tells_every_step(tmp_path, questions):
-    done = finish(recipe(tmp_path, questions, 3))
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = rl(recipe(tmp_path, questions, 3))
+    assert done.code == 0, done.err[-2000:]
     run = tmp_path / "run"
     assert_whole(run, 3)
     evaluations = rows(run / "evaluations.jsonl")
@@ -125,15 +139,15 @@ def test_a_run_learns_on_policy_and_tells_every_step(tmp_path, questions):
 
 @pytest.mark.parametrize("overrides", [("parallel.tp=2",), ("parallel.pp=2",), ("--ranks", "2")], ids=" ".join)
 def test_a_layout_of_two_ranks_samples_and_learns(overrides, tmp_path, questions):
-    done = finish(recipe(tmp_path, questions, 2), *overrides)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = rl(recipe(tmp_path, questions, 2), *overrides)
+    assert done.code == 0, done.err[-2000:]
     assert_whole(tmp_path / "run", 2)
 
 
 def test_vanilla_grpo_takes_its_updates_with_old_and_reference_log_probabilities(tmp_path, questions):
     words = ("rl.algorithm.name=grpo", "rl.algorithm.updates_per_batch=3", "rl.algorithm.kl_weight=0.01")
-    done = finish(recipe(tmp_path, questions, 2), *words)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = rl(recipe(tmp_path, questions, 2), *words)
+    assert done.code == 0, done.err[-2000:]
     first, second = (row["numbers"] for row in rows(tmp_path / "run/metrics.jsonl"))
     assert 0 < first["policy/largest_ratio_error"] < 1  # the second and third update are off policy
     assert second["policy/largest_gap"] > 0
@@ -144,61 +158,56 @@ def test_a_killed_run_goes_on_from_its_last_whole_step_and_ends_at_the_same_coun
     for checkpoint in ("step_000001", "step_000002"):
         process = begun(path, f"checkpoints/{checkpoint}")
         time.sleep(random.Random(checkpoint).random())
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        children = kill(process)
         assert children and psutil.wait_procs(children, 30)[1] == []  # its services end with it
-    done = finish(path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "resumed after step" in done.stderr
+    done = rl(path)
+    assert done.code == 0, done.err[-2000:]
+    assert "resumed after step" in done.err
     assert_whole(tmp_path / "run", 4)
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path, questions):
     process = begun(recipe(tmp_path, questions, 40), "checkpoints/step_000001", words=("--ranks", "2"))
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    children = kill(process)
     assert len(children) >= 3 and psutil.wait_procs(children, 30)[1] == []  # two ranks, and rank 0's reward service
 
 
 def test_a_killed_reward_keeper_comes_back_where_it_was_and_its_trainer_never_notices(tmp_path, questions):
     path, services = recipe(tmp_path, questions, 8), tmp_path / "services"
-    serve = [sys.executable, "-m", "mimo_megatron.cli", "serve-rl-rewards", str(path), f"rl.reward.folder={services}"]
-    keeper = subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.DEVNULL)
+    serve = partial(start, "mimo_megatron.cli", "serve-rl-rewards", path, f"rl.reward.folder={services}")
+    keeper = serve()
     try:
         process = begun(path, "checkpoints/step_000001", words=(f"rl.reward.folder={services}",))
         before = json.loads((services / "rewards.json").read_text())
-        children = psutil.Process(keeper.pid).children()
-        keeper.kill()
+        children = kill(keeper)
         assert children and psutil.wait_procs(children, 30)[1] == []
         steps_before = len(rows(tmp_path / "run/metrics.jsonl"))
-        keeper = subprocess.Popen(serve, cwd=ROOT, stderr=subprocess.DEVNULL)
-        assert process.wait(120) == 0 and steps_before < 8
+        keeper = serve()
+        assert ended(process) == 0 and steps_before < 8
         assert json.loads((services / "rewards.json").read_text()) == before
     finally:
         keeper.terminate()
-        keeper.wait(30)
+        keeper.join(30)
     assert_whole(tmp_path / "run", 8)
     assert list(services.iterdir()) == []
 
 
 def test_a_service_for_a_trainer_elsewhere_asks_for_the_folder_in_which_it_is_found(tmp_path, questions):
     for verb, key in (("serve-rl-rewards", "rl.reward.folder"), ("serve-rl-engine", "rl.vllm.folder")):
-        words = [sys.executable, "-m", "mimo_megatron.cli", verb, str(recipe(tmp_path, questions, 4))]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and f"has no {key}" in " ".join(done.stderr.replace("│", " ").split())
+        words = verb, recipe(tmp_path, questions, 4)
+        done = finish("mimo_megatron.cli", *words, folder=ROOT, said=tmp_path / "said", seconds=60)
+        assert done.code == 2 and f"has no {key}" in " ".join(done.err.replace("│", " ").split())
 
 
 def test_a_signal_stops_a_run_between_two_steps_with_its_questions_given_back(tmp_path, questions):
     path = recipe(tmp_path, questions, 40)
     process = begun(path, "checkpoints/step_000001")
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert ended(process, 60) == 75
     steps = len(rows(tmp_path / "run/metrics.jsonl"))
     assert 1 <= steps < 40
-    done = finish(path, f"train.steps={steps + 1}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = rl(path, f"train.steps={steps + 1}")
+    assert done.code == 0, done.err[-2000:]
     assert_whole(tmp_path / "run", steps + 1)
 
 
@@ -209,10 +218,12 @@ def test_the_reward_service_is_started_again_when_it_dies_and_no_answer_is_worth
         one for one in psutil.Process(process.pid).children() if "serve-rewards" in one.cmdline()
     ]  # fmt: skip
     service.kill()
-    assert process.wait(120) == 0
+    assert ended(process) == 0
     assert_whole(tmp_path / "run", 4)
 
 
-def test_a_recipe_without_the_section_is_refused_by_name(tmp_path):
-    done = finish(ROOT / "examples/recipes/tiny/stage1.yaml")
+def test_a_recipe_without_the_section_is_refused_by_name():
+    """In an interpreter of its own, as a user starts it."""
+    words = [sys.executable, "-m", "mimo_megatron.cli", "rl", str(ROOT / "examples/recipes/tiny/stage1.yaml")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "has no section rl" in done.stderr.replace("\n", " ")

@@ -23,6 +23,7 @@ from examples.quickstart.base import SHIPPED
 from mimo_megatron.config.calibration import read_calibration
 from mimo_megatron.reward.client import SyncRewardClient
 from mimo_megatron.reward.wire import ScoreItem
+from tests.commands import finish
 from tests.repository import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -34,10 +35,9 @@ OVERRIDES = {"text": ("train.steps=200",), "multimodal": ("train.steps=60", "sta
 
 def run(folder: Path, *words: object) -> str:
     """What the module printed; run as a user would, from a folder of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", *map(str, words)]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    done = finish(*map(str, words), folder=folder, said=folder / "said", seconds=600)
+    assert done.code == 0, done.out[-2000:] + done.err[-4000:]
+    return done.out
 
 
 def environment() -> dict[str, str]:

@@ -95,11 +95,42 @@ def hf_inputs(sample: EncodedSample) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def hf_logprobs(hf_dir: Path, sample: EncodedSample) -> np.ndarray:
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(**hf_inputs(sample), use_cache=False).logits[0, :-1].log_softmax(-1)
-    return logits.gather(-1, torch.from_numpy(sample.token_ids_T)[1:, None]).squeeze(-1).numpy()
+@pytest.fixture(scope="module")
+def hf_model(hf_dir: Path) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def hf_logprobs(hf_model: Qwen2_5_VLForConditionalGeneration, hf_dir: Path, samples: Path) -> list[np.ndarray]:
+    """Of every token but the first, sample by sample, by transformers."""
+
+    def logprobs(sample: EncodedSample) -> np.ndarray:
+        with torch.no_grad():
+            logits = hf_model(**hf_inputs(sample), use_cache=False).logits[0, :-1].log_softmax(-1)
+        return logits.gather(-1, torch.from_numpy(sample.token_ids_T)[1:, None]).squeeze(-1).numpy()
+
+    return [logprobs(sample) for sample in encoded(hf_dir, samples)]
+
+
+@pytest.fixture(scope="module")
+def hf_answers(hf_model: Qwen2_5_VLForConditionalGeneration, hf_dir: Path, samples: Path) -> list[str]:
+    tokenizer = load_tokenizer(read_encoding(hf_dir).tokenizer, MODEL.tokens, MODEL.text.vocab_size)
+
+    def answer_of(sample: EncodedSample) -> str:
+        said = hf_model.generate(**hf_inputs(sample), max_new_tokens=12, do_sample=False)[0]
+        said = said[sample.num_tokens :].tolist()
+        ends = [at for at, token in enumerate(said) if token in (MODEL.tokens.turn_end, MODEL.tokens.pad)]
+        return tokenizer.decode(said[: ends[0]] if ends else said)
+
+    return [answer_of(sample) for sample in encoded(hf_dir, samples, open_turn=True)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(hf_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a checkpoint of ours; to be read only."""
+    folder = tmp_path_factory.mktemp("converted") / "checkpoint"
+    from_hf(hf_dir, folder)
+    return folder
 
 
 LAYOUTS = {
@@ -115,10 +146,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_score_gives_transformers_log_probability_of_every_token(name, hf_dir, samples, tmp_path):
+def test_score_gives_transformers_log_probability_of_every_token(
+    name, hf_dir, hf_logprobs, checkpoint, samples, tmp_path
+):
     world_size, layout = LAYOUTS[name]
-    checkpoint = tmp_path / "checkpoint"
-    from_hf(hf_dir, checkpoint)
     out = tmp_path / "scores.jsonl"
     request = ScoreRequest(
         checkpoint, samples, out, ParallelConfig(**layout), read_encoding(checkpoint), tmp_path, pack_tokens=64
@@ -127,19 +158,17 @@ def test_score_gives_transformers_log_probability_of_every_token(name, hf_dir, s
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     wanted = encoded(hf_dir, samples)
     assert [row["id"] for row in rows] == [sample.id for sample in wanted] == ["picture", "words", "two"]
-    for row, sample in zip(rows, wanted, strict=True):
+    for row, sample, logprobs in zip(rows, wanted, hf_logprobs, strict=True):
         assert row["token_ids"] == sample.token_ids_T.tolist()
         assert len(row["logprobs"]) == sample.num_tokens - 1
-        np.testing.assert_allclose(row["logprobs"], hf_logprobs(hf_dir, sample), rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(row["logprobs"], logprobs, rtol=2e-4, atol=2e-5)
 
 
-def test_score_reads_a_hugging_face_folder_directly(hf_dir, samples, tmp_path):
+def test_score_reads_a_hugging_face_folder_directly(hf_dir, hf_logprobs, samples, tmp_path):
     out = tmp_path / "scores.jsonl"
     run_ranks(score, 1, ScoreRequest(hf_dir, samples, out, ParallelConfig(), read_encoding(hf_dir), tmp_path))
     first = json.loads(out.read_text().splitlines()[0])
-    np.testing.assert_allclose(
-        first["logprobs"], hf_logprobs(hf_dir, encoded(hf_dir, samples)[0]), rtol=2e-4, atol=2e-5
-    )
+    np.testing.assert_allclose(first["logprobs"], hf_logprobs[0], rtol=2e-4, atol=2e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
 
@@ -148,19 +177,13 @@ def prompts(samples: Path) -> tuple:
 
 
 @pytest.mark.parametrize("name", ["one", "tp2", "pp2", "tp2-balanced-vision"])
-def test_greedy_answers_are_those_of_transformers(name, hf_dir, samples, tmp_path):
+def test_greedy_answers_are_those_of_transformers(name, hf_dir, hf_answers, samples, tmp_path):
     world_size, layout = LAYOUTS[name]
     out = tmp_path / "answers.jsonl"
     encoding = read_encoding(hf_dir)
     request = AnswerRequest(hf_dir, prompts(samples), out, ParallelConfig(**layout), encoding, Sampling(12), tmp_path)
     run_ranks(answer, world_size, request)
-    tokenizer = load_tokenizer(encoding.tokenizer, MODEL.tokens, MODEL.text.vocab_size)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf_dir, dtype=torch.float32).eval()
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    for row, sample in zip(rows, encoded(hf_dir, samples, open_turn=True), strict=True):
-        said = model.generate(**hf_inputs(sample), max_new_tokens=12, do_sample=False)[0, sample.num_tokens :].tolist()
-        ends = [at for at, token in enumerate(said) if token in (MODEL.tokens.turn_end, MODEL.tokens.pad)]
-        assert row["answer"] == tokenizer.decode(said[: ends[0]] if ends else said)
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == hf_answers
 
 
 def refusal(address: Any, request: AnswerRequest) -> str:

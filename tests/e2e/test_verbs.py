@@ -1,17 +1,15 @@
 """The command's verbs on real files, one after another as a user would: index, look, pack, train, convert, report."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mimo_megatron.cli import main
 from mimo_megatron.data.shards import write_shards
+from tests.commands import finish
 from tests.data_fixtures import mixed_samples, write_tokenizer
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: verbs
 dir: run
@@ -40,12 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder / "tokenizer")
     (folder / "recipe.yaml").write_text(RECIPE)
     for command in (["data", "index", "recipe.yaml"], ["train", "recipe.yaml", "--ranks", "1"]):
-        child = subprocess.run(  # the CPU stand-ins of a training process are never undone
-            [sys.executable, "-m", "mimo_megatron.cli", *command],
-            cwd=folder, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert child.returncode == 0, child.stderr
+        done = finish("mimo_megatron.cli", *command, folder=folder, said=folder / "said")
+        assert done.code == 0, done.err  # the CPU stand-ins of a training process are never undone: not in this one
     return folder
 
 

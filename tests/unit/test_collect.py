@@ -20,6 +20,7 @@ from mimo_megatron.rl.questions import Question
 from mimo_megatron.rl.scheduler.rates import PassRates
 from mimo_megatron.types import RawSample, Rollout
 from tests.rl_fixtures import MODEL, engine_with, no_other, prompts, random_weights, several_of, update
+from tests.samples import tiny_model
 
 TASKS = ("letters", "lengths")
 WEIGHTS = random_weights(scale=0.12)
@@ -123,7 +124,9 @@ def collector(engine, judge: Judge, pool: QuestionPool | None = None, read=read,
 
 
 def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_policy_is_returned():
-    replicas = [engine_with(WEIGHTS), engine_with(WEIGHTS)]
+    small = tiny_model(num_layers=1, width=64, ffn_width=64, num_heads=2, num_kv_heads=2)
+    weights = random_weights(small, scale=0.12)
+    replicas = [engine_with(weights, small), engine_with(weights, small)]
     several = several_of([Late(replicas[0], 1, 1), Late(replicas[1], 2, 6)], no_other)
     judge = Judge(3, unknown_share=0.02)
     one = collector(several, judge)
@@ -131,7 +134,7 @@ def test_in_a_hundred_steps_of_late_engines_and_aborts_no_token_of_another_polic
     for step in range(1, 101):
         version = step + 1
         for replica in replicas:
-            update(replica, WEIGHTS, version)
+            update(replica, weights, version)
         batch = one.collect(step, seed=7)
         assert batch is not None
         groups, stale = without_stale(batch.groups, version)
