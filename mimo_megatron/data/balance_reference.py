@@ -9,8 +9,8 @@ leaves. Where the way ends without a pack it becomes filler. Filler goes, larges
 
 Where that needs over 1/500 more packs than the lower bound it is tried again with vision counted 9 times in the excess,
 large samples by cost, the most costly first, and, where tokens bind, those without patches first to be filler; then
-plain best fit; the first with the fewest packs is taken. Where the cost that does not bind needs 4/5 of the packs or
-more, patches would run out before tokens, and the first of these tries is left out.
+plain best fit; the first with the fewest packs is taken. Where the cost that does not bind needs 55 % of the packs or
+more, patches would run out in many packs before tokens, and the first of these tries is left out.
 
 Dealing. The most costly pack first to the rank with the least cost that may still get one. Then swaps of two packs are
 proposed at random, and kept if the sum of the ranks' potentials falls.
@@ -26,6 +26,7 @@ from mimo_megatron.data.packing_reference import pack_two_costs_reference
 
 FILLER_PERCENT = 15
 TOLERATED_FRACTION = 500
+TIGHT_PERCENT = 55
 VISION_EMPHASIS = 8
 COST_STEEPNESS, VISION_STEEPNESS = 100.0, 16.0
 
@@ -42,7 +43,8 @@ def pack_balanced_reference(
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     bounds = (-(-sum(tokens) // token_capacity), -(-sum(patches) // patch_capacity))
     lower_bound, tried = max(*bounds, 1), []
-    for emphasis in (VISION_EMPHASIS,) if 5 * min(bounds) >= 4 * lower_bound else (0, VISION_EMPHASIS):
+    is_tight = 100 * min(bounds) >= TIGHT_PERCENT * lower_bound
+    for emphasis in (VISION_EMPHASIS,) if is_tight else (0, VISION_EMPHASIS):
         weighted = [cost + emphasis * vision for cost, vision in zip(costs, vision_costs, strict=True)]
         order = costs if emphasis else tokens
         tried.append(_balanced(tokens, patches, order, weighted, token_capacity, patch_capacity, emphasis > 0))

@@ -133,8 +133,9 @@ class PackLoader:
         if changed:
             listed = "; ".join(f"{key}: saved {state[key]!r}, now {own[key]!r}" for key in changed)
             raise ConfigError(
-                f"the data stream cannot be resumed ({listed}): the seed, the sources, their weights, the pack "
-                "capacities or window_samples changed; restore them, or start the data from the beginning"
+                f"the data stream cannot be resumed ({listed}): the seed, the sources, their weights or "
+                "long_samples, the pack capacities or window_samples changed; restore them, or start the data from the "
+                "beginning"
             )
         self._drop_ahead()
         self._position = Position(int(state["epoch"]), int(state["consumed"]))
