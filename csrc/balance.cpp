@@ -26,9 +26,9 @@ namespace {
 // and gives 0.990 and 0.945.
 constexpr std::int64_t kFillerPercent = 15;
 constexpr std::int64_t kToleratedFraction = 500;  // packs beyond the lower bound that are taken without another try
-// Where the cost that does not bind needs so much of the lower bound, the first try is left out. Measured where tokens
-// bind: patches 52 % full, 3 packs of 50,000 beyond the lower bound; 58 %, over 0.2 % beyond it, as patches run out where
-// there is room for tokens.
+// Where the cost that does not bind needs so much of the lower bound, text is the filler. Measured with the shortest
+// samples instead, where tokens bind: patches 52 % full, 3 packs of 50,000 beyond the lower bound; 58 %, over 0.2 % beyond
+// it, as patches run out where there is room for tokens.
 constexpr std::int64_t kTightPercent = 55;
 // How much more vision counts in the second try. With patches 87 % full, packs of the first try are 0.5 to 1 % too many;
 // 2 to 8 give the lower bound, and 8 the best balance.
@@ -136,6 +136,7 @@ class Balancer {
         wanted_filler_ = (tokens_bind_ ? tokens : patches) * kFillerPercent / 100;
         lower_bound_ = std::max({by_tokens, by_patches, std::int64_t{1}});
         other_bound_ = std::min(by_tokens, by_patches);
+        is_tight_ = vision_emphasis_ > 0 || 100 * other_bound_ >= kTightPercent * lower_bound_;
     }
 
     Offsets pack(std::int64_t* items) {
@@ -146,7 +147,7 @@ class Balancer {
         return write(items);
     }
 
-    bool both_may_bind() const { return 100 * other_bound_ >= kTightPercent * lower_bound_; }
+    bool both_nearly_bind() const { return 5 * other_bound_ >= 4 * lower_bound_; }
 
     bool needs_too_many(const Offsets& offsets) const {
         return static_cast<std::int64_t>(offsets.size()) - 1 - lower_bound_ > lower_bound_ / kToleratedFraction;
@@ -160,7 +161,7 @@ class Balancer {
     std::int64_t weighted(std::int64_t i) const { return in_.costs[i] + vision_emphasis_ * in_.vision_costs[i]; }
 
     // The samples with the fewest tokens are the filler, as many as were wanted. The others go by decreasing tokens. Where
-    // vision is levelled above all, text is the filler, since it fits where no patch does, and the others go by cost.
+    // patches are tight, text is the filler, since it fits where no patch does, and the others go by decreasing cost.
     void split() {
         std::vector<Keyed> order(in_.n);
         for (std::int64_t i = 0; i < in_.n; ++i) order[i] = {in_.tokens[i], static_cast<std::uint32_t>(i)};
@@ -176,13 +177,13 @@ class Balancer {
                 so_far += binding_[i];
             }
         };
-        if (tokens_bind_ && vision_emphasis_ > 0) take_shortest(false);
+        if (tokens_bind_ && is_tight_) take_shortest(false);
         take_shortest(true);
         for (std::uint32_t i = 0; i < in_.n; ++i) {
             if (is_filler[i])
                 filler_.push_back({size(i), i});
             else
-                large_.push_back({vision_emphasis_ > 0 ? in_.costs[i] : in_.tokens[i], i});
+                large_.push_back({is_tight_ ? in_.costs[i] : in_.tokens[i], i});
         }
         sort_largest_first(large_);
     }
@@ -253,7 +254,7 @@ class Balancer {
     const std::int64_t vision_emphasis_;
     const std::int64_t token_capacity_, patch_capacity_;
     const Poll& poll_;
-    bool tokens_bind_;
+    bool tokens_bind_, is_tight_;
     const std::int64_t* binding_;
     std::int64_t wanted_filler_, lower_bound_, other_bound_, num_packs_ = 0;
     std::vector<Keyed> large_, filler_;
@@ -281,7 +282,7 @@ Offsets pack_balanced(const Samples& samples, std::int64_t token_capacity, std::
     };
     for (const std::int64_t emphasis : {std::int64_t{0}, kVisionEmphasis}) {
         Balancer balancer(samples, token_capacity, patch_capacity, emphasis, poll);
-        if (emphasis == 0 && balancer.both_may_bind()) continue;
+        if (emphasis == 0 && balancer.both_nearly_bind()) continue;
         keep(balancer.pack(tried.data()));
         if (!balancer.needs_too_many(best)) return best;
     }

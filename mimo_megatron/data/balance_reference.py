@@ -7,10 +7,12 @@ among the halves in which some pack has room for the tokens and some for the pat
 that of as many tokens of filler (of the mean sample, if that is less), since it is filler that will take the room it
 leaves. Where the way ends without a pack it becomes filler. Filler goes, largest first, where it fits best.
 
-Where that needs over 1/500 more packs than the lower bound it is tried again with vision counted 9 times in the excess,
-large samples by cost, the most costly first, and, where tokens bind, those without patches first to be filler; then
-plain best fit; the first with the fewest packs is taken. Where the cost that does not bind needs 55 % of the packs or
-more, patches would run out in many packs before tokens, and the first of these tries is left out.
+Where the cost that does not bind needs 55 % of the packs or more, large samples go by cost, the most costly first, and,
+where tokens bind, those without patches are the first to be filler.
+
+Where that needs over 1/500 more packs than the lower bound it is tried again in this second way, with vision counted 9
+times in the excess; then plain best fit; the first with the fewest packs is taken. Where the cost that does not bind
+needs 4/5 of the packs or more, patches would run out before tokens, and the first of these tries is left out.
 
 Dealing. The most costly pack first to the rank with the least cost that may still get one. Then swaps of two packs are
 proposed at random, and kept if the sum of the ranks' potentials falls.
@@ -43,11 +45,11 @@ def pack_balanced_reference(
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     bounds = (-(-sum(tokens) // token_capacity), -(-sum(patches) // patch_capacity))
     lower_bound, tried = max(*bounds, 1), []
-    is_tight = 100 * min(bounds) >= TIGHT_PERCENT * lower_bound
-    for emphasis in (VISION_EMPHASIS,) if is_tight else (0, VISION_EMPHASIS):
+    for emphasis in (VISION_EMPHASIS,) if 5 * min(bounds) >= 4 * lower_bound else (0, VISION_EMPHASIS):
         weighted = [cost + emphasis * vision for cost, vision in zip(costs, vision_costs, strict=True)]
-        order = costs if emphasis else tokens
-        tried.append(_balanced(tokens, patches, order, weighted, token_capacity, patch_capacity, emphasis > 0))
+        is_tight = emphasis > 0 or 100 * min(bounds) >= TIGHT_PERCENT * lower_bound
+        order = costs if is_tight else tokens
+        tried.append(_balanced(tokens, patches, order, weighted, token_capacity, patch_capacity, is_tight))
         if min(map(len, tried)) - lower_bound <= lower_bound // TOLERATED_FRACTION:
             return min(tried, key=len)
     tried.append(pack_two_costs_reference(tokens, patches, token_capacity, patch_capacity))
