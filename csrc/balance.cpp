@@ -4,6 +4,9 @@
 // The packs are the leaves of a binary tree. A large sample goes down it, at each fork to the half whose packs have the
 // smaller mean excess, among the halves that seem to have room. So packs of every aligned group have nearly equal sums,
 // and one fork is one comparison. What counts is a sample's *excess*: its cost beyond that of as many tokens of filler.
+//
+// Samples go by tokens, the longest first. What comes last, and what fills, goes to the neighbours of a very long sample;
+// there a token's attention is dear and an image is welcome, so it should be the shortest samples, with their images.
 #include "balance.hpp"
 
 #include <algorithm>
@@ -17,14 +20,18 @@
 namespace packing {
 namespace {
 
-// Share of the binding cost that is kept to fill gaps with. Measured on 300,000 log-normal and on as many bimodal
-// samples, mean over maximum of 256 ranks with four packs each: 5 % 0.983 and 0.995, 10 to 20 % 0.987 to 0.988 and
-// 0.995 to 0.996, 30 % 0.988 and 0.992. The fill is 0.9997 or more in all.
+// Share of the binding cost that is kept to fill gaps with. Measured on 200,000 log-normal samples, mean over maximum of
+// 256 ranks with four packs each, cost and vision: 10 % 0.989 and 0.948, 15 % 0.990 and 0.949, 25 % 0.991 and 0.947,
+// 40 % 0.990 and 0.944. The fill is 0.9999 in all. Filler of the smallest size, as `fill` orders it, has hardly an image,
+// and gives 0.990 and 0.945.
 constexpr std::int64_t kFillerPercent = 15;
 constexpr std::int64_t kToleratedFraction = 500;  // packs beyond the lower bound that are taken without another try
-// How much more vision counts in the second try. With patches 87 % full where tokens bind, packs of the first try are
-// 0.5 to 1 % too many, as patches run out where there is room for tokens; 2 to 8 give the lower bound, and 8 the best
-// balance.
+// Where the cost that does not bind needs so much of the lower bound, text is the filler. Measured with the shortest
+// samples instead, where tokens bind: patches 52 % full, 3 packs of 50,000 beyond the lower bound; 58 %, over 0.2 % beyond
+// it, as patches run out where there is room for tokens.
+constexpr std::int64_t kTightPercent = 55;
+// How much more vision counts in the second try. With patches 87 % full, packs of the first try are 0.5 to 1 % too many;
+// 2 to 8 give the lower bound, and 8 the best balance.
 constexpr std::int64_t kVisionEmphasis = 8;
 constexpr std::int64_t kPollMask = (1 << 16) - 1;
 
@@ -129,6 +136,7 @@ class Balancer {
         wanted_filler_ = (tokens_bind_ ? tokens : patches) * kFillerPercent / 100;
         lower_bound_ = std::max({by_tokens, by_patches, std::int64_t{1}});
         other_bound_ = std::min(by_tokens, by_patches);
+        is_tight_ = vision_emphasis_ > 0 || 100 * other_bound_ >= kTightPercent * lower_bound_;
     }
 
     Offsets pack(std::int64_t* items) {
@@ -152,15 +160,16 @@ class Balancer {
 
     std::int64_t weighted(std::int64_t i) const { return in_.costs[i] + vision_emphasis_ * in_.vision_costs[i]; }
 
-    // The filler: the smallest samples, those without patches first where tokens bind, as many as were wanted.
+    // The samples with the fewest tokens are the filler, as many as were wanted. The others go by decreasing tokens. Where
+    // patches are tight, text is the filler, since it fits where no patch does, and the others go by decreasing cost.
     void split() {
         std::vector<Keyed> order(in_.n);
-        for (std::int64_t i = 0; i < in_.n; ++i) order[i] = {size(i), static_cast<std::uint32_t>(i)};
+        for (std::int64_t i = 0; i < in_.n; ++i) order[i] = {in_.tokens[i], static_cast<std::uint32_t>(i)};
         sort_largest_first(order);
         poll_();
         std::vector<char> is_filler(in_.n, 0);
         std::int64_t so_far = 0;
-        const auto take_smallest = [&](bool with_patches) {
+        const auto take_shortest = [&](bool with_patches) {
             for (std::int64_t place = in_.n; place-- > 0 && so_far < wanted_filler_;) {
                 const std::uint32_t i = order[place].number;
                 if (is_filler[i] || (!with_patches && in_.patches[i] > 0)) continue;
@@ -168,14 +177,15 @@ class Balancer {
                 so_far += binding_[i];
             }
         };
-        if (tokens_bind_) take_smallest(false);
-        take_smallest(true);
+        if (tokens_bind_ && is_tight_) take_shortest(false);
+        take_shortest(true);
         for (std::uint32_t i = 0; i < in_.n; ++i) {
             if (is_filler[i])
                 filler_.push_back({size(i), i});
             else
-                large_.push_back({in_.costs[i], i});
+                large_.push_back({is_tight_ ? in_.costs[i] : in_.tokens[i], i});
         }
+        sort_largest_first(large_);
     }
 
     void spread_large() {
@@ -184,7 +194,6 @@ class Balancer {
         for (const Keyed& one : filler_) tokens += in_.tokens[one.number], cost += weighted(one.number);
         for (std::int64_t i = 0; i < in_.n; ++i) all_tokens += in_.tokens[i], all_cost += weighted(i);
         const std::int64_t per_token = tokens ? std::min(cost / tokens, all_cost / all_tokens) : 0;
-        sort_largest_first(large_);
 
         PackTree tree(lower_bound_, token_capacity_, patch_capacity_);
         for (std::size_t place = 0; place < large_.size(); ++place) {
@@ -245,7 +254,7 @@ class Balancer {
     const std::int64_t vision_emphasis_;
     const std::int64_t token_capacity_, patch_capacity_;
     const Poll& poll_;
-    bool tokens_bind_;
+    bool tokens_bind_, is_tight_;
     const std::int64_t* binding_;
     std::int64_t wanted_filler_, lower_bound_, other_bound_, num_packs_ = 0;
     std::vector<Keyed> large_, filler_;

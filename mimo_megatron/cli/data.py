@@ -31,6 +31,9 @@ def _data_index(values: Values) -> int:
             print(f"  skipped: {reasons}")
         if report.num_over_capacity:
             print(f"  larger than a pack of this recipe: {report.num_over_capacity:,}")
+        if report.num_long_texts:
+            what = "cut into" if source.long_samples == "split" else "which long_samples=split would cut into"
+            print(f"  texts among them: {report.num_long_texts:,}, {what} {report.num_parts:,} parts")
     return 0
 
 
@@ -214,24 +217,34 @@ def _calibrate(values: Values) -> int:
 
 def _pack_arguments(parser: Arguments) -> None:
     parser.add_argument("lengths", type=Path, help="an indexed folder, or lengths as .parquet, .npy or text")
-    parser.add_argument("--capacity", type=count, required=True, help="tokens of a pack")
-    parser.add_argument("--patch-capacity", type=count, help="vision patches of a pack")
+    parser.add_argument("--recipe", type=Path, help="take capacities, model and data.cost from this recipe")
+    parser.add_argument("--capacity", type=count, help="tokens of a pack (default: the recipe's)")
+    parser.add_argument("--patch-capacity", type=count, help="vision patches of a pack (default: the recipe's)")
     parser.add_argument("--plot", type=Path, help="draw the lengths and the fill into this file")
-    parser.add_argument("--model", default="mimo-vl-7b", help="preset whose FLOPs are the cost (default mimo-vl-7b)")
+    parser.add_argument(
+        "--model", default="mimo-vl-7b", help="without a recipe: preset whose FLOPs are the cost (default mimo-vl-7b)"
+    )
     parser.add_argument("--ranks", type=count, default=8, help="data-parallel ranks (default 8)")
     parser.add_argument("--packs-per-rank", type=count, default=4, help="packs of a rank in a step (default 4)")
     parser.add_argument("--what-if", type=Path, help="draw fill and balance against capacity and window into this file")
 
 
 def _pack(values: Values) -> int:
+    from mimo_megatron.config.load import load_recipe
     from mimo_megatron.config.presets import preset
     from mimo_megatron.data.balance_report import Step
     from mimo_megatron.data.packing_report import pack_command
 
+    capacity, patch_capacity, model, cost = values.capacity, values.patch_capacity, preset(values.model), None
+    if values.recipe:
+        config = load_recipe(values.recipe)
+        model, cost = config.model, config.data.cost
+        capacity = capacity or config.data.pack_tokens
+        patch_capacity = patch_capacity or config.data.pack_patches
+    elif not capacity:
+        values.parser.error("give --capacity, or --recipe")
     step = Step(values.ranks, values.packs_per_rank)
-    pack_command(
-        values.lengths, values.capacity, values.patch_capacity, preset(values.model), step, values.plot, values.what_if
-    )
+    pack_command(values.lengths, capacity, patch_capacity, model, step, values.plot, values.what_if, cost)
     return 0
 
 

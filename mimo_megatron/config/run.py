@@ -16,6 +16,7 @@ Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
 DecoderName = Literal["turbo", "pillow"]
+LongSamples = Literal["refuse", "split"]
 
 _SLOT_BYTES = 44
 """Of a pack: token and label 8 each, loss weight 4, three positions of 8."""
@@ -62,6 +63,11 @@ class SourceConfig(Strict):
         "indexed",
         description="What reads the tars. indexed: our own reader; energon: megatron-energon, over a folder that "
         "`energon prepare` has seen too. Samples and their order are the same.",
+    )
+    long_samples: LongSamples = Field(
+        "refuse",
+        description="Texts with more tokens than a pack. refuse: left out and counted, as samples with media and "
+        "preference pairs are in any case; split: cut into consecutive parts, each a sample of its own.",
     )
 
 

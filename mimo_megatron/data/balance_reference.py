@@ -1,16 +1,18 @@
 """The definition of balanced packing and of dealing, in plain Python, for tests and for reading. The C++ does the same.
 
-Packing. As many packs as the lower bound says. The smallest samples, up to 15 % of the cost that binds (tokens or
-patches, whichever needs more packs), are put aside as filler; where tokens bind those without patches go first. The
-others go, the most costly first, down a binary tree over the packs: at each fork to the half whose packs have the
-smaller mean *excess*, the left one of equals, among the halves in which some pack has room for the tokens and some for
-the patches. A sample's excess is its cost less that of as many tokens of filler (of the mean sample, if that is less),
-since it is filler that will take the room it leaves. Where the way ends without a pack it becomes filler. Filler goes,
-largest first, where it fits best.
+Packing. As many packs as the lower bound says. The samples with the fewest tokens, up to 15 % of the cost that binds
+(tokens or patches, whichever needs more packs), are put aside as filler. The others go, the longest first, down a
+binary tree over the packs: at each fork to the half whose packs have the smaller mean *excess*, the left one of equals,
+among the halves in which some pack has room for the tokens and some for the patches. A sample's excess is its cost less
+that of as many tokens of filler (of the mean sample, if that is less), since it is filler that will take the room it
+leaves. Where the way ends without a pack it becomes filler. Filler goes, largest first, where it fits best.
 
-Where that needs over 1/500 more packs than the lower bound it is tried again with vision counted 9 times in the excess,
-then plain best fit; the first with the fewest packs is taken. Where the cost that does not bind needs 4/5 of the packs
-or more, patches would run out before tokens, and the first of these tries is left out.
+Where the cost that does not bind needs 55 % of the packs or more, large samples go by cost, the most costly first, and,
+where tokens bind, those without patches are the first to be filler.
+
+Where that needs over 1/500 more packs than the lower bound it is tried again in this second way, with vision counted 9
+times in the excess; then plain best fit; the first with the fewest packs is taken. Where the cost that does not bind
+needs 4/5 of the packs or more, patches would run out before tokens, and the first of these tries is left out.
 
 Dealing. The most costly pack first to the rank with the least cost that may still get one. Then swaps of two packs are
 proposed at random, and kept if the sum of the ranks' potentials falls.
@@ -26,6 +28,7 @@ from mimo_megatron.data.packing_reference import pack_two_costs_reference
 
 FILLER_PERCENT = 15
 TOLERATED_FRACTION = 500
+TIGHT_PERCENT = 55
 VISION_EMPHASIS = 8
 COST_STEEPNESS, VISION_STEEPNESS = 100.0, 16.0
 
@@ -44,7 +47,9 @@ def pack_balanced_reference(
     lower_bound, tried = max(*bounds, 1), []
     for emphasis in (VISION_EMPHASIS,) if 5 * min(bounds) >= 4 * lower_bound else (0, VISION_EMPHASIS):
         weighted = [cost + emphasis * vision for cost, vision in zip(costs, vision_costs, strict=True)]
-        tried.append(_balanced(tokens, patches, costs, weighted, token_capacity, patch_capacity))
+        is_tight = emphasis > 0 or 100 * min(bounds) >= TIGHT_PERCENT * lower_bound
+        order = costs if is_tight else tokens
+        tried.append(_balanced(tokens, patches, order, weighted, token_capacity, patch_capacity, is_tight))
         if min(map(len, tried)) - lower_bound <= lower_bound // TOLERATED_FRACTION:
             return min(tried, key=len)
     tried.append(pack_two_costs_reference(tokens, patches, token_capacity, patch_capacity))
@@ -54,10 +59,11 @@ def pack_balanced_reference(
 def _balanced(
     tokens: Sequence[int],
     patches: Sequence[int],
-    costs: Sequence[int],
+    order: Sequence[int],
     weighted: Sequence[int],
     token_capacity: int,
     patch_capacity: int,
+    text_first: bool,
 ) -> Packs:
     def size(i: int) -> int:
         return tokens[i] * patch_capacity + 2 * patches[i] * token_capacity
@@ -67,11 +73,10 @@ def _balanced(
     binding = tokens if tokens_bind else patches
     num_packs = max(by_tokens, by_patches, 1)
 
-    everything = sorted(range(len(tokens)), key=size, reverse=True)
     filler = set[int]()
     wanted = sum(binding) * FILLER_PERCENT // 100
-    smallest = everything[::-1]
-    for i in ([i for i in smallest if not patches[i]] if tokens_bind else []) + smallest:
+    shortest = sorted(range(len(tokens)), key=lambda i: (tokens[i], -i))
+    for i in ([i for i in shortest if not patches[i]] if text_first and tokens_bind else []) + shortest:
         if sum(binding[i] for i in filler) >= wanted:
             break
         filler.add(i)
@@ -82,8 +87,8 @@ def _balanced(
     members: list[list[int]] = [[] for _ in range(num_packs)]
     space = [(token_capacity, patch_capacity)] * num_packs
     excess = [0] * num_packs
-    large = [i for i in everything if i not in filler]
-    for i in sorted(sorted(large), key=lambda i: costs[i], reverse=True):
+    large = [i for i in range(len(tokens)) if i not in filler]
+    for i in sorted(large, key=lambda i: order[i], reverse=True):
         pack = _way_down(space, excess, tokens[i], patches[i])
         if pack is None:
             filler.add(i)

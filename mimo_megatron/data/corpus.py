@@ -1,5 +1,7 @@
 """The opened sources of a recipe, checked against it, as one list of samples numbered through all sources.
 
+Where a recipe has long texts split, each part of one is a sample of this list.
+
 Invariants: every index was built with this tokenizer, these pixel limits and this system prompt; a sample whose
 encoding has other lengths than the plan counted on is refused, so a pack never overflows.
 """
@@ -16,6 +18,7 @@ from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.energon import open_source
 from mimo_megatron.data.pairs import encode_stored
+from mimo_megatron.data.parts import parts_of, splits_texts
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.source import DataSource
@@ -34,13 +37,16 @@ class Corpus:
         for source in opened:
             source.check_settings(length_settings(self.tokenizer, model, data))
         self.sources: tuple[DataSource, ...] = tuple(opened)
-        sizes = [len(source.lengths.num_tokens_N) for source in self.sources]
-        self._starts = [0, *itertools.accumulate(sizes)]
+        self.parts = tuple(
+            parts_of(source.lengths, data.pack_tokens, splits=splits_texts(recipe, model))
+            for source, recipe in zip(self.sources, data.sources, strict=True)
+        )
+        self._starts = [0, *itertools.accumulate(map(len, self.parts))]
 
     def plan(self, seed: int) -> Plan:
         """The order and packs of these samples under this seed."""
         return Plan(
-            [source.lengths for source in self.sources],
+            [parts.lengths for parts in self.parts],
             [source.weight for source in self.data.sources],
             token_capacity=self.data.pack_tokens,
             patch_capacity=self.data.pack_patches,
@@ -50,13 +56,15 @@ class Corpus:
         )
 
     def sample_id(self, number: int) -> str:
-        source, index = self._locate(number)
-        return source.sample_id(index)
+        place, index = self._locate(number)
+        parts = self.parts[place]
+        return parts.name(index, self.sources[place].sample_id(int(parts.sample_N[index])))
 
     def planned_lengths(self, number: int) -> tuple[int, int]:
         """(tokens, patches) according to the index."""
-        source, index = self._locate(number)
-        return int(source.lengths.num_tokens_N[index]), int(source.lengths.num_patches_N[index])
+        place, index = self._locate(number)
+        lengths = self.parts[place].lengths
+        return int(lengths.num_tokens_N[index]), int(lengths.num_patches_N[index])
 
     def count_by_source(self, numbers: NDArray[np.int64]) -> tuple[int, ...]:
         """How many of these samples each source has."""
@@ -64,24 +72,28 @@ class Corpus:
         return tuple(np.bincount(places, minlength=len(self.sources)).tolist())
 
     def read(self, number: int) -> RawSample:
-        source, index = self._locate(number)
-        return source.read(index)
+        """The stored sample, whole where this is a part of it."""
+        place, index = self._locate(number)
+        return self.sources[place].read(int(self.parts[place].sample_N[index]))
 
     def encode(self, number: int) -> tuple[EncodedSample, ...]:
-        """What the stored sample puts into a pack: one segment, or the two of a pair.
+        """What the sample puts into a pack: one segment, or the two of a pair.
 
         ``SampleError`` if it is damaged or no longer what the index measured.
         """
         raw = self.read(number)
         samples = encode_stored(raw, self.tokenizer, self.model, self.data)
         found = sum(one.num_tokens for one in samples), sum(one.num_patches for one in samples)
-        planned = self.planned_lengths(number)
+        place, index = self._locate(number)
+        lengths, stored = self.sources[place].lengths, self.parts[place].sample_N[index]
+        planned = int(lengths.num_tokens_N[stored]), int(lengths.num_patches_N[stored])
         if found != planned:
             raise SampleError(
                 raw.id, "lengths_changed", f"has (tokens, patches) {found}, but the index says {planned}; index again"
             )
-        return samples
+        return tuple(self.parts[place].cut(index, one) for one in samples)
 
-    def _locate(self, number: int) -> tuple[DataSource, int]:
+    def _locate(self, number: int) -> tuple[int, int]:
+        """The place of the source, and the number among its parts."""
         place = bisect.bisect_right(self._starts, number) - 1
-        return self.sources[place], number - self._starts[place]
+        return place, number - self._starts[place]

@@ -64,6 +64,9 @@ class IndexReport:
     skipped: Counter[str] = field(default_factory=Counter)
     num_over_capacity: int = 0
     """Samples in the index that a pack of this recipe cannot hold; the loader leaves them out and says so."""
+    num_long_texts: int = 0
+    """Those of them that are cut where the recipe says ``long_samples: split``, and in how many parts."""
+    num_parts: int = 0
 
 
 def build_index(
@@ -227,7 +230,11 @@ class _Indexer:
         self.report.num_samples[split] += 1
         self.report.num_tokens += num_tokens
         self.report.num_patches += num_patches
-        self.report.num_over_capacity += num_tokens > self._data.pack_tokens or num_patches > self._data.pack_patches
+        capacity = self._data.pack_tokens
+        self.report.num_over_capacity += num_tokens > capacity or num_patches > self._data.pack_patches
+        if num_tokens > capacity and not num_patches and self._model.text.head != "reward":
+            self.report.num_long_texts += 1
+            self.report.num_parts += -(-num_tokens // capacity)
 
 
 @dataclass(frozen=True)

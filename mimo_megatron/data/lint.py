@@ -22,6 +22,7 @@ from mimo_megatron.data.image import MAX_ASPECT_RATIO
 from mimo_megatron.data.index import check_names, read_member, read_record
 from mimo_megatron.data.markup import Frame, rescale_messages
 from mimo_megatron.data.pairs import KEYS, measure_stored
+from mimo_megatron.data.parts import splits_texts
 from mimo_megatron.data.records import Record, SampleError
 from mimo_megatron.data.shards import Member, scan_samples
 from mimo_megatron.data.text_checks import oddities
@@ -224,7 +225,10 @@ class Linter:
         except SampleError as error:
             yield error.reason, "", error.detail
             return
-        if found.num_tokens > data.pack_tokens or found.num_patches > data.pack_patches:
+        is_split = not found.num_patches and any(
+            one.path == shard.parent and splits_texts(one, model) for one in data.sources
+        )
+        if (found.num_tokens > data.pack_tokens and not is_split) or found.num_patches > data.pack_patches:
             limits = f"a pack holds data.pack_tokens {data.pack_tokens:,} and data.pack_patches {data.pack_patches:,}"
             yield "over_capacity", "", f"{found.num_tokens:,} tokens and {found.num_patches:,} patches; {limits}"
 

@@ -66,9 +66,8 @@ class PackLoader:
         self._seed = seed
         self._plan = self.corpus.plan(seed)
         self._position = Position(epoch=0, consumed=0)
-        lengths = [len(source.lengths.num_tokens_N) for source in self.corpus.sources]
         too_long = self.corpus.count_by_source(self._plan.over_capacity)
-        self._sizes = [length - without for length, without in zip(lengths, too_long, strict=True)]
+        self._sizes = [length - without for length, without in zip(map(len, self.corpus.parts), too_long, strict=True)]
         self._used = [0] * len(self._sizes)
         self._ahead: Ahead | None = None
         self.steps_to_come: int | None = None
@@ -83,6 +82,10 @@ class PackLoader:
         self._skip_log: list[dict[str, str]] = []
         if dp_rank == 0:
             self._record(self._over_capacity(data))
+            for source, parts in zip(self.corpus.sources, self.corpus.parts, strict=True):
+                if any(parts.num_cut):
+                    name = source.describe()["name"]
+                    get_logger().info("%s: %d texts longer than a pack, in %d parts", name, *parts.num_cut)
 
     def next_step(self) -> list[PackedBatch]:
         """This rank's microbatches of the next step. What went wrong while they were made is raised here; a call after
@@ -130,8 +133,9 @@ class PackLoader:
         if changed:
             listed = "; ".join(f"{key}: saved {state[key]!r}, now {own[key]!r}" for key in changed)
             raise ConfigError(
-                f"the data stream cannot be resumed ({listed}): the seed, the sources, their weights, the pack "
-                "capacities or window_samples changed; restore them, or start the data from the beginning"
+                f"the data stream cannot be resumed ({listed}): the seed, the sources, their weights or "
+                "long_samples, the pack capacities or window_samples changed; restore them, or start the data from the "
+                "beginning"
             )
         self._drop_ahead()
         self._position = Position(int(state["epoch"]), int(state["consumed"]))

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.config.pack_cost import cost_by_flops
+from mimo_megatron.config.pack_cost import PackCost, cost_by_flops
 from mimo_megatron.data.balance_report import Step, balance, plot_what_if
 from mimo_megatron.data.packing import pack, pack_two_costs
 from mimo_megatron.data.source import INDEX_FILE, LENGTH_COLUMNS, SampleLengths
@@ -135,8 +135,11 @@ def pack_command(
     step: Step,
     plot_path: Path | None = None,
     what_if_path: Path | None = None,
+    cost: PackCost | None = None,
 ) -> None:
     """Prints how the samples of ``path`` pack, see ``read_lengths``, and how evenly their packs load a step's ranks.
+
+    Without a ``cost`` of its own a pack costs the FLOPs of ``model``.
 
     Draws the packs, and what other capacities and windows would give, into the files that are named.
     """
@@ -165,10 +168,11 @@ def pack_command(
     )
     # Without a limit: as many patches as tokens can stand for.
     most_patches = patch_capacity or capacity * (model.vision.merge_factor if model.vision else 1)
-    cost = cost_by_flops(model)
+    of_what = "data.cost" if cost else f"the FLOPs of {model.name}"
+    cost = cost or cost_by_flops(model)
     found = balance(samples, cost, capacity, most_patches, step, len(lengths))
     table.add_section()
-    table.add_row(f"packs, balanced by the FLOPs of {model.name}", f"{found.num_packs:,}")
+    table.add_row(f"packs, balanced by {of_what}", f"{found.num_packs:,}")
     table.add_row("their fill in tokens", f"{found.token_fill:.3%}")
     table.add_row(f"predicted efficiency of a step, {step}", _percent(found.step_efficiency))
     table.add_row("of its vision alone", _percent(found.vision_efficiency))

@@ -55,6 +55,8 @@ class SourceStats:
     """Of the samples of an epoch, by the recipe's weights."""
     tokens_N: NDArray[np.int64]
     patches_N: NDArray[np.int64]
+    num_cut: tuple[int, int]
+    """Samples that are trained in parts, and their parts."""
     looked: Looked
 
 
@@ -97,9 +99,10 @@ def collect(data: DataConfig, model: ModelConfig, *, seed: int, num_samples: int
             float(weight),
             source.lengths.num_tokens_N,
             source.lengths.num_patches_N,
+            parts.num_cut,
             _look(corpus, source, num_samples),
         )
-        for source, weight in zip(corpus.sources, weights / weights.sum(), strict=True)
+        for source, parts, weight in zip(corpus.sources, corpus.parts, weights / weights.sum(), strict=True)
     )
     return DataStats(sources, _packs(corpus, seed, num_packs))
 
@@ -222,6 +225,11 @@ def summary(stats: DataStats, data: DataConfig) -> str:
             f"{one.name}: {len(one.tokens_N):,} samples, {one.tokens_N.sum():,} tokens, {one.patches_N.sum():,} "
             f"patches, {one.draw_fraction:.1%} of an epoch's samples; tokens at 5, 50, 95, 100 %: {quantiles}"
         )
+    lines += [
+        f"{one.name}: texts longer than a pack: {one.num_cut[0]:,}, cut into {one.num_cut[1]:,} parts"
+        for one in stats.sources
+        if one.num_cut[0]
+    ]
     looked = sum(one.looked.num_samples for one in stats.sources)
     for title, table in _tables(stats).items():
         lines.append(f"{title}: " + ", ".join(f"{name} {share:.1%}" for name, _, share in table))

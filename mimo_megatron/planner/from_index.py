@@ -4,6 +4,7 @@ import numpy as np
 
 from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.config.run import RunConfig
+from mimo_megatron.data.parts import parts_of, splits_texts
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.source import IndexedSource
 from mimo_megatron.planner.packs import Packs, PackShape, image_grid
@@ -16,7 +17,11 @@ def packs_of_index(config: RunConfig) -> Packs:
     are trained: all but those of pictures are taken for trained. Both make the need larger, not smaller.
     """
     data, vision = config.data, config.model.vision
-    lengths = [IndexedSource(one.path, data.split).lengths for one in data.sources]
+    stored = [IndexedSource(one.path, data.split).lengths for one in data.sources]
+    lengths = [
+        parts_of(one, data.pack_tokens, splits=splits_texts(source, config.model)).lengths
+        for one, source in zip(stored, data.sources, strict=True)
+    ]
     plan = Plan(
         lengths,
         [one.weight for one in data.sources],

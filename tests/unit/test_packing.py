@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mimo_megatron import _packing
-from mimo_megatron.config.pack_cost import cost_by_flops
+from mimo_megatron.cli import main
+from mimo_megatron.config.pack_cost import PackCost, cost_by_flops
 from mimo_megatron.config.presets import preset
 from mimo_megatron.data.balance_report import Step, balance
 from mimo_megatron.data.packing import Packs, pack, pack_two_costs
@@ -18,6 +19,7 @@ from mimo_megatron.data.packing_reference import check_packs, pack_reference
 from mimo_megatron.data.packing_report import pack_command, plot, read_lengths, report
 from mimo_megatron.data.source import INDEX_FILE, SampleLengths
 from mimo_megatron.errors import DataError
+from tests.samples import run_config
 
 
 def as_lists(packs: Packs) -> list[list[int]]:
@@ -222,6 +224,26 @@ def test_pack_command_prints_the_figures_and_draws_them(tmp_path: Path, capsys: 
     assert found.token_fill > 0.9 and f"{found.token_fill:.3%}" in printed
     assert found.step_efficiency and f"{found.step_efficiency:.2%}" in printed
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("packs.png", "what_if.png"))
+
+
+def test_pack_takes_capacities_and_costs_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens, patches = vision_mix(500)
+    pq.write_table(pa.table({"num_tokens": tokens, "num_patches": patches}), tmp_path / INDEX_FILE)
+    config, cost = run_config(preset("mimo-vl-7b")), PackCost(per_token=1, per_patch=3)
+    data = config.data.model_copy(update={"pack_tokens": 32_768, "pack_patches": 65_536, "cost": cost})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.model_copy(update={"data": data}).model_dump_json())
+    assert main(["pack", str(tmp_path), "--recipe", str(recipe), "--ranks", "2", "--packs-per-rank", "2"]) == 0
+    printed = capsys.readouterr().out
+    samples, step = SampleLengths(tokens, patches), Step(2, 2)
+    by_recipe, by_flops = (
+        f"{balance(samples, one, 32_768, 65_536, step, 500).step_efficiency:.2%}"
+        for one in (cost, cost_by_flops(config.model))
+    )
+    assert "balanced by data.cost" in printed and by_recipe in printed and by_recipe != by_flops
+    with pytest.raises(SystemExit):
+        main(["pack", str(tmp_path)])
+    assert "give --capacity, or --recipe" in capsys.readouterr().err
 
 
 def test_plot_of_no_samples_and_of_one_length_is_drawn(tmp_path: Path) -> None:
