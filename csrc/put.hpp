@@ -18,8 +18,9 @@ inline void scatter(const std::uint8_t* row, std::int64_t width, const PatchShap
         for (std::int64_t n = 0; n < shape.merge; ++n) std::memcpy(out + n * patch_bytes, row + x + n * patch, patch);
 }
 
-inline void put(const std::uint8_t* row, std::int64_t channel, std::int64_t y, std::int64_t width, const PatchShape& shape,
-         std::uint8_t* out) {
+// Row `y` of one channel of a frame, `width` pixels, into the frame's patches.
+inline void put(const std::uint8_t* row, std::int64_t channel, std::int64_t y, std::int64_t width,
+                const PatchShape& shape, std::uint8_t* out) {
     const std::int64_t patch = shape.patch, merge = shape.merge, patch_row = y / patch;
     const std::int64_t before = patch_row / merge * merge * (width / patch) + patch_row % merge * merge;
     out += before * kChannels * shape.frames * patch * patch;

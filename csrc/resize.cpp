@@ -106,7 +106,9 @@ __attribute__((target("avx2"))) void weigh_by_avx2(const std::uint8_t* const* ro
 
 using Weigh = decltype(&weigh_portably);
 
-std::int64_t rounded_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::int64_t rounded_up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 // The horizontal pass of 16 rows, or fewer, of interleaved channels into one plane a channel.
 class Across {
@@ -245,8 +247,8 @@ void resize_to_patches(const std::uint8_t* rgb, std::int64_t in_height, std::int
     const bool starts_down = in_height > out_height && in_height - out_height > 2 * (in_width - out_width);
     for (const Way& way : ways())
         if (name.empty() || name == way.name)
-            return way.resize(rgb, in_height, in_width, taps(in_width, out_width), taps(in_height, out_height), starts_down,
-                              shape, out);
+            return way.resize(rgb, in_height, in_width, taps(in_width, out_width), taps(in_height, out_height),
+                              starts_down, shape, out);
     throw std::invalid_argument("no resize by " + name + " on this processor");
 }
 

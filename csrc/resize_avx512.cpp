@@ -8,6 +8,8 @@
 #ifdef __x86_64__
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "put.hpp"
 
@@ -29,7 +31,9 @@ constexpr std::int64_t kTriple = kWord * kChannels;  // bytes of four columns of
 constexpr std::int64_t kLanes = kRows * kChannels;   // values of a column of those rows
 constexpr int kDigits = 3;
 
-std::int64_t rounded_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::int64_t rounded_up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 // The words and digits of every output along one axis.
 struct WordTaps {
@@ -87,7 +91,8 @@ AVX512 inline __m128i load_16(const std::uint8_t* from, std::int64_t room) {
 
 // Four columns of 16 rows, `room` bytes of which are there, as words in the order (quad of rows, channel, row).
 template <bool at_the_border>
-AVX512 inline void turn_one(const std::uint8_t* const* rows, std::int64_t offset, std::int64_t room, std::uint8_t* out) {
+AVX512 inline void turn_one(const std::uint8_t* const* rows, std::int64_t offset, std::int64_t room,
+                            std::uint8_t* out) {
     const __m512i by_channel = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, 0, 0, 0, 0));
     const __m512i by_row = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     for (std::int64_t quad = 0; quad < kQuads; ++quad, rows += kWord, out += kWord * kTriple) {
@@ -237,14 +242,16 @@ void vertical_first(const std::uint8_t* rgb, std::int64_t in_height, std::int64_
                     Across& across, const PatchShape& shape, std::uint8_t* out) {
     const std::int64_t bytes = in_width * kChannels, lanes = rounded_up(bytes, 64), width = across.width();
     const std::int64_t stride = rounded_up(width, 16);
-    std::vector<std::uint8_t> ring(down.most * lanes * kWord), lowered(kRows * lanes), words(kLanes * stride), row(width);
+    std::vector<std::uint8_t> ring(down.most * lanes * kWord), lowered(kRows * lanes);
+    std::vector<std::uint8_t> words(kLanes * stride), row(width);
     std::vector<const std::uint8_t*> rows(down.most);
     std::int64_t made = 0;
     for (std::int64_t begin = 0; begin < down.outputs(); begin += kRows) {
         const std::int64_t num_rows = std::min(kRows, down.outputs() - begin);
         for (std::int64_t y = begin; y < begin + num_rows; ++y) {
             for (; made < down.first[y] + down.count[y]; ++made)
-                join(rgb + made * kWord * bytes, bytes, in_height - made * kWord, &ring[made % down.most * lanes * kWord]);
+                join(rgb + made * kWord * bytes, bytes, in_height - made * kWord,
+                     &ring[made % down.most * lanes * kWord]);
             for (std::int64_t word = 0; word < down.count[y]; ++word)
                 rows[word] = &ring[(down.first[y] + word) % down.most * lanes * kWord];
             weigh_down(rows.data(), down, y, lanes, &lowered[(y - begin) * lanes]);
@@ -264,7 +271,8 @@ void vertical_first(const std::uint8_t* rgb, std::int64_t in_height, std::int64_
 }  // namespace
 
 bool has_avx512() {
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 void resize_by_avx512(const std::uint8_t* rgb, std::int64_t in_height, std::int64_t in_width, const Taps& columns,
@@ -281,8 +289,8 @@ namespace pixels {
 
 bool has_avx512() { return false; }
 
-void resize_by_avx512(const std::uint8_t*, std::int64_t, std::int64_t, const Taps&, const Taps&, bool, const PatchShape&,
-                      std::uint8_t*) {}
+void resize_by_avx512(const std::uint8_t*, std::int64_t, std::int64_t, const Taps&, const Taps&, bool,
+                      const PatchShape&, std::uint8_t*) {}
 
 }  // namespace pixels
 
