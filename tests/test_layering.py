@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "megatron.core": {"mcore", "platform"},
     "megatron.energon": {"data"},
+    "nvidia.dali": {"data"},
     "triton": {"kernels"},
 }
 NEVER_IN: dict[str, set[str]] = {

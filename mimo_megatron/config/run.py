@@ -15,7 +15,7 @@ Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
-DecoderName = Literal["turbo", "pillow"]
+DecoderName = Literal["turbo", "pillow", "dali"]
 LongSamples = Literal["refuse", "split"]
 
 _SLOT_BYTES = 44
@@ -96,8 +96,8 @@ class EncodingConfig(Strict):
     max_pixels: int = Field(12_845_056, gt=0, description="A larger image is scaled down to this.")
     decoder: DecoderName = Field(
         "turbo",
-        description="What decodes JPEGs. turbo: libjpeg-turbo (simplejpeg), the faster; pillow: Pillow, which decodes "
-        "all other formats in any case. Pixels are the same.",
+        description="What decodes JPEGs. turbo: libjpeg-turbo (simplejpeg), the fastest; pillow: Pillow, which decodes "
+        "all other formats in any case; dali: NVIDIA DALI on the CPU, an extra. Pixels are the same.",
     )
     video: VideoConfig = Field(VideoConfig(), description="How videos are sampled and scaled.")
     read: ReadConfig = Field(ReadConfig(), description="How stored bytes are read.")

@@ -1,9 +1,10 @@
 """From the bytes of an image to RGB pixels, by the back end of ``data.decoder``; the pixels are the same with each.
 
 ``turbo`` hands JPEGs to libjpeg-turbo (simplejpeg), which writes straight into an array; Pillow decodes with the same
-library and the same settings (accurate DCT, smooth upsampling), but unpacks its own four-byte pixels afterwards. All
-else, and any JPEG of which libjpeg-turbo complains, is decoded by Pillow, which also judges every header: which files
-are accepted does not depend on the back end. Transparent images lie on white.
+library and the same settings (accurate DCT, smooth upsampling), but unpacks its own four-byte pixels afterwards; so
+does ``dali`` (dali.py). All else, and any JPEG of which the back end complains, is decoded by Pillow, which also judges
+every header. So ``turbo`` and ``pillow`` accept the same files; ``dali`` accepts these, and with them a few damaged
+JPEGs of which it does not complain. Transparent images lie on white.
 """
 
 import importlib
@@ -18,7 +19,8 @@ from PIL import Image
 from mimo_megatron.config.run import DecoderName
 from mimo_megatron.errors import ConfigError, DataError
 
-_PACKAGES: dict[DecoderName, str] = {"turbo": "simplejpeg"}
+_PACKAGES: dict[DecoderName, str] = {"turbo": "simplejpeg", "dali": "mimo_megatron.data.dali"}
+_INSTALL: dict[DecoderName, str] = {"turbo": "pip install simplejpeg", "dali": 'pip install "mimo-megatron[dali]"'}
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -32,11 +34,11 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def decode_rgb(data: bytes, decoder: DecoderName) -> NDArray[np.uint8]:
     """[height, width, 3]. ``DataError`` for whatever Pillow raises; ``ConfigError`` where the back end is missing."""
-    turbo = _package(decoder) if decoder == "turbo" else None
+    package = None if decoder == "pillow" else _package(decoder)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if turbo is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = _without_complaint(turbo, data)
+            if package is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                pixels = _without_complaint(decoder, package, data)
                 if pixels is not None:
                     return pixels
             return np.asarray(_on_white(image))
@@ -44,9 +46,11 @@ def decode_rgb(data: bytes, decoder: DecoderName) -> NDArray[np.uint8]:
         raise _unreadable(data, fault) from fault
 
 
-def _without_complaint(turbo: ModuleType, data: bytes) -> NDArray[np.uint8] | None:
+def _without_complaint(decoder: DecoderName, package: ModuleType, data: bytes) -> NDArray[np.uint8] | None:
+    if decoder == "dali":
+        return package.decode_jpeg(data)
     try:
-        return turbo.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+        return package.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
     except ValueError:
         return None
 
@@ -60,12 +64,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 @cache
 def _package(decoder: DecoderName) -> ModuleType:
-    name = _PACKAGES[decoder]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(_PACKAGES[decoder])
     except ImportError as fault:
         raise ConfigError(
-            f"data.decoder is {decoder}, but {name} cannot be imported ({fault}); pip install {name}, or set "
+            f"data.decoder is {decoder}, which cannot be imported ({fault}); {_INSTALL[decoder]}, or set "
             "data.decoder=pillow, which gives the same pixels"
         ) from fault
 

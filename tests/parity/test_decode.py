@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mimo_megatron.config.run import DecoderName
 from mimo_megatron.data import decode
 from mimo_megatron.data.decode import decode_rgb
 from mimo_megatron.errors import ConfigError, DataError
@@ -76,12 +77,15 @@ def test_damaged_jpegs_are_accepted_or_refused_alike(kept: float, changes: list[
     np.testing.assert_array_equal(decode_rgb(cut, "turbo"), want)
 
 
-def test_a_missing_back_end_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(decode._PACKAGES, "turbo", "simplejpeg_that_is_not_there")
+@pytest.mark.parametrize(("decoder", "remedy"), [("turbo", "pip install simplejpeg"), ("dali", r"megatron\[dali\]")])
+def test_a_missing_back_end_is_refused_by_name(
+    decoder: DecoderName, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(decode._PACKAGES, decoder, "a_package_that_is_not_there")
     decode._package.cache_clear()
     try:
-        with pytest.raises(ConfigError, match=r"data\.decoder is turbo.*pip install.*data\.decoder=pillow"):
-            decode_rgb(jpeg(9, 9), "turbo")
+        with pytest.raises(ConfigError, match=rf"data\.decoder is {decoder}.*{remedy}.*data\.decoder=pillow"):
+            decode_rgb(jpeg(9, 9), decoder)
         assert decode_rgb(jpeg(9, 9), "pillow").shape == (9, 9, 3)
     finally:
         decode._package.cache_clear()

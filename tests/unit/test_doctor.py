@@ -14,6 +14,7 @@ from mimo_megatron.doctor import (
     as_json,
     examine,
     has_fault,
+    judge_dali,
     judge_energon,
     judge_gpu_package,
     judge_megatron,
@@ -123,6 +124,11 @@ def test_the_command_prints_a_table_or_json_and_fails_on_a_fault(
     monkeypatch.setattr(doctor, "examine", lambda: [*findings, judge_python((3, 9))])
     assert main(["doctor"]) == 1
     assert "-> make clean install" in capsys.readouterr().out
+
+
+def test_dali_is_optional():
+    assert [judge_dali(version).status for version in (None, "2.4.0")] == ["ok", "ok"]
+    assert [judge_dali(version).found for version in (None, "2.4.0")] == ["not installed", "2.4.0"]
 
 
 def test_energon_is_optional():
