@@ -32,6 +32,7 @@ class Call:
 
 
 _recorded: list[Call] | None = None
+_recorded_capability = 0
 
 
 def launch(kernel: Any, num_programs: int, blocks: Blocks, *args: Any, **constants: Any) -> None:
@@ -43,15 +44,30 @@ def launch(kernel: Any, num_programs: int, blocks: Blocks, *args: Any, **constan
 
 
 @contextmanager
-def recorded_calls() -> Iterator[list[Call]]:
-    """The launches of the block, which are written down and not run: what they would compute stays undefined."""
-    global _recorded
+def recorded_calls(for_capability: int) -> Iterator[list[Call]]:
+    """The launches of the block as on a GPU of this compute capability: written down, not run, outputs undefined."""
+    global _recorded, _recorded_capability
     assert _recorded is None
-    _recorded = calls = []
+    _recorded, _recorded_capability = (calls := []), for_capability
     try:
         yield calls
     finally:
         _recorded = None
+
+
+def capability(device: torch.device) -> int:
+    """90 for 9.0: the device's compute capability. The interpreter, which has none, does what is done for 9.0."""
+    if _recorded is not None:
+        return _recorded_capability
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def can_run() -> bool:
+    """Whether there is a device for kernels, or their interpreter was asked for."""
+    return triton.knobs.runtime.interpret or torch.cuda.is_available()
 
 
 def check_device(op: str, *tensors: Tensor) -> None:

@@ -21,8 +21,6 @@ class Tiling:
     """[row_start, row_end, key_start, key_middle, key_end]: keys before ``key_middle`` need no mask."""
     segment_2T: Tensor
     """Where each row's segment starts and ends."""
-    has_long: bool
-    """Some segment does not fit into one tile; otherwise the keys of every tile are its own rows."""
 
     def __len__(self) -> int:
         return len(self.tiles_X5)
@@ -42,7 +40,6 @@ def tiling(bounds: tuple[int, ...], rows: int, step: int, device: torch.device) 
     return Tiling(
         tiles_X5.to(device, non_blocking=True),
         segment_2T.to(device, non_blocking=True),
-        has_long=max(lengths.tolist(), default=0) > rows,
     )
 
 

@@ -5,7 +5,7 @@ q and k. A head is 80 wide and computed as 64 + 16: two matrix products whose si
 padded. The turn pairs dims i and i + 40; both products sum over dims, so their order is free: pairs 0..31 become the 64,
 pairs 32..39 the 16, each pair side by side, and a turned row never leaves its registers.
 
-- No segment over 64 rows: one kernel each way. A tile holds whole segments, its softmax is plain, and the backward
+- No segment over 64 rows, on Hopper and later: one kernel each way. A tile holds whole segments, its softmax is plain, and the backward
   computes the weights again from qkv; nothing but the inputs is kept.
 - Otherwise: keys (in the backward queries too) are turned once into a buffer, since every tile of a long segment reads
   them; softmax with a running maximum; the backward computes d_q by tiles of queries, then d_k and d_v by tiles of keys.
@@ -16,6 +16,7 @@ Dims: T rows, N heads, H head width (80), E pairs of a head (40); in kernels R r
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,18 +27,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimo_triton_kernels.head_80 import inner, load_rows, load_turned, outer, store_rows, store_turned_back
-from mimo_triton_kernels.launching import Blocks, check_device, launch
-from mimo_triton_kernels.tiles import Tiling, tiling
+from mimo_triton_kernels.launching import Blocks, capability, check_device, launch
+from mimo_triton_kernels.tiles import tiling
 
 HEAD_WIDTH = 80
 SCALE = math.log2(math.e) / math.sqrt(HEAD_WIDTH)  # kernels take powers of 2: scores in units of ln 2
 LN_2 = tl.constexpr(math.log(2))
 
 
-SHORT = Blocks(rows=64, step=64, num_warps=4, num_stages=1)
+@dataclass(frozen=True)
+class Plan:
+    """Sizes for one generation of GPUs, of those tried the ones that spill nothing (docs/kernels.md); not timed yet."""
+
+    short: Blocks | None
+    """None: the long kernels take short segments too."""
+    forward: Blocks
+    backward: Blocks
+
+
 TURN = Blocks(rows=64, step=64, num_warps=4, num_stages=1)
-LONG_FORWARD = Blocks(rows=128, step=64, num_warps=8, num_stages=3)
-LONG_BACKWARD = Blocks(rows=64, step=64, num_warps=4, num_stages=2)
+# Before 9.0 keys are turned in the layout of a matrix operand, which every warp holds whole: the short forward needs 255
+# registers and 296 bytes of stack, the short backward 464 bytes.
+BEFORE_HOPPER = Plan(None, Blocks(128, 64, num_warps=8, num_stages=2), Blocks(64, 32, num_warps=8, num_stages=2))
+# The backward with steps of 64: 255 registers and 64 bytes of stack on sm_90.
+HOPPER = Plan(
+    Blocks(64, 64, num_warps=4, num_stages=1),
+    Blocks(128, 64, num_warps=8, num_stages=3),
+    Blocks(64, 32, num_warps=4, num_stages=2),
+)
+# Products of 80 dims that stand in a kernel's code; long ones have a loop over keys without a mask and one with it.
+PRODUCTS = {
+    "short_forward": 2, "short_backward": 5,
+    "turn_rows": 0, "long_forward": 2 * 2, "long_backward_q": 2 * 3, "long_backward_kv": 2 * 4,
+}  # fmt: skip
 
 
 # ---- 1. Reference: the definition. At least fp32 inside; q and k are rounded to the inputs' dtype after the turn. ----
@@ -113,8 +135,7 @@ def _short_backward(
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
     zero_wide, zero_narrow = tl.zeros((R, 64), tl.float32), tl.zeros((R, 16), tl.float32)
-    turned_weights = tl.trans(weights.to(q_wide.dtype))
-    d_wide, d_narrow = outer(turned_weights, d_out_wide, d_out_narrow, zero_wide, zero_narrow)
+    d_wide, d_narrow = outer(tl.trans(weights.to(q_wide.dtype)), d_out_wide, d_out_narrow, zero_wide, zero_narrow)
     store_rows(d_qkv_ptr + (2 * N + head) * 80, row_R, keep_R, 3 * N * 80, d_wide, d_narrow)
     d_weights = inner(d_out_wide, d_out_narrow, v_wide, v_narrow)
     d_scores = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None]) * (scale * LN_2)
@@ -259,7 +280,7 @@ def _long_backward_kv(
     qkv_ptr, q_turned_ptr, cos_ptr, sin_ptr, tiles_ptr, segment_ptr, d_out_ptr, log_sum_ptr, along_ptr, d_qkv_ptr,
     num_rows, qkv_stride, scale, N: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    # Scores transposed, [keys, queries], so that w^T and d_s^T are the left sides of both products as they come.
+    # Scores transposed, [keys, queries]: w^T and d_s^T are the left sides of both products as they come.
     row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
     head, at = tl.program_id(0) % N, tiles_ptr + tl.program_id(0) // N * 5
     start, middle, end = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
@@ -300,17 +321,21 @@ class _VisionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: tuple[int, ...]) -> Tensor:
         num_rows, _, num_heads, _ = qkv_T3NH.shape
+        plan = HOPPER if capability(qkv_T3NH.device) >= 90 else BEFORE_HOPPER
+        longest = max(end - start for start, end in pairwise(bounds))
         ctx.bounds, sizes = bounds, (num_rows, qkv_T3NH.stride(0), SCALE)
         out_TNH = qkv_T3NH.new_empty(num_rows, num_heads, HEAD_WIDTH)
-        tiles, blocks = _tiles(bounds, SHORT, qkv_T3NH), SHORT
-        if not tiles.has_long:
-            ctx.save_for_backward(qkv_T3NH, cos_TE, sin_TE)
+        if plan.short is not None and longest <= plan.short.rows:
+            ctx.blocks = blocks = plan.short
+            tiles = tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
             launch(
                 _short_forward, len(tiles) * num_heads, blocks,
                 qkv_T3NH, cos_TE, sin_TE, tiles.tiles_X5, tiles.segment_2T, out_TNH, *sizes, N=num_heads, R=blocks.rows,
             )  # fmt: skip
+            ctx.save_for_backward(qkv_T3NH, cos_TE, sin_TE)
             return out_TNH
-        tiles, blocks = _tiles(bounds, LONG_FORWARD, qkv_T3NH), LONG_FORWARD
+        blocks, ctx.blocks = plan.forward, plan.backward
+        tiles = tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
         log_sum_NT = qkv_T3NH.new_empty(num_heads, num_rows, dtype=torch.float32)
         k_turned_TNH = _turned(qkv_T3NH, 1, cos_TE, sin_TE)
         launch(
@@ -328,8 +353,8 @@ class _VisionAttention(torch.autograd.Function):
         num_rows, _, num_heads, _ = qkv_T3NH.shape
         sizes, d_out_TNH = (num_rows, qkv_T3NH.stride(0), SCALE), d_out_TNH.contiguous()
         d_qkv_T3NH = qkv_T3NH.new_empty(qkv_T3NH.shape)
-        blocks = LONG_BACKWARD if of_long else SHORT
-        tiles = _tiles(ctx.bounds, blocks, qkv_T3NH)
+        blocks = ctx.blocks
+        tiles = tiling(ctx.bounds, blocks.rows, blocks.step, qkv_T3NH.device)
         common = (cos_TE, sin_TE, tiles.tiles_X5, tiles.segment_2T)
         if not of_long:
             launch(
@@ -352,19 +377,15 @@ class _VisionAttention(torch.autograd.Function):
         return d_qkv_T3NH, None, None, None
 
 
-def _tiles(bounds: tuple[int, ...], blocks: Blocks, qkv_T3NH: Tensor) -> Tiling:
-    return tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
-
-
 # ---- 4. Public op: checks its contract, then runs. ----
 
 
 def vision_attention(qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: tuple[int, ...]) -> Tensor:
-    """out_TNH: every row attends to all rows of its segment, after the rotary turn of q and k; segment i is the rows
-    ``bounds[i]`` to ``bounds[i + 1]``.
+    """out_TNH: every row attends to all rows of its segment, after the turn of q and k.
 
-    ``qkv_T3NH`` is the product as it comes (rows may be strided); the angles' cosines and sines are float32 and carry
-    no gradient. ValueError where a shape, a dtype or the device is none that the kernels compute.
+    Segment i is the rows ``bounds[i]`` to ``bounds[i + 1]``. ``qkv_T3NH`` is the product as it comes (rows may be
+    strided); the angles' cosines and sines are float32 and get no gradient. ValueError where a shape, a dtype or the
+    device is none that the kernels compute.
     """
     num_rows = len(qkv_T3NH)
     if qkv_T3NH.dim() != 4 or qkv_T3NH.shape[1] != 3 or qkv_T3NH.shape[3] != HEAD_WIDTH:
@@ -378,6 +399,6 @@ def vision_attention(qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: t
     if qkv_T3NH.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"vision_attention: qkv is float32, float16 or bfloat16, got {qkv_T3NH.dtype}")
     check_device("vision_attention", qkv_T3NH, cos_TE, sin_TE)
-    if qkv_T3NH.stride()[1:] != torch.empty(0, *qkv_T3NH.shape[1:]).stride()[1:] or qkv_T3NH.stride(0) < 0:
+    if qkv_T3NH.stride()[1:] != (qkv_T3NH.shape[2] * HEAD_WIDTH, HEAD_WIDTH, 1):
         qkv_T3NH = qkv_T3NH.contiguous()
     return _VisionAttention.apply(qkv_T3NH, cos_TE.contiguous(), sin_TE.contiguous(), bounds)
