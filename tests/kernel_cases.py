@@ -1,4 +1,4 @@
-"""Where kernels are tested: on the GPU where there is one, else in Triton's interpreter (tests/conftest.py asks for it).
+"""Where kernels are tested: on the GPU where there is one, else in Triton's interpreter, which tests/conftest.py sets.
 
 The interpreter computes bfloat16 wrongly, and says nothing, so that dtype is tested on GPUs only.
 """

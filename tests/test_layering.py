@@ -58,9 +58,9 @@ NEVER_IN: dict[str, set[str]] = {
     "kernels": {"transformers", "numpy"},
 }
 # Files whose functions may import, and what: the CLI's verbs load what they run; the CPU stand-ins patch megatron's
-# tracker only in the processes that install them; kernels need triton, which need not be installed, and no more need the
-# peers that a benchmark compares with; a module that every start of an interpreter runs loads torch only where it is
-# asked for torchvision.
+# tracker only in the processes that install them; triton, which kernels need, and peers that a benchmark compares with
+# need not be installed; a module that every start of an interpreter runs loads torch only where it is asked for
+# torchvision.
 SEAMS: dict[str, tuple[str, ...]] = {
     **{
         f"mimo_megatron/cli/{name}.py": ("",)

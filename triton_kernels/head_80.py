@@ -1,8 +1,8 @@
 """A head of 80 as 64 + 16, the sizes that matrix units have: loads, stores, the rotary turn and products of such rows.
 
 Nothing is padded. The turn pairs dims i and i + 40; products of two turned rows sum over dims, so their order is free:
-pairs 0..31 become the 64, pairs 32..39 the 16, each pair side by side, and a row is turned in its registers. What is not
-turned (values, outputs) keeps its order.
+pairs 0..31 become the 64, pairs 32..39 the 16, each pair side by side, and a row is turned in its registers. Values and
+outputs keep their order.
 
 Dims: R rows of a tile, K rows of the other side. ``stride`` counts elements from row to row; angles are [T, 40] fp32.
 """

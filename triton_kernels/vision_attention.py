@@ -1,18 +1,15 @@
 """Attention of a vision encoder straight from its QKV product: reference, Triton kernels, autograd, public op.
 
 Segments (windows or frames) lie one after another; every row attends to all rows of its own, after the rotary turn of
-q and k. A head is 80 wide and computed as 64 + 16: two matrix products whose sizes the matrix units have, so nothing is
-padded. The turn pairs dims i and i + 40; both products sum over dims, so their order is free: pairs 0..31 become the 64,
-pairs 32..39 the 16, each pair side by side, and a turned row never leaves its registers.
+q and k. A head is 80 wide and computed as 64 + 16, turned in registers (``head_80.py``).
 
-- No segment over 64 rows, on Hopper and later: one kernel each way. A tile holds whole segments, its softmax is plain, and the backward
-  computes the weights again from qkv; nothing but the inputs is kept.
-- Otherwise: keys (in the backward queries too) are turned once into a buffer, since every tile of a long segment reads
-  them; softmax with a running maximum; the backward computes d_q by tiles of queries, then d_k and d_v by tiles of keys.
+- No segment over 64 rows, on Hopper and later: one kernel each way. A tile holds whole segments, its softmax is plain,
+  and the backward computes the weights again from qkv; nothing but the inputs is kept.
+- Otherwise keys (in the backward queries too) are turned once into a buffer, since every tile of a long segment reads
+  them; softmax with a running maximum; the backward takes d_q by tiles of queries, then d_k and d_v by tiles of keys.
+- Every output element is written by one program, without atomics: two runs give the same bits.
 
-Deterministic: every output element is written by one program, without atomics.
-
-Dims: T rows, N heads, H head width (80), E pairs of a head (40); in kernels R rows of a tile, K rows of the other side.
+Dims: T rows, N heads, H head width (80), E its pairs (40); in kernels R rows of a tile, K rows of the other side.
 """
 
 import math
@@ -37,7 +34,7 @@ LN_2 = tl.constexpr(math.log(2))
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes for one generation of GPUs, of those tried the ones that spill nothing (docs/kernels.md); not timed yet."""
+    """Sizes for one generation of GPUs: of those tried, ones that spill nothing (docs/kernels.md). Not timed yet."""
 
     short: Blocks | None
     """None: the long kernels take short segments too."""
@@ -46,8 +43,8 @@ class Plan:
 
 
 TURN = Blocks(rows=64, step=64, num_warps=4, num_stages=1)
-# Before 9.0 keys are turned in the layout of a matrix operand, which every warp holds whole: the short forward needs 255
-# registers and 296 bytes of stack, the short backward 464 bytes.
+# Before 9.0 keys are turned in the layout of a matrix operand, which every warp holds whole: the short kernels need 255
+# registers and 296 (forward) or 464 bytes of stack (backward).
 BEFORE_HOPPER = Plan(None, Blocks(128, 64, num_warps=8, num_stages=2), Blocks(64, 32, num_warps=8, num_stages=2))
 # The backward with steps of 64: 255 registers and 64 bytes of stack on sm_90.
 HOPPER = Plan(
@@ -56,10 +53,9 @@ HOPPER = Plan(
     Blocks(64, 32, num_warps=4, num_stages=2),
 )
 # Products of 80 dims that stand in a kernel's code; long ones have a loop over keys without a mask and one with it.
-PRODUCTS = {
-    "short_forward": 2, "short_backward": 5,
-    "turn_rows": 0, "long_forward": 2 * 2, "long_backward_q": 2 * 3, "long_backward_kv": 2 * 4,
-}  # fmt: skip
+PRODUCTS = dict(
+    short_forward=2, short_backward=5, turn_rows=0, long_forward=2 * 2, long_backward_q=2 * 3, long_backward_kv=2 * 4
+)
 
 
 # ---- 1. Reference: the definition. At least fp32 inside; q and k are rounded to the inputs' dtype after the turn. ----
@@ -321,10 +317,10 @@ class _VisionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: tuple[int, ...]) -> Tensor:
         num_rows, _, num_heads, _ = qkv_T3NH.shape
-        plan = HOPPER if capability(qkv_T3NH.device) >= 90 else BEFORE_HOPPER
-        longest = max(end - start for start, end in pairwise(bounds))
         ctx.bounds, sizes = bounds, (num_rows, qkv_T3NH.stride(0), SCALE)
         out_TNH = qkv_T3NH.new_empty(num_rows, num_heads, HEAD_WIDTH)
+        plan = HOPPER if capability(qkv_T3NH.device) >= 90 else BEFORE_HOPPER
+        longest = max((end - start for start, end in pairwise(bounds)), default=0)
         if plan.short is not None and longest <= plan.short.rows:
             ctx.blocks = blocks = plan.short
             tiles = tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
@@ -387,9 +383,9 @@ def vision_attention(qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: t
     strided); the angles' cosines and sines are float32 and get no gradient. ValueError where a shape, a dtype or the
     device is none that the kernels compute.
     """
-    num_rows = len(qkv_T3NH)
     if qkv_T3NH.dim() != 4 or qkv_T3NH.shape[1] != 3 or qkv_T3NH.shape[3] != HEAD_WIDTH:
         raise ValueError(f"vision_attention: qkv is [T, 3, N, {HEAD_WIDTH}], got {tuple(qkv_T3NH.shape)}")
+    num_rows = len(qkv_T3NH)
     for name, angles in (("cos", cos_TE), ("sin", sin_TE)):
         if angles.shape != (num_rows, HEAD_WIDTH // 2) or angles.dtype != torch.float32:
             want = f"[{num_rows}, {HEAD_WIDTH // 2}] of float32"

@@ -97,6 +97,13 @@ def test_rows_may_be_strided_and_the_same_turn_of_all_rows_changes_nothing() -> 
     torch.testing.assert_close(turned, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_pack_without_rows_has_an_output_and_a_gradient_without_rows() -> None:
+    qkv = torch.empty(0, 3, 2, 80, device=DEVICE, requires_grad=True)
+    out = vision_attention.vision_attention(qkv, angles_of(0), angles_of(0), (0,))
+    out.sum().backward()
+    assert out.shape == (0, 2, 80) and qkv.grad is not None and qkv.grad.shape == qkv.shape
+
+
 FAULTS = {
     "mask_off_by_one": ("row_R[None, :] < high_R[:, None]", "row_R[None, :] <= high_R[:, None]"),
     "turn_on_v": (
@@ -165,4 +172,4 @@ def test_bfloat16_in_the_interpreter_and_a_cpu_without_it_are_refused(monkeypatc
 
 
 def test_the_scale_is_that_of_80_dims_in_powers_of_two() -> None:
-    assert 2**vision_attention.SCALE == pytest.approx(math.exp(80**-0.5), rel=1e-15)
+    assert math.isclose(2**vision_attention.SCALE, math.exp(80**-0.5), rel_tol=1e-15)

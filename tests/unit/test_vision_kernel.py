@@ -70,5 +70,5 @@ def test_without_triton_the_kernel_is_refused_by_name(monkeypatch: pytest.Monkey
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU here")
 def test_without_a_gpu_the_kernel_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ConfigError, match="torch sees no GPU: set train.vision_attention=sdpa"):
+    with pytest.raises(ConfigError, match=r"torch sees no GPU: set train\.vision_attention=sdpa"):
         vision_kernel()
