@@ -17,7 +17,7 @@ def bounds_of(lengths: list[int]) -> tuple[int, ...]:
     return (0, *torch.tensor(lengths).cumsum(0).tolist()) if lengths else (0,)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 200), max_size=8))
 def test_every_row_is_in_one_tile_with_its_whole_segment_and_its_mask(lengths: list[int]) -> None:
     bounds = bounds_of(lengths)
