@@ -5,8 +5,8 @@
     python benchmarks/bench_kernel_compile.py --docs docs/kernels.md           # also writes the table into the page
 
 Each op is called, forward and backward, on tensors of the model's shapes and types; what it would launch is compiled.
-Useful FLOPs are those of products of 80 dims, counted as often as they stand in a kernel (once in the loop over keys
-that need a mask, once in that over the others); issued ones are those of the matrix instructions in the machine's code.
+Useful FLOPs are those of the products of 80 dims, counted as often as the compiler's code holds them; issued ones are
+those of the matrix instructions in the machine's code.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 import triton
 from provenance import write_rows
 
-from mimo_triton_kernels.ahead_of_time import compile_call
+from mimo_triton_kernels.ahead_of_time import Compiled, compile_call
 from mimo_triton_kernels.launching import Call, recorded_calls
 from mimo_triton_kernels.vision_attention import PRODUCTS, vision_attention
 
@@ -47,10 +47,14 @@ def calls(dtype: torch.dtype, capability: int) -> dict[str, Call]:
     return found
 
 
-def useful_flops(name: str, call: Call) -> int:
-    """Of the products that stand in the kernel's code, for one tile and one step."""
+def useful_of_issued(name: str, call: Call, compiled: Compiled) -> str:
+    """Blank for a kernel without products."""
+    if not PRODUCTS[name]:
+        return ""
+    copies = compiled.num_products / (2 * PRODUCTS[name])  # each is one of 64 and one of 16
     rows = call.constants["R"]
-    return 2 * PRODUCTS[name] * rows * call.constants.get("STEP", rows) * 80
+    useful = copies * PRODUCTS[name] * 2 * rows * call.constants.get("STEP", rows) * 80
+    return f"{useful / compiled.issued_flops:.3f}"
 
 
 def rows(pattern: str, capabilities: list[int], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -59,7 +63,6 @@ def rows(pattern: str, capabilities: list[int], dtype: torch.dtype) -> Iterator[
             if not re.search(pattern, name):
                 continue
             compiled = compile_call(call, capability)
-            useful = useful_flops(name, call)
             yield dict(
                 target=f"sm_{capability}",
                 kernel=name,
@@ -72,7 +75,7 @@ def rows(pattern: str, capabilities: list[int], dtype: torch.dtype) -> Iterator[
                 stack_bytes=compiled.stack_bytes,
                 shared_bytes=compiled.shared_bytes,
                 matrix_instructions=" + ".join(f"{n} {name}" for name, n in compiled.matrix_instructions.items()),
-                useful_of_issued=f"{useful / compiled.issued_flops:.3f}" if compiled.issued_flops else "",
+                useful_of_issued=useful_of_issued(name, call, compiled),
             )
 
 

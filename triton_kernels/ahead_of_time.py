@@ -24,6 +24,7 @@ from mimo_triton_kernels.launching import Call
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
 _MATRIX = re.compile(r"(wgmma\.mma_async|mma\.sync)\S*?\.m(\d+)n(\d+)k(\d+)")
 _TENSOR_MEMORY = re.compile(r"tcgen05\.mma\.cta_group::1\.kind::f16 \[[^]]*\], [^,]*, [^,]*, (%r\d+),")
+_PRODUCTS = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
@@ -41,6 +42,8 @@ class Compiled:
     """How often each stands in the code of one warp (``mma.sync``), warp group (``wgmma``) or program (``tcgen05``)."""
     issued_flops: int
     """What these do, all warps of a program together, each instruction once."""
+    num_products: int
+    """Matrix products in the compiler's code, which may hold those of a loop twice, to overlap its turns."""
 
 
 def compile_call(call: Call, capability: int) -> Compiled:
@@ -53,7 +56,8 @@ def compile_call(call: Call, capability: int) -> Compiled:
     instructions = matrix_instructions(binary.asm["ptx"])
     registers, stack_bytes = resources(_resource_report(binary.asm["cubin"]))
     flops = sum(count * flops_of(name, call.blocks.num_warps) for name, count in instructions.items())
-    return Compiled(registers, stack_bytes, binary.metadata.shared, instructions, flops)
+    num_products = len(_PRODUCTS.findall(binary.asm["ttgir"]))
+    return Compiled(registers, stack_bytes, binary.metadata.shared, instructions, flops, num_products)
 
 
 def _signature(call: Call) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:

@@ -45,7 +45,7 @@ class Plan:
 TURN = Blocks(rows=64, step=64, num_warps=4, num_stages=1)
 # Before 9.0 keys are turned in the layout of a matrix operand, which every warp holds whole: the short kernels need 255
 # registers and 296 (forward) or 464 bytes of stack (backward).
-BEFORE_HOPPER = Plan(None, Blocks(128, 64, num_warps=8, num_stages=2), Blocks(64, 32, num_warps=8, num_stages=2))
+BEFORE_HOPPER = Plan(None, Blocks(128, 64, num_warps=8, num_stages=2), Blocks(64, 16, num_warps=4, num_stages=2))
 # The backward with steps of 64: 255 registers and 64 bytes of stack on sm_90.
 HOPPER = Plan(
     Blocks(64, 64, num_warps=4, num_stages=1),
