@@ -43,17 +43,11 @@ def test_a_head_padded_to_128_would_be_seen() -> None:
 def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
     """One kernel, for the time it takes; the command alone compiles all."""
     out = tmp_path / "rows.csv"
-    command = [
-        sys.executable,
-        "benchmarks/bench_kernel_compile.py",
-        "--kernels",
-        "short_forward",
-        "--capabilities",
-        "90",
-    ]
+    options = ["--kernels", "short_forward", "--capabilities", "90", "--out", str(out)]
+    command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    ran = subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (row,) = csv.DictReader(out.read_text().splitlines())
     assert row["kernel"] == "short_forward" and row["target"] == "sm_90"
