@@ -1,4 +1,7 @@
-"""For every test: one thread per process, reproducible hypothesis examples, GPU tests skipped where there is none."""
+"""For every test: one thread per process, reproducible hypothesis examples, GPU tests skipped where there is none.
+
+Without a GPU, Triton's kernels run in its interpreter; where triton is not installed either, their tests are skipped.
+"""
 
 import logging
 import os
@@ -9,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: forke
 import pytest
 import torch
 from hypothesis import settings
+
+# Before triton is imported, by whatever module does it first; not in the tests of vLLM, whose engines would inherit it.
+if not torch.cuda.is_available() and "VLLM_PYTHON" not in os.environ:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mimo_megatron import log
 

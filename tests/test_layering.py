@@ -59,8 +59,9 @@ NEVER_IN: dict[str, set[str]] = {
     "kernels": {"transformers", "numpy"},
 }
 # Files whose functions may import, and what: the CLI's verbs load what they run; the CPU stand-ins patch megatron's
-# tracker only in the processes that install them; peers that a benchmark compares with need not be installed; a module
-# that every start of an interpreter runs loads torch only where it is asked for torchvision.
+# tracker only in the processes that install them; triton, which kernels need, and peers that a benchmark compares with
+# need not be installed; a module that every start of an interpreter runs loads torch only where it is asked for
+# torchvision.
 SEAMS: dict[str, tuple[str, ...]] = {
     **{
         f"mimo_megatron/cli/{name}.py": ("",)
@@ -78,6 +79,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         )
     },
     "mimo_megatron/platform/cpu.py": ("megatron",),
+    "mimo_megatron/attention/vision_kernel.py": ("mimo_triton_kernels",),
     "mimo_megatron/data/energon.py": ("megatron.energon",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
     "examples/vllm_env/mimo_torchvision_schemas.py": ("torch",),

@@ -13,6 +13,7 @@ from mimo_megatron.config.run import ParallelConfig, RunConfig
 
 Rule = Callable[[RunConfig, int], Iterator[str]]
 LayoutRule = Callable[[ModelConfig, ParallelConfig, int], Iterator[str]]
+VISION_KERNEL_HEAD_WIDTH = 80
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -226,6 +227,19 @@ def a_pack_can_be_made_ahead(config: RunConfig, world_size: int) -> Iterator[str
         )
 
 
+def the_vision_kernel_has_heads_of_its_width(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.train.vision_attention == "triton":
+        vision = config.model.vision
+        if vision is None:
+            yield "train.vision_attention=triton, and the model has no vision encoder: leave the key out"
+        elif vision.head_width != VISION_KERNEL_HEAD_WIDTH:
+            yield (
+                f"train.vision_attention=triton takes heads {VISION_KERNEL_HEAD_WIDTH} wide, and model.vision.width "
+                f"({vision.width}) / num_heads ({vision.num_heads}) = {vision.head_width}: "
+                "set train.vision_attention=sdpa"
+            )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -255,4 +269,5 @@ RULES: tuple[Rule, ...] = (
     largest_media_fit_a_pack,
     a_pack_can_be_made_ahead,
     special_tokens_differ,
+    the_vision_kernel_has_heads_of_its_width,
 )

@@ -13,6 +13,7 @@ from mimo_megatron.config.rl import RLConfig
 ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+VisionAttention = Literal["sdpa", "triton"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
 DecoderName = Literal["turbo", "pillow", "dali"]
@@ -194,6 +195,11 @@ class TrainConfig(Strict):
         "none",
         description="What is computed again in the backward pass, to save memory. selective: the attention products "
         "and MLPs of the decoder; full: all layers of decoder and encoder.",
+    )
+    vision_attention: VisionAttention = Field(
+        "sdpa",
+        description="Attention of the vision encoder: PyTorch's, or this package's kernel for heads 80 wide "
+        "(docs/kernels.md), which needs a GPU and triton and has not been timed on a GPU yet.",
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     collective_timeout_seconds: float = Field(

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from mimo_megatron.attention.packed import Backend, varlen_attention
+from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
 from mimo_megatron.config.model import VisionConfig
 from mimo_megatron.model.patch_embed import PIXEL_MEAN, PIXEL_STD, PatchEmbedding
 from mimo_megatron.ops import rms_norm, turn_into
@@ -62,14 +63,19 @@ class _RotateQK(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: VisionConfig, backend: Backend) -> None:
+    def __init__(self, config: VisionConfig, backend: VisionBackend) -> None:
         super().__init__()
-        self.head_width, self.backend = config.head_width, backend
+        self.head_width = config.head_width
+        self.kernel = vision_kernel() if backend == "triton" else None
+        self.backend: Backend = "sdpa" if backend == "triton" else backend
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
     def forward(self, x_PD: Tensor, bounds: tuple[int, ...], cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         qkv_P3NH = self.qkv(x_PD).unflatten(-1, (3, -1, self.head_width))
+        if self.kernel is not None:
+            cos_PE, sin_PE = (angles_P1E.squeeze(1) for angles_P1E in cos_sin)
+            return self.proj(self.kernel(qkv_P3NH, cos_PE, sin_PE, bounds).flatten(1))
         q_PNH, k_PNH, v_PNH = _RotateQK.apply(qkv_P3NH, *cos_sin)
         out_PNH = varlen_attention(q_PNH, k_PNH, v_PNH, bounds, backend=self.backend)
         return self.proj(out_PNH.flatten(1))
@@ -87,7 +93,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: VisionConfig, backend: Backend) -> None:
+    def __init__(self, config: VisionConfig, backend: VisionBackend) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.width, config.norm_eps)
         self.attn = Attention(config, backend)
@@ -100,9 +106,12 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept."""
+    """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept.
 
-    def __init__(self, config: VisionConfig, *, backend: Backend = "sdpa", recompute: bool = False) -> None:
+    ConfigError where ``backend`` is "triton" and this machine cannot run Triton's kernels.
+    """
+
+    def __init__(self, config: VisionConfig, *, backend: VisionBackend = "sdpa", recompute: bool = False) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.patch_embed = PatchEmbedding(config)

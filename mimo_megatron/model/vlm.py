@@ -53,7 +53,10 @@ class VisionLanguageModel(MegatronModule):
         self.sharing: VisionSharing | None = None
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
         if model.vision is not None and self.text.pre_process:
-            self.vision = VisionEncoder(model.vision, recompute=numerics.recompute == "full").to(numerics.dtype)
+            encoder = VisionEncoder(
+                model.vision, backend=numerics.vision_attention, recompute=numerics.recompute == "full"
+            )
+            self.vision = encoder.to(numerics.dtype)
             self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)
             if parallel.vision_placement == "balanced" and mesh.tp_cp.size > 1:
                 self.sharing = VisionSharing(model.vision, model.text.width, mesh.tp_cp)

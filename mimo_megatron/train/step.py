@@ -62,7 +62,10 @@ class StepResult:
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
-    numerics = Numerics(DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None)
+    numerics = Numerics(
+        DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None,
+        vision_attention=train.vision_attention,
+    )  # fmt: skip
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:

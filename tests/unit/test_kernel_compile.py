@@ -1,0 +1,55 @@
+"""What compilers say about kernels, for GPUs that are not here: parsed right, and good for the windows' kernel."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
+
+from mimo_triton_kernels.ahead_of_time import flops_of, matrix_instructions, resources
+from tests.repository import ROOT
+
+# As printed for kernels that spill; 68158608 says m64n64.
+REPORT = "Function _short_backward:\n  REG:255 STACK:224 SHARED:0 LOCAL:0 CONSTANT[0]:488 TEXTURE:0 SURFACE:0"
+PTX = """
+wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd3, %rd4, %p1, 1, 1, 0, 1;
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 }, { %r1 };
+mov.b32 	%r591, 68158608;
+@%p126 tcgen05.mma.cta_group::1.kind::f16 [ %r889 + 0 ], [ %r816 + 8 ], %rd107, %r591, %p125;
+"""
+
+
+def test_spilled_bytes_are_read_from_the_report() -> None:
+    assert resources(REPORT) == (255, 224)
+
+
+def test_matrix_instructions_and_their_flops_are_counted() -> None:
+    assert matrix_instructions(PTX) == {"mma m16n8k16": 1, "tcgen05 m64n64k16": 1, "wgmma m64n64k16": 2}
+    assert flops_of("wgmma m64n64k16", num_warps=8) == 2 * flops_of("wgmma m64n64k16", num_warps=4)
+    assert flops_of("mma m16n8k16", num_warps=4) == 4 * 2 * 16 * 8 * 16
+    assert flops_of("tcgen05 m64n64k16", num_warps=8) == 2 * 64 * 64 * 16
+
+
+def test_a_head_padded_to_128_would_be_seen() -> None:
+    useful, issued = 2 * 64 * 64 * 80, 8 * flops_of("wgmma m64n64k16", num_warps=4)  # 128 / 16 steps over the head
+    assert useful / issued == 0.625
+
+
+def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
+    """One kernel, for the time it takes; the command alone compiles all."""
+    out = tmp_path / "rows.csv"
+    options = ["--kernels", "short_forward", "--capabilities", "90", "--out", str(out)]
+    command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (row,) = csv.DictReader(out.read_text().splitlines())
+    assert row["kernel"] == "short_forward" and row["target"] == "sm_90"
+    assert row["stack_bytes"] == "0" and float(row["useful_of_issued"]) >= 0.99, row
+    assert "wgmma" in row["matrix_instructions"] and "mma m16" not in row["matrix_instructions"], row
