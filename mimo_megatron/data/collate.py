@@ -48,7 +48,7 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         start, end = bounds[-1], min(bounds[-1] + MAX_PADDING_SEGMENT, num_slots)
         positions_3S[:, start:end] = np.arange(end - start)
         bounds.append(end)
-    media = [one for sample in samples for one in sample.media]
+    media = media_of(samples)
     is_placeholder_S = np.isin(token_ids_S[:num_tokens], (model.tokens.image_pad, model.tokens.video_pad))
     return PackedBatch(
         token_ids_S=torch.from_numpy(token_ids_S),
@@ -63,6 +63,11 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         num_tokens=num_tokens,
         columns={name: torch.from_numpy(column_S) for name, column_S in columns_S.items()},
     )
+
+
+def media_of(samples: Sequence[EncodedSample]) -> list[EncodedMedia]:
+    """The media of a pack of these samples, in pack order."""
+    return [one for sample in samples for one in sample.media]
 
 
 def joined_pixels(media: Sequence[EncodedMedia]) -> torch.Tensor:

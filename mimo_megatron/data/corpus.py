@@ -15,6 +15,7 @@ from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.energon import open_source
+from mimo_megatron.data.media_part import ALL_MEDIA, MediaPart
 from mimo_megatron.data.pairs import encode_stored
 from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.records import SampleError
@@ -24,11 +25,13 @@ from mimo_megatron.types import EncodedSample, RawSample
 
 
 class Corpus:
-    """Samples by number: their ids, stored form and encoding."""
+    """Samples by number: their ids, stored form and encoding. ``part`` of a pack's media is decoded, by ``make_pack``
+    where it is not all."""
 
-    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+    def __init__(self, data: DataConfig, model: ModelConfig, part: MediaPart = ALL_MEDIA) -> None:
         self.data = data
         self.model = model
+        self.part = part
         self.tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
         opened = [open_source(source, data.split, data.read) for source in data.sources]
         for source in opened:
@@ -73,7 +76,7 @@ class Corpus:
         ``SampleError`` if it is damaged or no longer what the index measured.
         """
         raw = self.read(number)
-        samples = encode_stored(raw, self.tokenizer, self.model, self.data)
+        samples = encode_stored(raw, self.tokenizer, self.model, self.data, decodes=self.part == ALL_MEDIA)
         found = sum(one.num_tokens for one in samples), sum(one.num_patches for one in samples)
         planned = self.planned_lengths(number)
         if found != planned:
