@@ -43,13 +43,13 @@ def skipped_of(config: RunConfig) -> list[str]:
 )
 def test_a_run_that_decodes_parts_ends_with_the_bits_of_one_that_decodes_all(layout, data, tmp_path, monkeypatch):
     num_ranks, fields = LAYOUTS[layout]
-    parts = run_of(data, tmp_path / "parts", steps=3, parallel=ParallelConfig(**fields))
+    parts = run_of(data, tmp_path / "parts", steps=2, parallel=ParallelConfig(**fields))
     run_local(loop.pretrain, num_ranks, parts)
-    whole = run_of(data, tmp_path / "whole", steps=3, parallel=ParallelConfig(**fields))
+    whole = run_of(data, tmp_path / "whole", steps=2, parallel=ParallelConfig(**fields))
     monkeypatch.setattr(loop, "media_part", lambda *_: ALL_MEDIA)  # in the ranks too: they are forked
     run_local(loop.pretrain, num_ranks, whole)
     assert_same_run(parts, whole)
-    assert skipped_of(parts) == skipped_of(whole) == ["damaged-13"]
+    assert skipped_of(parts) == skipped_of(whole) and set(skipped_of(whole)) == {"damaged-13"}
     for ours, theirs in zip(rows_of(parts), rows_of(whole), strict=True):
         assert ours["skipped"] == theirs["skipped"] and ours["num_images"] == theirs["num_images"]
 
