@@ -7,6 +7,7 @@ do not decode the sample; they are told before the step (``train/agreement.py``)
 """
 
 import hashlib
+import itertools
 import queue
 import threading
 import time
@@ -109,23 +110,20 @@ def _with_part(
     assert not media or (batch.vision is not None and list(batch.vision.grids_I3) == grids_I3), "not the pack's media"
     place_of = {id(one): place for place, members in encoded.items() for sample in members for one in sample.media}
     pieces = corpus.part.pieces(grids_I3, corpus.model)
-    steps_of: dict[int, list[int]] = {}
-    owners = [(number, step) for number, (num_steps, _, _) in enumerate(grids_I3) for step in range(num_steps)]
-    for piece in pieces:
-        number, step = owners[piece]
-        steps_of.setdefault(number, []).append(step)
+    places_U = [(number, step) for number, (num_steps, _, _) in enumerate(grids_I3) for step in range(num_steps)]
     decoded: list[EncodedMedia] = []
     found: dict[int, SampleError] = {}
-    for number, steps in steps_of.items():
-        place = place_of[id(media[number])]
+    for number, own in itertools.groupby((places_U[piece] for piece in pieces), key=lambda one: one[0]):
+        medium = media[number]
+        place = place_of[id(medium)]
         begin(place)
         try:
             with blame(corpus.sample_id(numbers[place]), MEDIA):
-                pixels_PZ = decode_pixels(media[number], steps, corpus.model, corpus.data)
+                pixels_PZ = decode_pixels(medium, [step for _, step in own], corpus.model, corpus.data)
         except SampleError as fault:
             found[place] = fault
         else:
-            decoded.append(replace(media[number], pixels_PZ=pixels_PZ))
+            decoded.append(replace(medium, pixels_PZ=pixels_PZ))
     begin(len(numbers))
     return replace(batch, pixels_Y=joined_pixels(decoded), pieces_held=pieces), found
 
