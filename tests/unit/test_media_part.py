@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.config.run import ParallelConfig, VideoConfig
 from mimo_megatron.data import encode
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.loader import PackLoader, open_maker
@@ -13,6 +14,8 @@ from mimo_megatron.data.making import MEDIA, make_pack
 from mimo_megatron.data.media_part import ALL_MEDIA, NO_MEDIA, MediaPart
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shards import ShardSample
+from mimo_megatron.data.video import encode_video, video_grid
+from mimo_megatron.errors import DataError
 from mimo_megatron.model.local_pack import local_pack
 from mimo_megatron.model.vision_share import VisionSharing, joined_pixels, share_out
 from mimo_megatron.parallel.mesh import Axis, Mesh
@@ -20,6 +23,7 @@ from mimo_megatron.train.step import media_part
 from mimo_megatron.types import PackedBatch
 from tests.data_fixtures import (
     TINY,
+    clip,
     mixed_samples,
     picture,
     recipe,
@@ -185,6 +189,33 @@ def test_a_worker_makes_the_part_of_its_rank(data, open_loader):
             assert torch.equal(one.pixels_Y, other.pixels_Y) and one.pieces_held == other.pieces_held
         assert ours.faults.keys() == theirs.faults.keys()
     pool.close()
+
+
+def steps_of_video(content: bytes, steps: list[int] | None) -> np.ndarray | None:
+    """Their pixels, or None where they cannot be decoded."""
+    try:
+        return encode_video(content, TINY.vision, VideoConfig(fps=8), min_pixels=3136, steps=steps).pixels_PZ
+    except DataError:
+        return None
+
+
+def test_a_damaged_video_fails_in_some_step_where_it_fails_as_a_whole_and_in_none_where_it_does_not():
+    """So whether a sample is left out does not depend on how its steps are divided over ranks; nor do the pixels."""
+    good = clip(32)
+    media, outcomes = good.index(b"mdat"), set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        content = bytearray(good)
+        for place in rng.integers(media + 8, good.index(b"moov", media), 1 + seed):
+            content[place] = rng.integers(256)
+        (num_steps, _, _), _ = video_grid(bytes(content), TINY.vision, VideoConfig(fps=8), min_pixels=3136)
+        whole = steps_of_video(bytes(content), None)
+        parts = [steps_of_video(bytes(content), [step]) for step in range(num_steps)]
+        decoded = [part for part in parts if part is not None]
+        assert (whole is None) == (len(decoded) < num_steps)
+        assert whole is None or np.array_equal(np.concatenate(decoded), whole)
+        outcomes.add(whole is None)
+    assert outcomes == {True, False}
 
 
 def test_a_pack_that_holds_another_rank_s_pieces_is_not_shared_out(open_loader):
