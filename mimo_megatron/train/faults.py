@@ -79,11 +79,12 @@ def keep_fault(
 
 def _with_all_pixels(batch: PackedBatch, trainer: Trainer) -> PackedBatch:
     """The pack with the pixels that the other ranks of its stage decoded. A collective over them."""
-    sharing = trainer.bare_chunks[0].sharing
-    if batch.pieces_held is None or sharing is None or batch.vision is None:
+    sharing, pixels_Y = trainer.bare_chunks[0].sharing, batch.pixels_Y
+    if batch.pieces_held is None or sharing is None:
         return batch
-    parts = gather_objects(batch.pixels_Y, sharing.tp_cp)
-    return replace(batch, pixels_Y=joined_pixels(parts, batch.vision, sharing), pieces_held=None)
+    if batch.vision is not None:
+        pixels_Y = joined_pixels(gather_objects(pixels_Y, sharing.tp_cp), batch.vision, sharing)
+    return replace(batch, pixels_Y=pixels_Y, pieces_held=None)
 
 
 def _facts(view: MicrobatchView) -> dict[str, Any]:
