@@ -288,13 +288,12 @@ def test_closing_ends_a_window_that_is_being_packed(data, open_loader, monkeypat
     loader = open_loader(data, packs_per_step=1)
     started = threading.Event()
 
-    def pack_for_ever(*_args):
+    def pack_until_cancelled(_lengths, _costs, _tokens, _patches, is_cancelled=None):
         started.set()
-        *_, is_cancelled = _args
-        wait_until(is_cancelled)
+        wait_until(is_cancelled or (lambda: False))
         raise RuntimeError("cancelled")
 
-    monkeypatch.setattr(plan, "pack_balanced", pack_for_ever)  # the first window is packed already
+    monkeypatch.setattr(plan, "pack_balanced", pack_until_cancelled)  # the first window is packed already
     loader.next_step()
     assert started.wait(20)
     began = time.monotonic()
