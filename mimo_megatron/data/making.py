@@ -110,10 +110,12 @@ def _with_part(
     assert not media or (batch.vision is not None and list(batch.vision.grids_I3) == grids_I3), "not the pack's media"
     place_of = {id(one): place for place, members in encoded.items() for sample in members for one in sample.media}
     pieces = corpus.part.pieces(grids_I3, corpus.model)
-    places_U = [(number, step) for number, (num_steps, _, _) in enumerate(grids_I3) for step in range(num_steps)]
+    medium_and_step_U = [
+        (number, step) for number, (num_steps, _, _) in enumerate(grids_I3) for step in range(num_steps)
+    ]
     decoded: list[EncodedMedia] = []
     found: dict[int, SampleError] = {}
-    for number, own in itertools.groupby((places_U[piece] for piece in pieces), key=lambda one: one[0]):
+    for number, own in itertools.groupby((medium_and_step_U[piece] for piece in pieces), key=lambda one: one[0]):
         medium = media[number]
         place = place_of[id(medium)]
         begin(place)
