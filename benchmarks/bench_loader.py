@@ -1,13 +1,15 @@
 """The training loader: what it costs the trainer, what a hash costs a read, how long steps wait, and its memory.
 
     python benchmarks/bench_loader.py                      # about ten minutes on one idle core
-    python benchmarks/bench_loader.py --only cost hash     # or stall, memory
+    python benchmarks/bench_loader.py --only cost hash     # or parts, stall, memory
 
 All on the data of the README's first run (``examples/recipes/tiny/first.yaml``), built in a temporary folder; the hash
 on a JPEG of two megapixels.
 
 * ``cost``: CPU seconds of the trainer's process for each pack, made by its thread or by workers.
 * ``hash``: CPU seconds of reading, decoding and cutting a picture into patches, with its SHA-256 compared or not.
+* ``parts``: pictures decoded and CPU seconds of making packs on each rank of one pack, where all decode all, and where
+  each decodes what it encodes. 24 such JPEGs, eight in a pack; medians of three rounds.
 * ``stall``: a training run of one rank; the share of its steps' time that it waited for packs, first step apart.
 * ``memory``: 100,000 samples by eight workers. Memory of all processes together, ten times on the way (PSS: each shared
   page is counted once).
@@ -15,6 +17,7 @@ on a JPEG of two megapixels.
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -35,11 +38,16 @@ from provenance import ROOT, write_rows
 from examples.quickstart.build_data import build
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.presets import preset
-from mimo_megatron.config.run import DataConfig, ReadConfig, RunConfig, VideoConfig
+from mimo_megatron.config.run import DataConfig, ReadConfig, RunConfig, SourceConfig, VideoConfig
+from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import encode_media
 from mimo_megatron.data.index import build_index
 from mimo_megatron.data.loader import PackLoader
+from mimo_megatron.data.making import make_pack
+from mimo_megatron.data.media_part import ALL_MEDIA, NO_MEDIA, MediaPart
+from mimo_megatron.data.plan import Position
 from mimo_megatron.data.pool import WorkerPool
+from mimo_megatron.data.shards import ShardSample, write_shards
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.train.loop import pretrain
@@ -83,14 +91,20 @@ def cost(folder: Path) -> Iterator[Row]:
         yield row("cost", workers, "samples a second (wall)", num_samples / passed)
 
 
-def hash_of_reads(folder: Path) -> Iterator[Row]:
+def photo(seed: int) -> bytes:
     """A photograph is imitated by smooth noise with grain: a JPEG of it has about the bytes of one."""
-    draw = np.random.default_rng(1)
+    draw = np.random.default_rng(seed)
     coarse = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((1600, 1200))
     pixels = np.clip(np.asarray(coarse) + draw.normal(0, 6, (1200, 1600, 3)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def hash_of_reads(folder: Path) -> Iterator[Row]:
+    content = photo(1)
     path = folder / "photo.jpg"
-    Image.fromarray(pixels).save(path, quality=90)
-    content = path.read_bytes()
+    path.write_bytes(content)
     ref = MediaRef("image", str(path), 0, len(content), hashlib.sha256(content).hexdigest())
     raw, model = RawSample("photo", "", (), (ref,)), preset("mimo-vl-7b")
     found: dict[bool, list[float]] = {True: [], False: []}
@@ -113,6 +127,46 @@ def hash_of_reads(folder: Path) -> Iterator[Row]:
     for _ in range(200):
         hashlib.sha256(content).hexdigest()
     yield row("hash", 0, "of it SHA-256", 1e3 * (time.process_time() - began) / 200)
+
+
+def parts(folder: Path) -> Iterator[Row]:
+    def sample(number: int) -> ShardSample:
+        question = {"role": "user", "content": [{"type": "image", "image": "photo.jpg"}]}
+        record = {"messages": [question, {"role": "assistant", "content": "a photo"}]}
+        return ShardSample(f"{number}", record, {"photo.jpg": photo(number)})
+
+    source = SourceConfig(path=folder / "photos")
+    limits = {"max_pixels": 1_003_520, "pack_tokens": 10_496, "pack_patches": 41_000}
+    config = recipe(folder)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,), **limits})})
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.tokens, config.model.text.vocab_size)
+    write_shards(map(sample, range(24)), source.path, 24)
+    build_index(source.path, tokenizer, config.model, config.data)
+    ranks_of = {
+        "all decode all": [ALL_MEDIA],
+        "an inner stage": [NO_MEDIA],
+        "balanced over 2": [MediaPart(rank, 2) for rank in range(2)],
+        "balanced over 8": [MediaPart(rank, 8) for rank in range(8)],
+    }
+    packs, _ = Corpus(config.data, config.model).plan(1).take(Position(0, 0), 3)
+    assert sum(map(len, packs)) == 24
+    corpora = {part: Corpus(config.data, config.model, part) for ranks in ranks_of.values() for part in ranks}
+    num_decoded: dict[MediaPart, int] = {}
+    seconds: dict[MediaPart, list[float]] = {part: [] for part in corpora}
+    for _ in range(3):
+        for part, corpus in corpora.items():
+            began = time.process_time()
+            batches = [make_pack(corpus, pack.tolist(), {}, lambda place: None).batch for pack in packs]
+            seconds[part].append(time.process_time() - began)
+            held = [range(8) if batch.pieces_held is None else batch.pieces_held for batch in batches]
+            num_decoded[part] = sum(map(len, held))
+    for name, ranks in ranks_of.items():
+        times = [1e3 * statistics.median(seconds[part]) / len(packs) for part in ranks]
+        yield row(
+            "parts", 0, f"{name}: pictures of 24 decoded, heaviest rank", max(num_decoded[part] for part in ranks)
+        )
+        yield row("parts", 0, f"{name}: CPU ms a pack, mean of ranks", statistics.mean(times))
+        yield row("parts", 0, f"{name}: CPU ms a pack, heaviest rank", max(times))
 
 
 def stall(folder: Path) -> Iterator[Row]:
@@ -159,6 +213,7 @@ def row(part: str, workers: int, what: str, value: float) -> Row:
 PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "cost": cost,
     "hash": hash_of_reads,
+    "parts": parts,
     "stall": stall,
     "memory": memory,
 }

@@ -51,13 +51,16 @@ class EncodedMedia:
 
     kind: MediaKind
     pixels_PZ: NDArray[np.uint8]
-    """[P, 1176] raw pixels, a row channel by channel and of a channel frame by frame; [P, 588] of a still image."""
+    """[P, 1176] raw pixels, a row channel by channel and of a channel frame by frame; [P, 588] of a still image. [0, Z]
+    where they were not decoded."""
     grid: tuple[int, int, int]
     """(frames / 2, height / 14, width / 14) in patches; P is their product."""
     seconds_per_grid: float = 0.0
     """Seconds between two temporal grid steps of a video; 0 for an image."""
     frame_repeats: int = 1
     """How often a patch shows each of its frames: ``temporal_patch_size`` for a still image, 1 for a video."""
+    ref: MediaRef | None = None
+    """Where its bytes lie, if its pixels were not decoded."""
 
     @property
     def num_patches(self) -> int:
@@ -166,6 +169,9 @@ class PackedBatch:
     """Slots that hold real tokens."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """float32 [S] each: the samples' own columns, moved as labels are, to the slot before their token."""
+    pieces_held: tuple[int, ...] | None = None
+    """The pieces (images, temporal steps of videos; by number in pack order) whose pixels ``pixels_Y`` holds, where a
+    loader decoded only those that its rank encodes; None: all."""
 
     @property
     def num_slots(self) -> int:

@@ -1,8 +1,11 @@
 """Forward FLOPs of the vision encoder and the projector, from grids: multiply-adds counted as 2.
 
 One formula for the accounting of a step (``train/flops.py``, where it is written out) and for the sharing of images
-between ranks (``model/vision_share.py``). Grids are in patches, merge units 2x2 patches.
+between ranks (``model/vision_share.py``, ``data/media_part.py``). Grids are in patches, merge units 2x2 patches.
 """
+
+import itertools
+from collections.abc import Sequence
 
 from mimo_megatron.config.model import VisionConfig
 
@@ -34,6 +37,15 @@ def frame_flops(vision: VisionConfig, text_width: int, height: int, width: int) 
     linear = 2 * patches * (vision.patch_bytes * vision.width + vision.depth * layer_weights(vision))
     attention = 4 * vision.width * frame_pairs(vision, height, width)
     return linear + attention + 2 * (patches // vision.merge_factor) * projector_weights(vision, text_width)
+
+
+def piece_flops(vision: VisionConfig, text_width: int, grids_I3: Sequence[tuple[int, int, int]]) -> list[int]:
+    """[U] of each piece, in pack order: an image, or one temporal grid step of a video."""
+    return [
+        cost
+        for frames, height, width in grids_I3
+        for cost in itertools.repeat(frame_flops(vision, text_width, height, width), frames)
+    ]
 
 
 def _sum_of_squares(length: int, piece: int) -> int:

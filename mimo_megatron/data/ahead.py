@@ -46,6 +46,8 @@ class PlannedStep:
     samples_of_sources: tuple[int, ...]
     """Of all ranks."""
     places: tuple[int, ...]
+    samples: tuple[tuple[int, ...], ...]
+    """Their numbers, in each of this rank's packs."""
 
 
 class Ahead:
@@ -74,7 +76,7 @@ class Ahead:
         return step, [self._next_pack() for _ in step.places]
 
     def close(self) -> None:
-        """Have no more packs made; what is under way is finished and thrown away."""
+        """Have no more packs made; what is under way is thrown away, and its planning ended."""
         self._budget.close()
         self._thread.join()  # two threads never ask one plan
         while not self._made.empty():
@@ -88,25 +90,22 @@ class Ahead:
             raise item
         assert isinstance(item, tuple)
         future, num_bytes = item
-        while not wait([future], _LOOK_SECONDS).done:
-            self._maker.check()
         try:
-            return future.result()
+            return made_pack(future, self._maker)
         finally:
             self._budget.give_back(num_bytes, packs=1)
 
     def _run(self, position: Position) -> None:
         try:
-            for step, packs in itertools.islice(self._steps(position), self._num_steps):
+            for step in itertools.islice(self._steps(position), self._num_steps):
                 self._made.put(step)
-                for place in step.places:
-                    numbers = packs[place].tolist()
+                for numbers in step.samples:
                     num_patches = sum(self._maker.corpus.planned_lengths(number)[1] for number in numbers)
                     config, model = self._maker.corpus.data, self._maker.corpus.model
                     making, made = config.making_bytes(model, num_patches), config.pack_bytes(model, num_patches)
                     if not self._budget.take(making):
                         return
-                    future = self._maker.start(numbers)
+                    future = self._maker.start(numbers, {})
                     future.add_done_callback(partial(self._shrink, making - made))
                     self._made.put((future, made))
             self._made.put(EOFError(f"no step was asked to be made after the {self._num_steps} that were"))
@@ -116,13 +115,14 @@ class Ahead:
     def _shrink(self, num_bytes: int, _: "Future[MadePack]") -> None:
         self._budget.give_back(num_bytes)
 
-    def _steps(self, position: Position) -> Iterator[tuple[PlannedStep, list[NDArray[np.int64]]]]:
+    def _steps(self, position: Position) -> Iterator[PlannedStep]:
         while True:
-            packs, after = self._plan.take(position, self._share.packs_per_step)
+            packs, after = self._plan.take(position, self._share.packs_per_step, lambda: self._budget.is_closed)
             digest = self._digest(position, packs)
             of_sources = self._maker.corpus.count_by_source(np.concatenate(packs))
             mine = self._plan.deal(packs, self._share.dp_size)[self._share.dp_rank]
-            yield PlannedStep(after, digest, of_sources, tuple(mine)), packs
+            samples = tuple(tuple(packs[place].tolist()) for place in mine)
+            yield PlannedStep(after, digest, of_sources, tuple(mine), samples)
             position = after
 
     def _digest(self, position: Position, packs: Sequence[NDArray[np.int64]]) -> bytes:
@@ -132,21 +132,28 @@ class Ahead:
         return content.digest()
 
 
+def made_pack(future: "Future[MadePack]", maker: PackMaker) -> MadePack:
+    """The pack, once it is made. What went wrong while it was made, or holds it up for good, is raised."""
+    while not wait([future], _LOOK_SECONDS).done:
+        maker.check()
+    return future.result()
+
+
 class Budget:
     """Bytes and packs that may be ahead. One thread takes, others give back."""
 
     def __init__(self, num_bytes: int, num_packs: int) -> None:
         self.num_bytes = num_bytes
         self._bytes, self._packs = num_bytes, num_packs
-        self._is_closed = False
+        self.is_closed = False
         self._changed = threading.Condition()
 
     def take(self, num_bytes: int) -> bool:
         """True when a pack of so many bytes may be made, False when the budget was closed."""
         assert num_bytes <= self.num_bytes, f"a pack of {num_bytes} bytes never fits {self.num_bytes}"
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or (self._bytes >= num_bytes and self._packs > 0))
-            if self._is_closed:
+            self._changed.wait_for(lambda: self.is_closed or (self._bytes >= num_bytes and self._packs > 0))
+            if self.is_closed:
                 return False
             self._bytes -= num_bytes
             self._packs -= 1
@@ -160,5 +167,5 @@ class Budget:
 
     def close(self) -> None:
         with self._changed:
-            self._is_closed = True
+            self.is_closed = True
             self._changed.notify_all()

@@ -7,6 +7,7 @@ and so is encoded once; padding carries no loss and its segments are short, so t
 nothing.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,7 +51,8 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
         start, end = bounds[-1], min(bounds[-1] + MAX_PADDING_SEGMENT, num_slots)
         positions_3S[:, start:end] = np.arange(end - start)
         bounds.append(end)
-    media, rows_M = _shared_media(samples, model.vision.merge_factor if model.vision else 1)
+    media = media_of(samples)
+    rows_M = _rows(samples, media, model.vision.merge_factor if model.vision else 1)
     is_placeholder_S = np.isin(token_ids_S[:num_tokens], (model.tokens.image_pad, model.tokens.video_pad))
     return PackedBatch(
         token_ids_S=torch.from_numpy(token_ids_S),
@@ -68,19 +70,17 @@ def collate(samples: Sequence[EncodedSample], model: ModelConfig, num_slots: int
     )
 
 
-def _shared_media(samples: Sequence[EncodedSample], merge_factor: int) -> tuple[list[EncodedMedia], NDArray[np.int64]]:
-    """The samples' media, each object once, and the feature row of every placeholder."""
-    media: list[EncodedMedia] = []
-    first_rows: dict[int, int] = {}
-    rows_M, num_rows = [np.zeros(0, np.int64)], 0
-    for one in (one for sample in samples for one in sample.media):
-        num_features = one.num_patches // merge_factor
-        if id(one) not in first_rows:
-            first_rows[id(one)] = num_rows
-            media.append(one)
-            num_rows += num_features
-        rows_M.append(first_rows[id(one)] + np.arange(num_features))
-    return media, np.concatenate(rows_M)
+def media_of(samples: Sequence[EncodedSample]) -> list[EncodedMedia]:
+    """The media of a pack of these samples, each object once, as they first appear."""
+    return list({id(one): one for sample in samples for one in sample.media}.values())
+
+
+def _rows(samples: Sequence[EncodedSample], media: Sequence[EncodedMedia], merge_factor: int) -> NDArray[np.int64]:
+    """The feature row of every placeholder, where those of ``media`` lie one after another."""
+    nums = [one.num_patches // merge_factor for one in media]
+    starts = dict(zip(map(id, media), itertools.accumulate(nums, initial=0), strict=False))
+    rows_M = [starts[id(one)] + np.arange(one.num_patches // merge_factor) for each in samples for one in each.media]
+    return np.concatenate([np.zeros(0, np.int64), *rows_M])
 
 
 def joined_pixels(media: Sequence[EncodedMedia]) -> torch.Tensor:

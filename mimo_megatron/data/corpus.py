@@ -17,6 +17,7 @@ from mimo_megatron.config.pack_cost import cost_by_flops
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.energon import open_source
+from mimo_megatron.data.media_part import ALL_MEDIA, MediaPart
 from mimo_megatron.data.pairs import encode_stored
 from mimo_megatron.data.parts import parts_of, splits_texts
 from mimo_megatron.data.plan import Plan
@@ -27,11 +28,13 @@ from mimo_megatron.types import EncodedSample, RawSample
 
 
 class Corpus:
-    """Samples by number: their ids, stored form and encoding."""
+    """Samples by number: their ids, stored form and encoding. ``part`` of a pack's media is decoded, by ``make_pack``
+    where it is not all."""
 
-    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+    def __init__(self, data: DataConfig, model: ModelConfig, part: MediaPart = ALL_MEDIA) -> None:
         self.data = data
         self.model = model
+        self.part = part
         self.tokenizer = load_tokenizer(data.tokenizer, model.tokens, model.text.vocab_size)
         opened = [open_source(source, data.split, data.read) for source in data.sources]
         for source in opened:
@@ -82,7 +85,7 @@ class Corpus:
         ``SampleError`` if it is damaged or no longer what the index measured.
         """
         raw = self.read(number)
-        samples = encode_stored(raw, self.tokenizer, self.model, self.data)
+        samples = encode_stored(raw, self.tokenizer, self.model, self.data, decodes=self.part == ALL_MEDIA)
         found = sum(one.num_tokens for one in samples), sum(one.num_patches for one in samples)
         place, index = self._locate(number)
         lengths, stored = self.sources[place].lengths, self.parts[place].sample_N[index]

@@ -23,7 +23,7 @@ from mimo_megatron.data.records import SampleError, blame
 from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.data.video import encode_video, video_grid
 from mimo_megatron.errors import DataError
-from mimo_megatron.types import EncodedMedia, EncodedSample, MediaKind, RawSample
+from mimo_megatron.types import EncodedMedia, EncodedSample, MediaKind, MediaRef, RawSample
 
 ENCODING_VERSION = 1
 """Raised when a change in this package gives any sample other lengths, so that old indexes are refused."""
@@ -31,10 +31,12 @@ ENCODING_VERSION = 1
 
 @dataclass(frozen=True)
 class MediaShape:
-    """What text needs to know of an image or video: its patch grid, and for an image its sides in pixels."""
+    """What text needs to know of an image or video: its patch grid, for an image its sides in pixels, for a video the
+    seconds between its temporal steps."""
 
     grid: tuple[int, int, int]
     frame: Frame | None
+    seconds_per_grid: float = 0.0
 
     @property
     def num_patches(self) -> int:
@@ -84,7 +86,8 @@ def measure_media(content: bytes, kind: MediaKind, model: ModelConfig, data: Enc
     """The shape that the image or video will have after resize, from its header."""
     vision = _vision(model)
     if kind == "video":
-        return MediaShape(video_grid(content, vision, data.video, min_pixels=data.min_pixels)[0], None)
+        grid, seconds_per_grid = video_grid(content, vision, data.video, min_pixels=data.min_pixels)
+        return MediaShape(grid, None, seconds_per_grid)
     stored = image_size(content)
     height, width = smart_resize(
         *stored, multiple=vision.pixel_multiple, min_pixels=data.min_pixels, max_pixels=data.max_pixels
@@ -116,9 +119,10 @@ def encode_sample(
     data: EncodingConfig,
     *,
     add_generation_prompt: bool = False,
+    decodes: bool = True,
 ) -> EncodedSample:
-    """The sample ready to be packed; media are read and decoded here."""
-    media, shapes = encode_media(raw, model, data)
+    """The sample ready to be packed; media are read and decoded here, or, with ``decodes`` False, read alone."""
+    media, shapes = encode_media(raw, model, data, decodes=decodes)
     token_ids_T, loss_mask_T = encode_text(
         raw, shapes, tokenizer, model, data, add_generation_prompt=add_generation_prompt
     )
@@ -126,16 +130,56 @@ def encode_sample(
 
 
 def encode_media(
-    raw: RawSample, model: ModelConfig, data: EncodingConfig
+    raw: RawSample, model: ModelConfig, data: EncodingConfig, *, decodes: bool = True
 ) -> tuple[tuple[EncodedMedia, ...], list[MediaShape]]:
-    """The sample's images and videos, read and decoded, and what its text needs to know of them."""
+    """The sample's images and videos, read and decoded, and what its text needs to know of them.
+
+    With ``decodes`` False they have no pixels yet: ``decode_pixels`` gives them.
+    """
     media, shapes = [], []
     with blame(raw.id, "media"):
         for ref in raw.media:
-            one, frame = _encode_media(read_media(ref, data.read), ref.kind, model, data)
+            content = read_media(ref, data.read)
+            if decodes:
+                one, shape = _encode_media(content, ref.kind, model, data)
+            else:
+                shape = measure_media(content, ref.kind, model, data)
+                one = _without_pixels(ref, shape, _vision(model))
             media.append(one)
-            shapes.append(MediaShape(one.grid, frame))
+            shapes.append(shape)
     return tuple(media), shapes
+
+
+def decode_pixels(
+    one: EncodedMedia, steps: Sequence[int], model: ModelConfig, data: EncodingConfig
+) -> NDArray[np.uint8]:
+    """[P, Z] pixels of these temporal steps, ascending, of a medium that was not decoded; an image has one step.
+
+    ``DataError`` where that fails, or the medium is not as large as its header says.
+    """
+    assert one.ref is not None, "its pixels are there"
+    content, vision = read_media(one.ref, data.read), _vision(model)
+    if one.kind == "video":
+        decoded = encode_video(content, vision, data.video, min_pixels=data.min_pixels, steps=steps)
+    else:
+        decoded, _ = _encode_media(content, "image", model, data)
+    if decoded.grid != one.grid:
+        raise DataError(
+            f"decoded it has the patch grid {decoded.grid}, by its header {one.grid}; drop the sample or replace it"
+        )
+    return decoded.pixels_PZ
+
+
+def _without_pixels(ref: MediaRef, shape: MediaShape, vision: VisionConfig) -> EncodedMedia:
+    is_video = ref.kind == "video"
+    return EncodedMedia(
+        ref.kind,
+        np.empty((0, vision.patch_bytes if is_video else vision.still_bytes), np.uint8),
+        shape.grid,
+        shape.seconds_per_grid,
+        frame_repeats=1 if is_video else vision.temporal_patch_size,
+        ref=ref,
+    )
 
 
 def encode_text(
@@ -181,13 +225,15 @@ def _check_placeholders(
 
 def _encode_media(
     content: bytes, kind: MediaKind, model: ModelConfig, data: EncodingConfig
-) -> tuple[EncodedMedia, Frame | None]:
+) -> tuple[EncodedMedia, MediaShape]:
     vision = _vision(model)
     if kind == "video":
-        return encode_video(content, vision, data.video, min_pixels=data.min_pixels), None
+        one = encode_video(content, vision, data.video, min_pixels=data.min_pixels)
+        return one, MediaShape(one.grid, None, one.seconds_per_grid)
     one = encode_image(content, vision, min_pixels=data.min_pixels, max_pixels=data.max_pixels, decoder=data.decoder)
     _, rows, columns = one.grid
-    return one, Frame(*image_size(content), rows * vision.patch_size, columns * vision.patch_size)
+    frame = Frame(*image_size(content), rows * vision.patch_size, columns * vision.patch_size)
+    return one, MediaShape(one.grid, frame)
 
 
 def _vision(model: ModelConfig) -> VisionConfig:

@@ -12,9 +12,10 @@ from typing import Any
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
-from mimo_megatron.data.ahead import Ahead, Share
+from mimo_megatron.data.ahead import Ahead, PlannedStep, Share, made_pack
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.making import PackMaker, ThreadMaker
+from mimo_megatron.data.media_part import ALL_MEDIA, MediaPart
 from mimo_megatron.data.plan import Position
 from mimo_megatron.data.pool import WorkerPool
 from mimo_megatron.data.records import SampleError
@@ -28,9 +29,9 @@ def short_digest(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big") >> 2
 
 
-def open_maker(data: DataConfig, model: ModelConfig) -> PackMaker:
+def open_maker(data: DataConfig, model: ModelConfig, part: MediaPart = ALL_MEDIA) -> PackMaker:
     """What makes the packs of this recipe: ``data.workers`` processes, or a thread. Several loaders may share it."""
-    corpus = Corpus(data, model)
+    corpus = Corpus(data, model, part)
     return WorkerPool(corpus) if data.workers else ThreadMaker(corpus)
 
 
@@ -38,8 +39,9 @@ class PackLoader:
     """This rank's microbatches, step by step, without end.
 
     ``skipped`` counts left-out samples by reason; ``take_skip_log`` lists them. A sample that exceeds a capacity is
-    counted by data-parallel rank 0 alone, when the loader opens, so that sums over ranks are exact. A ``maker`` that is
-    given stays the caller's; otherwise the loader opens one and ends it.
+    counted by data-parallel rank 0 alone, when the loader opens, so that sums over ranks are exact. ``part`` is of a
+    pack's media that which this rank needs decoded. A ``maker`` that is given stays the caller's, and its part holds;
+    otherwise the loader opens one and ends it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PackLoader:
         seed: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        part: MediaPart = ALL_MEDIA,
         maker: PackMaker | None = None,
     ) -> None:
         if packs_per_step % dp_size:
@@ -60,7 +63,7 @@ class PackLoader:
             )
         assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
         self._owns_maker = maker is None
-        self.maker = maker or open_maker(data, model)
+        self.maker = maker or open_maker(data, model, part)
         self.corpus: Corpus = self.maker.corpus
         self._share = Share(packs_per_step, dp_rank, dp_size)
         self._seed = seed
@@ -70,14 +73,15 @@ class PackLoader:
         self._sizes = [length - without for length, without in zip(map(len, self.corpus.parts), too_long, strict=True)]
         self._used = [0] * len(self._sizes)
         self._ahead: Ahead | None = None
+        self._step: PlannedStep | None = None
+        self._faults: list[dict[int, SampleError]] = []
+        self._digests: list[bytes] = []
         self.steps_to_come: int | None = None
         """How many will be asked for: none is made beyond them. To be set before the first; None for no end."""
         self.places: tuple[int, ...] = ()
         """Of the last step's packs of this rank, among those of all ranks."""
         self.plan_digest = 0
         """Of the last step's packs of all ranks by sample number and id: equal on all ranks that follow one plan."""
-        self.packs_digest = 0
-        """Of the last step's packs of this data-parallel rank as they were read: samples and tokens."""
         self.skipped: Counter[str] = Counter()
         self._skip_log: list[dict[str, str]] = []
         if dp_rank == 0:
@@ -102,9 +106,34 @@ class PackLoader:
             self.steps_to_come -= 1
         self._used = [used + more for used, more in zip(self._used, step.samples_of_sources, strict=True)]
         self.plan_digest = short_digest(step.plan_digest)
-        self.packs_digest = short_digest(hashlib.sha256(b"".join(pack.digest for pack in packs)).digest())
-        self._record([fault for pack in packs for fault in pack.faults])
+        self._step = step
+        self._faults, self._digests = [dict(pack.faults) for pack in packs], [pack.digest for pack in packs]
+        self._record([fault for pack in packs for _, fault in pack.faults])
         return [pack.batch for pack in packs]
+
+    @property
+    def packs_digest(self) -> int:
+        """Of the last step's packs of this data-parallel rank as they were read: samples and tokens."""
+        return short_digest(hashlib.sha256(b"".join(self._digests)).digest())
+
+    @property
+    def faults(self) -> dict[int, SampleError]:
+        """Of the last step's packs, by the sample's number."""
+        return {number: fault for faults in self._faults for number, fault in faults.items()}
+
+    def leave_out(self, batches: Sequence[PackedBatch], faults: Mapping[int, SampleError]) -> list[PackedBatch]:
+        """The last step's microbatches without these samples, which another rank could not decode: packs that hold one
+        are made again, while the caller waits."""
+        assert self._step is not None and len(batches) == len(self._step.samples), "not the last step's microbatches"
+        left = list(batches)
+        for place, numbers in enumerate(self._step.samples):
+            known = self._faults[place]
+            if any(number in faults and number not in known for number in numbers):
+                remade = made_pack(self.maker.start(numbers, {**faults, **known}), self.maker)
+                self._record([fault for number, fault in remade.faults if number not in known])
+                left[place], self._digests[place] = remade.batch, remade.digest
+                self._faults[place] = dict(remade.faults)
+        return left
 
     def take_skip_log(self) -> list[dict[str, str]]:
         """Samples left out since the last call: id, reason, detail."""

@@ -40,13 +40,16 @@ def measure_stored(
 
 
 def encode_stored(
-    raw: RawSample, tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig
+    raw: RawSample, tokenizer: TextTokenizer, model: ModelConfig, data: EncodingConfig, *, decodes: bool = True
 ) -> tuple[EncodedSample, ...]:
-    """What a stored sample puts into a pack: itself, or for a reward model the chosen response, then the rejected."""
+    """What a stored sample puts into a pack: itself, or for a reward model the chosen response, then the rejected.
+
+    ``decodes`` as for ``encode_sample``.
+    """
     if model.text.head != "reward":
-        return (encode_sample(raw, tokenizer, model, data),)
+        return (encode_sample(raw, tokenizer, model, data, decodes=decodes),)
     members = pair_of(raw)
-    media, shapes = encode_media(raw, model, data)
+    media, shapes = encode_media(raw, model, data, decodes=decodes)
     return tuple(
         EncodedSample(one.id, *encode_text(one, shapes, tokenizer, model, data), media, reads_reward=True)
         for one in members

@@ -14,7 +14,7 @@ Nothing but ``deal`` knows how many processes train. Invariants (N samples in al
 import bisect
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,27 +76,38 @@ class Plan:
         self._packs_before: tuple[int, list[int]] = (-1, [0])
         self.fingerprint = self._fingerprint(weights, window_samples)
 
-    def window_packs(self, epoch: int, window: int) -> list[NDArray[np.int64]]:
-        """The packs of one window in training order, each an array of sample numbers."""
+    def window_packs(
+        self, epoch: int, window: int, is_cancelled: Callable[[], bool] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """The packs of one window in training order, each an array of sample numbers.
+
+        ``RuntimeError`` where ``is_cancelled``, which is asked now and then, says so.
+        """
         if self._window[:2] != (epoch, window):
             order = self._epoch_order(epoch)
             start, end = (len(order) * place // self.num_windows for place in (window, window + 1))
             drawn = order[start:end]
-            packs = pack_balanced(self._lengths.take(drawn), self._costs.take(drawn), *self._capacities)
+            lengths, costs = self._lengths.take(drawn), self._costs.take(drawn)
+            packs = pack_balanced(lengths, costs, *self._capacities, is_cancelled)
             turn = self._random(_WINDOW, epoch, window).permutation(len(packs))
             self._window = (epoch, window, [drawn[packs[pack]] for pack in turn])
         return self._window[2]
 
-    def take(self, position: Position, num_packs: int) -> tuple[list[NDArray[np.int64]], Position]:
-        """The next ``num_packs`` packs and the position after them; windows and epochs follow one another."""
+    def take(
+        self, position: Position, num_packs: int, is_cancelled: Callable[[], bool] | None = None
+    ) -> tuple[list[NDArray[np.int64]], Position]:
+        """The next ``num_packs`` packs and the position after them; windows and epochs follow one another.
+
+        ``is_cancelled`` as for ``window_packs``.
+        """
         taken: list[NDArray[np.int64]] = []
         epoch, consumed = position.epoch, position.consumed
         while len(taken) < num_packs:
-            window, first = self._find(epoch, consumed)
+            window, first = self._find(epoch, consumed, is_cancelled)
             if window == self.num_windows:
                 epoch, consumed = epoch + 1, 0
                 continue
-            found = self.window_packs(epoch, window)[consumed - first :][: num_packs - len(taken)]
+            found = self.window_packs(epoch, window, is_cancelled)[consumed - first :][: num_packs - len(taken)]
             taken += found
             consumed += len(found)
         return taken, Position(epoch, consumed)
@@ -106,7 +117,7 @@ class Plan:
         costs, vision = ([int(cost[pack].sum()) for pack in packs] for cost in self._costs)
         return deal(costs, vision, num_ranks)
 
-    def _find(self, epoch: int, consumed: int) -> tuple[int, int]:
+    def _find(self, epoch: int, consumed: int, is_cancelled: Callable[[], bool] | None) -> tuple[int, int]:
         """The window that holds this pack of the epoch, and the packs before it.
 
         One past the last window if the epoch has no such pack. Earlier windows are packed once to count them.
@@ -115,7 +126,7 @@ class Plan:
             self._packs_before = (epoch, [0])
         before = self._packs_before[1]
         while before[-1] <= consumed and len(before) <= self.num_windows:
-            before.append(before[-1] + len(self.window_packs(epoch, len(before) - 1)))
+            before.append(before[-1] + len(self.window_packs(epoch, len(before) - 1, is_cancelled)))
         if before[-1] <= consumed:
             return self.num_windows, before[-1]
         window = bisect.bisect_right(before, consumed) - 1

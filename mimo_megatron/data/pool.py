@@ -15,21 +15,19 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mimo_megatron.data.corpus import Corpus
-from mimo_megatron.data.making import SLOW, MadePack
+from mimo_megatron.data.making import LOST, SLOW, MadePack
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shared_pack import read_shared
 from mimo_megatron.data.worker import BORN, FAILED, REPLY, Progress, send_job
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.log import get_logger
 
-LOST = "worker_lost"
-"""Reason of a sample at which workers end: it crashes its decoder, or needs more memory than there is."""
 _TRIES = {SLOW: 2, LOST: 3}
 """Of a sample, before it is left out. Whoever kills workers for want of memory may hit one sample twice by chance."""
 _START_SECONDS = 300.0
@@ -48,7 +46,7 @@ _TALK_SECONDS = 60.0
 class _Job:
     numbers: Sequence[int]
     future: "Future[MadePack]"
-    left_out: dict[int, SampleError] = field(default_factory=dict)
+    left_out: dict[int, SampleError]
     tries: Counter[tuple[int, str]] = field(default_factory=Counter)
 
 
@@ -98,12 +96,12 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._run, name="pack-workers", daemon=True)
         self._thread.start()
 
-    def start(self, numbers: Sequence[int]) -> "Future[MadePack]":
+    def start(self, numbers: Sequence[int], left_out: Mapping[int, SampleError]) -> "Future[MadePack]":
         future: Future[MadePack] = Future()
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            self._jobs.append(_Job(numbers, future))
+            self._jobs.append(_Job(numbers, future, dict(left_out)))
         self._wake_up()
         return future
 
@@ -180,7 +178,11 @@ class WorkerPool:
             )
         corpus, stdin = self.corpus, self._nursery.stdin
         assert stdin is not None
-        settings = {"data": corpus.data.model_dump(mode="json"), "model": corpus.model.model_dump(mode="json")}
+        settings = {
+            "data": corpus.data.model_dump(mode="json"),
+            "model": corpus.model.model_dump(mode="json"),
+            "part": [corpus.part.rank, corpus.part.size],
+        }
         with suppress(BrokenPipeError), stdin:
             stdin.write(json.dumps(settings).encode())
         self._control = ours

@@ -28,7 +28,7 @@ def write_shared(pack: MadePack) -> tuple[int, int]:
     arrays: list[np.ndarray[Any, Any]] = []
     about = {
         "batch": _described(pack.batch, arrays),
-        "faults": [[fault.sample_id, fault.reason, fault.detail] for fault in pack.faults],
+        "faults": [[number, fault.sample_id, fault.reason, fault.detail] for number, fault in pack.faults],
         "digest": pack.digest.hex(),
     }
     file = os.memfd_create("mimo-pack", os.MFD_CLOEXEC)
@@ -52,7 +52,7 @@ def read_shared(file: int, num_bytes: int) -> MadePack:
     memory = mmap.mmap(file, num_bytes)
     length = int.from_bytes(memory[-8:], "little")
     about = json.loads(memory[num_bytes - 8 - length : num_bytes - 8])
-    faults = tuple(SampleError(*fault) for fault in about["faults"])
+    faults = tuple((number, SampleError(*fault)) for number, *fault in about["faults"])
     return MadePack(_restored(about["batch"], memory), faults, bytes.fromhex(about["digest"]))
 
 

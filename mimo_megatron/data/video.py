@@ -8,6 +8,7 @@ of a full decode; a video stays under the token limits; whatever FFmpeg raises o
 A WebM file cut off between two packets is a shorter valid clip: its header does not say how many there were.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,21 +41,29 @@ def video_grid(
     return plan.grid, plan.seconds_per_grid
 
 
-def encode_video(data: bytes, vision: VisionConfig, video: VideoConfig, *, min_pixels: int) -> EncodedMedia:
-    """The video as uint8 patches in merge-block order, with its grid and the seconds between temporal steps."""
+def encode_video(
+    data: bytes, vision: VisionConfig, video: VideoConfig, *, min_pixels: int, steps: Sequence[int] | None = None
+) -> EncodedMedia:
+    """The video as uint8 patches in merge-block order, with its grid and the seconds between temporal steps.
+
+    ``steps``, ascending, are those to decode; all, where they are left out.
+    """
     plan = _plan(data, vision, video, min_pixels)
-    steps, rows, columns = plan.grid
-    patches_TPC = np.empty((steps, rows * columns, vision.patch_bytes), np.uint8)
+    num_steps, rows, columns = plan.grid
+    pair = vision.temporal_patch_size
+    chosen = range(num_steps) if steps is None else steps
+    wanted = [plan.frames[pair * step + half] for step in chosen for half in range(pair)]
+    patches_TPC = np.empty((len(chosen), rows * columns, vision.patch_bytes), np.uint8)
     kept = 0
-    for number, frame in decode(data, plan.packets, plan.frames):
+    for number, frame in decode(data, plan.packets, wanted):
         pixels_HW3 = frame.to_ndarray(format="rgb24")
-        for _ in range(plan.frames.count(number)):
-            step, half = divmod(kept, vision.temporal_patch_size)
+        for _ in range(wanted.count(number)):
+            step, half = divmod(kept, pair)
             resize_to_patches(pixels_HW3, (plan.height, plan.width), vision, patches_TPC[step], half)
             kept += 1
-    if kept < len(plan.frames):
+    if kept < len(wanted):
         raise DataError(
-            f"video of {len(data)} bytes: frame {plan.frames[kept]} is listed but cannot be decoded; "
+            f"video of {len(data)} bytes: frame {wanted[kept]} is listed but cannot be decoded; "
             "drop the sample or replace the file"
         )
     patches_PC = patches_TPC.reshape(-1, vision.patch_bytes)

@@ -32,6 +32,7 @@ from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.making import make_pack
+from mimo_megatron.data.media_part import MediaPart
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shared_pack import write_shared
 from mimo_megatron.lifetime import end_with_parent
@@ -78,7 +79,8 @@ def main(control_handle: int, parent: int) -> None:
         signal.signal(one, signal.SIG_IGN)  # schedulers send them to all processes; the trainer decides, and ends this
     torch.set_num_threads(1)
     settings = json.load(sys.stdin)
-    corpus = Corpus(DataConfig.model_validate(settings["data"]), ModelConfig.model_validate(settings["model"]))
+    data, model = DataConfig.model_validate(settings["data"]), ModelConfig.model_validate(settings["model"])
+    corpus = Corpus(data, model, MediaPart(*settings["part"]))
     control = socket.socket(fileno=control_handle)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers: their sockets say when they ended
     gc.collect()

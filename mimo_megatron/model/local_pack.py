@@ -101,7 +101,7 @@ def local_pack(batch: PackedBatch, cp: Axis, num_ahead: int = 0, sharing: Vision
     num_slots = batch.num_slots
     pixels_Y, vision, share = batch.pixels_Y, batch.vision, None
     if sharing is not None and vision is not None:
-        pixels_Y, vision, share = share_out(pixels_Y, vision, sharing)
+        pixels_Y, vision, share = share_out(pixels_Y, vision, sharing, batch.pieces_held)
     return LocalPack(
         lanes=tuple(_lane(batch, cp, ahead) for ahead in range(num_ahead + 1)),
         positions_3S=batch.positions_3S,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mimo_megatron.config.model import VisionConfig
-from mimo_megatron.config.vision_flops import frame_flops
+from mimo_megatron.config.vision_flops import piece_flops
 from mimo_megatron.parallel.mesh import Axis
 from mimo_megatron.parallel.spread import loads, spread
 from mimo_megatron.types import VisionLayout
@@ -33,11 +33,7 @@ class VisionSharing:
 
     def costs(self, grids_I3: Sequence[Grid]) -> list[int]:
         """[U] predicted forward FLOPs of each piece, in pack order."""
-        return [
-            cost
-            for frames, height, width in grids_I3
-            for cost in itertools.repeat(frame_flops(self.vision, self.text_width, height, width), frames)
-        ]
+        return piece_flops(self.vision, self.text_width, grids_I3)
 
     def predicted_loads(self, grids_I3: Sequence[Grid]) -> list[int]:
         """Predicted forward FLOPs of each rank."""
@@ -64,15 +60,32 @@ class VisionShare:
 
 
 def share_out(
-    pixels_Y: Tensor, layout: VisionLayout, sharing: VisionSharing
+    pixels_Y: Tensor, layout: VisionLayout, sharing: VisionSharing, pieces_held: Sequence[int] | None = None
 ) -> tuple[Tensor, VisionLayout, VisionShare]:
-    """The pixels this rank encodes with their own layout (perhaps none at all), and where all features stand."""
+    """The pixels this rank encodes with their own layout (perhaps none at all), and where all features stand.
+
+    ``pieces_held`` are those whose pixels are given, where the loader decoded no others: it must be this rank's own.
+    """
     ranks_U = spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)
     own = [piece for piece, rank in enumerate(ranks_U) if rank == sharing.tp_cp.rank]
-    bounds = _byte_bounds(layout, sharing.vision)
-    pixels = [pixels_Y[:0], *(pixels_Y[bounds[piece] : bounds[piece + 1]] for piece in own)]
+    if pieces_held is None:
+        bounds = _byte_bounds(layout, sharing.vision)
+        pixels_Y = torch.cat([pixels_Y[:0], *(pixels_Y[bounds[piece] : bounds[piece + 1]] for piece in own)])
+    else:
+        assert list(pieces_held) == own, f"the loader decoded the pieces {pieces_held}, this rank encodes {own}"
     merge_factor = sharing.vision.merge_factor
-    return torch.cat(pixels), layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
+    return pixels_Y, layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
+
+
+def joined_pixels(parts: Sequence[Tensor], layout: VisionLayout, sharing: VisionSharing) -> Tensor:
+    """All pixels of a pack, from those that each rank encodes: the way back from ``share_out``."""
+    bounds, taken = _byte_bounds(layout, sharing.vision), [0] * len(parts)
+    pieces = []
+    for piece, rank in enumerate(spread(sharing.costs(layout.grids_I3), sharing.tp_cp.size)):
+        end = taken[rank] + bounds[piece + 1] - bounds[piece]
+        pieces.append(parts[rank][taken[rank] : end])
+        taken[rank] = end
+    return torch.cat(pieces)
 
 
 def _byte_bounds(layout: VisionLayout, vision: VisionConfig) -> list[int]:

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.errors import CheckpointError, DataError, NonFiniteError
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import world
+from mimo_megatron.model.vision_share import joined_pixels
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.train.agreement import name_ranks
 from mimo_megatron.train.inspection import Inspection, MicrobatchView, inspect_step
@@ -42,12 +43,13 @@ def keep_fault(
     if dist.get_rank() == 0:  # what an earlier attempt, perhaps on other ranks, left of the same step
         shutil.rmtree(fault, ignore_errors=True)
     dist.barrier()
+    whole = [_with_all_pixels(batch, trainer) for batch in batches]
     inspection = inspect_step(trainer.config, mesh, trainer.device, trainer.chunks, batches)
     problem = ""
     try:
         checkpoint.save(fault / WEIGHTS, trainer.config.model, trainer.bare_chunks)
         if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
-            write_packs(fault, mesh.dp.rank, batches)
+            write_packs(fault, mesh.dp.rank, whole)
         if dist.get_rank() == 0:
             dump_resolved(trainer.config, fault / CONFIG)
             facts = {
@@ -73,6 +75,16 @@ def keep_fault(
         f"{error}. {cause(inspection)} {kept}"
         "Lower the learning rate, lengthen the warm-up, or look at these samples with `mimo-megatron data preview`"
     )
+
+
+def _with_all_pixels(batch: PackedBatch, trainer: Trainer) -> PackedBatch:
+    """The pack with the pixels that the other ranks of its stage decoded. A collective over them."""
+    sharing, pixels_Y = trainer.bare_chunks[0].sharing, batch.pixels_Y
+    if batch.pieces_held is None or sharing is None:
+        return batch
+    if batch.vision is not None:
+        pixels_Y = joined_pixels(gather_objects(pixels_Y, sharing.tp_cp), batch.vision, sharing)
+    return replace(batch, pixels_Y=pixels_Y, pieces_held=None)
 
 
 def _facts(view: MicrobatchView) -> dict[str, Any]:

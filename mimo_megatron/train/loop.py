@@ -32,7 +32,7 @@ from mimo_megatron.train.saving import Resumed, Saver, resume_newest
 from mimo_megatron.train.signals import StopWish
 from mimo_megatron.train.skip_limit import SkipLimit
 from mimo_megatron.train.start import load_weights
-from mimo_megatron.train.step import StepResult, Trainer, build_trainer, train_step
+from mimo_megatron.train.step import StepResult, Trainer, build_trainer, media_part, train_step
 from mimo_megatron.train.watchdog import Watchdog
 from mimo_megatron.types import PackedBatch
 
@@ -63,6 +63,7 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
             seed=config.seed,
             dp_rank=mesh.dp.rank,
             dp_size=mesh.dp.size,
+            part=media_part(config.parallel, mesh),
         )
         trainer = build_trainer(config, mesh, address.local_rank)
         first_step, skipped, resumed = _start_or_resume(trainer, loader, folder)
@@ -138,13 +139,14 @@ def _steps(
             batches = loader.next_step()
             waited = time.perf_counter() - began
             watchdog.at(step, "agreement")
-            agreed = agree(bool(wish.name), waited, recipe, loader, trainer.mesh, trainer.device, step)
+            agreed = agree(bool(wish.name), waited, recipe, loader, batches, trainer.mesh, trainer.device, step)
             if agreed.stop:
                 watchdog.at(step, "save")
                 if step - 1 > first_step:
                     saver.save(step - 1, wait=True)
                 announce("interrupted", step - 1, wish.name or "a signal to another rank")
                 return step - 1
+            batches = agreed.batches
             factor = rate_factor(step - 1, train.steps, train.schedule)
             watchdog.at(step, "forward-backward")
             try:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mimo_megatron import platform
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import RunConfig
+from mimo_megatron.config.run import ParallelConfig, RunConfig
+from mimo_megatron.data.media_part import ALL_MEDIA, NO_MEDIA, MediaPart
 from mimo_megatron.errors import NonFiniteError
 from mimo_megatron.loss.cross_entropy import token_losses
 from mimo_megatron.loss.preference import pair_losses
@@ -133,6 +134,13 @@ def local_packs(
 ) -> list[LocalPack]:
     """What this rank's stages compute of ``batches``, still on the CPU."""
     return [local_pack(batch, mesh.cp, text.num_mtp_layers, chunks[0].sharing) for batch in batches]
+
+
+def media_part(parallel: ParallelConfig, mesh: Mesh) -> MediaPart:
+    """What this rank encodes of its packs' media, and its loader therefore decodes."""
+    if not mesh.is_first_stage:
+        return NO_MEDIA
+    return MediaPart(mesh.tp_cp.rank, mesh.tp_cp.size) if parallel.vision_placement == "balanced" else ALL_MEDIA
 
 
 def train_step(

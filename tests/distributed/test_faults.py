@@ -10,12 +10,14 @@ import torch
 from mimo_megatron.cli import main
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
+from mimo_megatron.data.media_part import ALL_MEDIA
 from mimo_megatron.errors import DataError, NonFiniteError
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.model.vision_share import share_out
 from mimo_megatron.train.faults import keep_fault, read_packs, write_packs
 from mimo_megatron.train.run_folder import RunFolder
-from mimo_megatron.train.step import build_trainer, train_step
+from mimo_megatron.train.step import Trainer, build_trainer, media_part, train_step
 from mimo_megatron.types import PackedBatch
 from tests.harness import run_ranks
 from tests.samples import mixed_packs, run_config, tiny_model
@@ -36,6 +38,18 @@ def with_nan_weight(batch: PackedBatch) -> PackedBatch:
     return replace(batch, loss_weights_S=loss_weights_S)
 
 
+def as_loaded(batch: PackedBatch, trainer: Trainer) -> PackedBatch:
+    """With the pixels that this rank's loader decodes."""
+    part, sharing = media_part(trainer.config.parallel, trainer.mesh), trainer.bare_chunks[0].sharing
+    if part == ALL_MEDIA:
+        return batch
+    pixels_Y = batch.pixels_Y[:0]
+    if sharing is not None and batch.vision is not None:
+        pixels_Y, _, _ = share_out(batch.pixels_Y, batch.vision, sharing)
+    pieces = part.pieces(batch.vision.grids_I3 if batch.vision else (), trainer.config.model)
+    return replace(batch, pixels_Y=pixels_Y, pieces_held=pieces)
+
+
 def poisoned_step(address: RankAddress, folder: Path, parallel: ParallelConfig, poison: str) -> tuple[str, bool]:
     """What the error says, and whether the parameters stayed as they were. Poison: a weight, or pack 3's loss."""
     config = config_of(folder, parallel)
@@ -49,7 +63,7 @@ def poisoned_step(address: RankAddress, folder: Path, parallel: ParallelConfig, 
                 if name == poison:
                     param.data[3] = math.inf
         before = {name: param.clone() for name, param in weights.global_parameters(trainer.bare_chunks)}
-        batches = packs[mesh.dp.rank :: mesh.dp.size]
+        batches = [as_loaded(pack, trainer) for pack in packs[mesh.dp.rank :: mesh.dp.size]]
         with pytest.raises(NonFiniteError) as caught:
             train_step(trainer, batches, STEP, 1.0)
         error = keep_fault(caught.value, trainer, batches, RunFolder(config.dir), STEP)
@@ -77,6 +91,8 @@ def test_a_pack_that_is_not_finite_is_named_on_every_rank_and_shows_again_in_ano
     assert message.startswith(f"step {STEP}: the loss is nan") and f"First in {place}: loss nan" in message
     assert "samples sample-7;" in message and "1 of 4 microbatches" in message and "before the step" not in message
     fault = tmp_path / "faults" / f"step_{STEP:06d}"
+    for kept, pack in zip(read_packs(fault), mixed_packs(), strict=True):
+        assert kept.pieces_held is None and torch.equal(kept.pixels_Y, collate(pack, tiny_model(), SLOTS).pixels_Y)
     alone = [
         "parallel.tp=1",
         "parallel.pp=1",

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from mimo_megatron.data import plan
 from mimo_megatron.data.collate import collate
+from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.loader import PackLoader
+from mimo_megatron.data.making import ThreadMaker
 from mimo_megatron.data.plan import Position
-from mimo_megatron.errors import ConfigError
+from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import TINY, image_sample, mixed_samples, recipe, text_sample, write_source, write_tokenizer
 
 PACKS_PER_STEP = 4
@@ -279,6 +282,43 @@ def test_a_fault_of_the_background_is_raised_by_next_step_and_the_step_can_be_as
     loader.corpus.encode = encode
     whole.load_state(state)
     assert all_equal(loader.next_step(), whole.next_step())
+
+
+def test_closing_ends_a_window_that_is_being_packed(data, open_loader, monkeypatch):
+    loader = open_loader(data, packs_per_step=1)
+    started = threading.Event()
+
+    def pack_until_cancelled(_lengths, _costs, _tokens, _patches, is_cancelled=None):
+        started.set()
+        wait_until(is_cancelled or (lambda: False))
+        raise RuntimeError("cancelled")
+
+    monkeypatch.setattr(plan, "pack_balanced", pack_until_cancelled)  # the first window is packed already
+    loader.next_step()
+    assert started.wait(20)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 10
+
+
+def test_closing_ends_a_pack_after_the_sample_under_way(data, open_loader, monkeypatch):
+    encoded, go_on = [], threading.Event()
+    real = Corpus.encode
+
+    def encode(corpus, number):
+        encoded.append(number)
+        assert go_on.wait(20)
+        return real(corpus, number)
+
+    monkeypatch.setattr(Corpus, "encode", encode)
+    maker = ThreadMaker(Corpus(data, TINY))
+    pack = maker.start(range(4), {})
+    wait_until(lambda: encoded)
+    maker.close()
+    go_on.set()
+    with pytest.raises(DataError, match="the loader was closed"):
+        pack.result(20)
+    assert encoded == [0]
 
 
 def test_packs_are_made_in_the_background_as_far_as_bytes_and_steps_reach(data, open_loader):

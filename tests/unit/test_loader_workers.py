@@ -128,12 +128,13 @@ def handles():
 def test_a_pack_with_columns_and_faults_comes_back_equal(stream):
     (pack, *_), _ = stream(1, workers=False)
     full = type(pack)(**{**vars(pack), "columns": {"advantage": torch.arange(3, dtype=torch.float32)}})
-    made = MadePack(full, (SampleError("a", "slow", "ü"),), b"12")
+    made = MadePack(full, ((3, SampleError("a", "slow", "ü")),), b"12")
     file, num_bytes = write_shared(made)
     found = read_shared(file, num_bytes)
     os.close(file)
     assert_equal([found.batch], [made.batch])
-    assert [vars(one) for one in found.faults] == [vars(one) for one in made.faults] and found.digest == b"12"
+    ((number, fault),) = found.faults
+    assert (number, vars(fault)) == (3, vars(made.faults[0][1])) and found.digest == b"12"
 
 
 def damage(pool, name):
@@ -269,9 +270,9 @@ def test_workers_that_cannot_start_are_an_error(data, monkeypatch):
     pool = open_maker(data, TINY)
     try:
         with pytest.raises(DataError, match="data workers did not start, 2 times"):
-            pool.start([0]).result(timeout=120)
+            pool.start([0], {}).result(timeout=120)
         with pytest.raises(DataError, match="data workers did not start"):
-            pool.start([0])
+            pool.start([0], {})
     finally:
         pool.close()
 
@@ -372,7 +373,7 @@ def test_a_budget_gives_in_turn_and_ends_when_closed():
 
 
 def test_a_closed_pool_leaves_no_process_and_no_handle(pool, handles_before):
-    pool.start([0]).result(timeout=60)
+    pool.start([0], {}).result(timeout=60)
     pids = [pool._nursery.pid, *(worker.pid for worker in workers_of(pool))]
     pool.close()
     deadline = time.monotonic() + 10
