@@ -81,6 +81,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "mimo_megatron/platform/cpu.py": ("megatron",),
     "mimo_megatron/attention/vision_kernel.py": ("mimo_triton_kernels",),
     "mimo_megatron/data/energon.py": ("megatron.energon",),
+    "benchmarks/bench_images.py": ("nvidia.dali",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
     "examples/vllm_env/mimo_torchvision_schemas.py": ("torch",),
 }
