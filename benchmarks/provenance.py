@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # benchmarks are scripts: `examples`, which some of them import, is not installed
 
 
 def machine() -> str:

@@ -1,6 +1,9 @@
 """The repository reads as a public one: no machine's paths, no registry's address; it holds what it declares."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -70,3 +73,10 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_the_licence_is_the_whole_apache_text() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_a_benchmark_that_uses_the_examples_runs_as_it_is_written() -> None:
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "benchmarks/bench_images.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
