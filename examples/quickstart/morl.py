@@ -34,7 +34,7 @@ def run(protocol: Protocol, overrides: Sequence[str] = ()) -> Path:
     for kind, worse in REWARD_MODELS.items():
         with protocol.part(f"Reward model of {kind}"):
             train_reward_model(protocol, kind, worse)
-    with protocol.part("Start: fifteen steps of stage 4"):
+    with protocol.part("Start: fifteen steps of stage 4 at a high rate"):
         protocol.command("train", START)  # a run that is done says so and ends
     with protocol.part("Questions: seven tasks"):
         protocol.python("examples.quickstart.rl_questions", QUESTIONS)
