@@ -102,6 +102,14 @@ def test_a_picture_is_encoded_once_for_a_policy_version():
     assert engine.num_encoded == 2
 
 
+def test_prompts_that_share_a_picture_read_it_each_as_if_alone():
+    engine = engine_with(WEIGHTS)
+    with_pictures = [one for one in prompts() if one.media]
+    samples = [*with_pictures, *with_pictures[::-1]]
+    for found, sample in zip(engine.logprobs(samples), samples, strict=True):
+        np.testing.assert_allclose(found, engine.logprobs([sample])[0], atol=1e-5)
+
+
 def test_new_vision_weights_change_what_is_read_from_a_picture_seen_before():
     engine = engine_with(WEIGHTS)
     before = engine.logprobs([PICTURE, TEXT])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.data.collate import collate, joined_pixels, layout_of_media
+from mimo_megatron.data.collate import collate, joined_pixels, layout_of_media, media_of
 from mimo_megatron.errors import EngineError
 from mimo_megatron.rl.engine.inference_model import InferenceModel
 from mimo_megatron.rl.engine.protocol import GenerationRequest
@@ -226,8 +226,8 @@ class EmbeddedEngine:
         self._last_Q = self._last_Q[:-1]
 
     def _encoded(self, samples: Sequence[EncodedSample]) -> Tensor | None:
-        """[M, D] features of the samples' media in order; each picture is encoded once for a version."""
-        media = [one for sample in samples for one in sample.media]
+        """The features of a pack of these samples; each picture is encoded once for a version."""
+        media = media_of(samples)
         if not media:
             return None
         keys = [_key(one) for one in media]
@@ -240,10 +240,10 @@ class EmbeddedEngine:
             parts = features_MD.split([one.num_patches // merge for one in new.values()])
             self._features.update(zip(new, parts, strict=True))
             self.num_encoded += len(new)
-        found_MD = torch.cat([self._features[key] for key in keys])
+        found = torch.cat([self._features[key] for key in keys])
         while sum(one.nbytes for one in self._features.values()) > _FEATURE_BYTES:
             del self._features[next(iter(self._features))]  # the oldest
-        return found_MD
+        return found
 
 
 def _draws(request: GenerationRequest, index: int) -> NDArray[np.float64]:

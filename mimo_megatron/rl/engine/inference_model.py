@@ -110,8 +110,7 @@ class InferenceModel:
         that take the keys and values of segment i."""
         hidden_TD = self._embedding_VD[batch.token_ids_S.to(self.device)]
         if features_MD is not None:
-            slots_M = batch.splice_M.to(self.device)
-            rows_M = torch.arange(len(slots_M), device=self.device)
+            slots_M, rows_M = batch.splice_M.to(self.device), batch.splice_rows_M.to(self.device)
             hidden_TD = splice(hidden_TD.unsqueeze(1), features_MD, slots_M, rows_M).squeeze(1)
         cos, sin = rotary_cos_sin(self.config.text, batch.positions_3S.to(self.device), self.dtype)
         pieces = causal_pieces(batch.segment_bounds, ((0, batch.num_slots),))
