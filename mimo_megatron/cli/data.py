@@ -221,9 +221,7 @@ def _pack_arguments(parser: Arguments) -> None:
     parser.add_argument("--capacity", type=count, help="tokens of a pack (default: the recipe's)")
     parser.add_argument("--patch-capacity", type=count, help="vision patches of a pack (default: the recipe's)")
     parser.add_argument("--plot", type=Path, help="draw the lengths and the fill into this file")
-    parser.add_argument(
-        "--model", default="mimo-vl-7b", help="without a recipe: preset whose FLOPs are the cost (default mimo-vl-7b)"
-    )
+    parser.add_argument("--model", help="without a recipe: preset whose FLOPs are the cost (default mimo-vl-7b)")
     parser.add_argument("--ranks", type=count, default=8, help="data-parallel ranks (default 8)")
     parser.add_argument("--packs-per-rank", type=count, default=4, help="packs of a rank in a step (default 4)")
     parser.add_argument("--what-if", type=Path, help="draw fill and balance against capacity and window into this file")
@@ -235,16 +233,21 @@ def _pack(values: Values) -> int:
     from mimo_megatron.data.balance_report import Step
     from mimo_megatron.data.packing_report import pack_command
 
-    capacity, patch_capacity, model, cost = values.capacity, values.patch_capacity, preset(values.model), None
-    if values.recipe:
-        config = load_recipe(values.recipe)
-        model, cost = config.model, config.data.cost
-        capacity = capacity or config.data.pack_tokens
-        patch_capacity = patch_capacity or config.data.pack_patches
-    elif not capacity:
+    if values.recipe and values.model:
+        values.parser.error("the model is the recipe's: give --model, or --recipe")
+    if not values.capacity and not values.recipe:
         values.parser.error("give --capacity, or --recipe")
-    step = Step(values.ranks, values.packs_per_rank)
-    pack_command(values.lengths, capacity, patch_capacity, model, step, values.plot, values.what_if, cost)
+    recipe = load_recipe(values.recipe) if values.recipe else None
+    pack_command(
+        values.lengths,
+        values.capacity,
+        values.patch_capacity,
+        recipe.model if recipe else preset(values.model or "mimo-vl-7b"),
+        Step(values.ranks, values.packs_per_rank),
+        values.plot,
+        values.what_if,
+        recipe.data if recipe else None,
+    )
     return 0
 
 

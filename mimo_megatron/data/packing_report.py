@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.config.pack_cost import PackCost, cost_by_flops
+from mimo_megatron.config.pack_cost import cost_by_flops
+from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.balance_report import Step, balance, plot_what_if
 from mimo_megatron.data.packing import pack, pack_two_costs
 from mimo_megatron.data.source import INDEX_FILE, LENGTH_COLUMNS, SampleLengths
@@ -129,22 +130,27 @@ def plot(figures: PackingReport, path: Path) -> None:
 
 def pack_command(
     path: Path,
-    capacity: int,
+    capacity: int | None,
     patch_capacity: int | None,
     model: ModelConfig,
     step: Step,
     plot_path: Path | None = None,
     what_if_path: Path | None = None,
-    cost: PackCost | None = None,
+    recipe: DataConfig | None = None,
 ) -> None:
     """Prints how the samples of ``path`` pack, see ``read_lengths``, and how evenly their packs load a step's ranks.
 
-    Without a ``cost`` of its own a pack costs the FLOPs of ``model``.
+    Capacities that are not given are the ``recipe``'s, that of patches where the lengths count them. Without a cost of
+    the recipe's own a pack costs the FLOPs of ``model``.
 
     Draws the packs, and what other capacities and windows would give, into the files that are named.
     """
     columns = _read_columns(path)
     lengths, patches = columns["num_tokens"], columns.get("num_patches")
+    if recipe is not None:
+        capacity = capacity or recipe.pack_tokens
+        patch_capacity = patch_capacity or (None if patches is None else recipe.pack_patches)
+    assert capacity, "neither a capacity nor a recipe"
     figures = report(lengths, capacity, patches, patch_capacity)
     table = Table(box=SIMPLE, show_header=False, title=f"packing of {path}", title_justify="left")
     table.add_column()
@@ -168,8 +174,9 @@ def pack_command(
     )
     # Without a limit: as many patches as tokens can stand for.
     most_patches = patch_capacity or capacity * (model.vision.merge_factor if model.vision else 1)
-    of_what = "data.cost" if cost else f"the FLOPs of {model.name}"
-    cost = cost or cost_by_flops(model)
+    own_cost = recipe.cost if recipe else None
+    of_what = "data.cost" if own_cost else f"the FLOPs of {model.name}"
+    cost = own_cost or cost_by_flops(model)
     found = balance(samples, cost, capacity, most_patches, step, len(lengths))
     table.add_section()
     table.add_row(f"packs, balanced by {of_what}", f"{found.num_packs:,}")

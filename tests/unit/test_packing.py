@@ -241,9 +241,15 @@ def test_pack_takes_capacities_and_costs_of_a_recipe(tmp_path: Path, capsys: pyt
         for one in (cost, cost_by_flops(config.model))
     )
     assert "balanced by data.cost" in printed and by_recipe in printed and by_recipe != by_flops
-    with pytest.raises(SystemExit):
-        main(["pack", str(tmp_path)])
-    assert "give --capacity, or --recipe" in capsys.readouterr().err
+    words = tmp_path / "lengths.txt"
+    words.write_text("30000\n2000\n700\n")
+    assert main(["pack", str(words), "--recipe", str(recipe)]) == 0  # which count no patches
+    assert "fill of 32,768 tokens" in capsys.readouterr().out
+    for arguments, told in (((), "give --capacity, or --recipe"), (("--recipe", str(recipe), "--model", "tiny-vl"),
+                                                                  "give --model, or --recipe")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(["pack", str(tmp_path), *arguments])
+        assert told in capsys.readouterr().err
 
 
 def test_plot_of_no_samples_and_of_one_length_is_drawn(tmp_path: Path) -> None:
