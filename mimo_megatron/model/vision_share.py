@@ -77,7 +77,7 @@ def share_out(
     return pixels_Y, layout_of(layout, own, merge_factor), _share(layout, ranks_U, sharing, merge_factor)
 
 
-def joined_pixels(parts: Sequence[Tensor], layout: VisionLayout, sharing: VisionSharing) -> Tensor:
+def all_pixels(parts: Sequence[Tensor], layout: VisionLayout, sharing: VisionSharing) -> Tensor:
     """All pixels of a pack, from those that each rank encodes: the way back from ``share_out``."""
     bounds, taken = _byte_bounds(layout, sharing.vision), [0] * len(parts)
     pieces = []

@@ -125,8 +125,8 @@ def update_policy(
     for part in parts:
         rows_of_part = policy_rows(part, algorithm, max_new_tokens)
         dealt = rollout_packs(rows_of_part, trainer.config, trainer.mesh.dp.size)
-        encoded += [name for pack in dealt for name in {rows_of_part[number].question_id: None for number in pack}]
-        packs = read_packs(trainer, rows_of_part, dealt, read)
+        encoded += [name for pack in dealt for name in {rows_of_part[number].question_id for number in pack}]
+        packs = own_packs(trainer, rows_of_part, dealt, read)
         if algorithm.name == "grpo":
             packs = _with_logprobs(trainer, trainer.bare_chunks, packs, "old_logprob")
             if reference is not None:
@@ -183,7 +183,7 @@ def _bundles(rows: Sequence[PolicyRow], most_tokens: int) -> list[list[int]]:
     return bundles
 
 
-def read_packs(
+def own_packs(
     trainer: Trainer, rows: Sequence[PolicyRow], dealt: Sequence[Sequence[int]], read: ReadPrompt
 ) -> list[PackedBatch]:
     """This data-parallel rank's packs of those of ``rollout_packs``, with the pixels of their questions."""

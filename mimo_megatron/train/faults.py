@@ -20,7 +20,7 @@ from mimo_megatron.config.load import dump_resolved
 from mimo_megatron.errors import CheckpointError, DataError, NonFiniteError
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.mcore.boot import world
-from mimo_megatron.model.vision_share import joined_pixels
+from mimo_megatron.model.vision_share import all_pixels
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.train.agreement import name_ranks
 from mimo_megatron.train.inspection import Inspection, MicrobatchView, inspect_step
@@ -83,7 +83,7 @@ def _with_all_pixels(batch: PackedBatch, trainer: Trainer) -> PackedBatch:
     if batch.pieces_held is None or sharing is None:
         return batch
     if batch.vision is not None:
-        pixels_Y = joined_pixels(gather_objects(pixels_Y, sharing.tp_cp), batch.vision, sharing)
+        pixels_Y = all_pixels(gather_objects(pixels_Y, sharing.tp_cp), batch.vision, sharing)
     return replace(batch, pixels_Y=pixels_Y, pieces_held=None)
 
 

@@ -17,7 +17,7 @@ from mimo_megatron.data.shards import ShardSample
 from mimo_megatron.data.video import encode_video, video_grid
 from mimo_megatron.errors import DataError
 from mimo_megatron.model.local_pack import local_pack
-from mimo_megatron.model.vision_share import VisionSharing, joined_pixels, share_out
+from mimo_megatron.model.vision_share import VisionSharing, all_pixels, share_out
 from mimo_megatron.parallel.mesh import Axis, Mesh
 from mimo_megatron.train.step import media_part
 from mimo_megatron.types import PackedBatch
@@ -116,7 +116,7 @@ def test_parts_are_what_each_rank_encodes_and_together_they_are_the_pack(open_lo
             held = sorted(piece for own in packs for piece in own.pieces_held)
             assert held == list(range(num_pieces(pack)))
             if pack.vision:
-                again = joined_pixels([own.pixels_Y for own in packs], pack.vision, sharing_of(parts[0]))
+                again = all_pixels([own.pixels_Y for own in packs], pack.vision, sharing_of(parts[0]))
                 assert torch.equal(again, pack.pixels_Y)
                 shared_videos += sum(steps > 1 for steps, _, _ in pack.vision.grids_I3)
     assert shared_videos

@@ -54,7 +54,7 @@ class OfflineEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._vllm = LLMEngine.from_engine_args(_arguments(settings))
-        self._vllm.collective_rpc("mimo_prepare", args=(settings.rule,))
+        self._vllm.collective_rpc("mimo_prepare", args=(settings.trained_model,))
         entries = Manifest.from_json(Path(settings.tensors).read_bytes()).tensors
         self._expected = {entry.name: entry for entry in entries}
         self._receiver = Receiver(self._expected)

@@ -104,7 +104,7 @@ def write_engine_folder(
     (folder / "package" / "mimo_megatron").symlink_to(Path(mimo_megatron.__file__).parent)
     settings = EngineSettings(
         model=str(folder / "model"),
-        rule=model.model_dump(mode="json"),
+        trained_model=model.model_dump(mode="json"),
         tensors=str(folder / "tensors.json"),
         listen=listen,
         address_file=str(folder / "address.json"),

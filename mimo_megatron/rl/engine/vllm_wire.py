@@ -144,7 +144,7 @@ class EngineSettings:
 
     model: str
     """A folder with a model's configuration and tokenizer, without weights: those come with the first update."""
-    rule: dict[str, Any]
+    trained_model: dict[str, Any]
     """The trainer's own description of the model, by whose rule positions are counted."""
     tensors: str
     """A manifest as JSON: the tensors that an update must bring (its version has no meaning)."""

@@ -63,12 +63,12 @@ class BannedTokens(LogitsProcessor):
 
 
 def trainer_positions(
-    rule: TrainedModel, token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+    trained: TrainedModel, token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
 ) -> tuple[Tensor, int]:
     """What vLLM's ``get_mrope_input_positions`` returns, by the trainer's rule: [3, T] positions of a prompt, and the
     position of a later token less its place. vLLM has one of the two rules for what comes after a video."""
     media = [_grid_alone(one) for one in sorted(features, key=lambda one: one.mm_position.offset)]
-    positions_3T = mrope_positions(np.array(token_ids, np.int64), media, rule)
+    positions_3T = mrope_positions(np.array(token_ids, np.int64), media, trained)
     return torch.from_numpy(positions_3T), int(positions_3T[:, -1].max()) + 1 - len(token_ids)
 
 
@@ -88,12 +88,12 @@ class WorkerParts:
     _mimo_loaded: set[str] | None = None
     """vLLM's names of what the running update has brought; None while there is none."""
 
-    def mimo_prepare(self, rule: dict[str, Any]) -> None:
+    def mimo_prepare(self, trained: dict[str, Any]) -> None:
         """From now on prompts with media are counted as in the trainer, and a pass may end inside a prompt."""
         runner = self.model_runner
         model = runner.get_model()
         if hasattr(model, "get_mrope_input_positions"):
-            model.get_mrope_input_positions = partial(trainer_positions, TrainedModel.model_validate(rule))
+            model.get_mrope_input_positions = partial(trainer_positions, TrainedModel.model_validate(trained))
         if runner.device.type == "cpu":
             runner._bookkeeping_sync = partial(_without_rewinding, runner, runner._bookkeeping_sync)
 
