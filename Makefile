@@ -2,12 +2,14 @@
 #   make PYTHON=/path/to/python3.11 ...      another interpreter
 #   make EXTRAS=dev,gpu install              Transformer Engine, flash-attn and triton too (builds on the GPU machine)
 #   make TORCH_ARGS="..." install            arguments for pip when it fetches torch, e.g. the address of a CPU build
+#   make JOBS=1 test                         test files at a time; each starts up to eight small processes of its own
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$name && break; done)
 EXTRAS ?= dev
 TORCH ?= 2.13.0
 TORCH_ARGS ?=
+JOBS ?= 2
 BASE ?= shipped
 
 BIN := .venv/bin
@@ -44,7 +46,7 @@ endif
 # mypy (half a minute without its cache) works beside the tests, which seldom want two cores at once.
 test: $(STAMP)  ## lint, types and every CPU test; prints the time it took
 	@start=$$(date +%s); $(MAKE) --no-print-directory style || exit; $(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest -q; code=$$?; wait $$types || code=1; \
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile; code=$$?; wait $$types || code=1; \
 	echo "make test: $$(( $$(date +%s) - start )) s"; exit $$code
 
 vllm-env: $(VLLM_STAMP)  ## create .vllm-env with vLLM (its CPU build where there is no NVIDIA GPU), for rollout.engine=vllm

@@ -186,7 +186,10 @@ def test_the_command_exits_with_0_where_every_gold_is_good(tmp_path: Path, capsy
     assert "0 bad, 1 doubtful" in capsys.readouterr().out
 
 
-def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_an_error_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
     assert main(["rewards", "check", str(tmp_path / "no.jsonl")]) == 2
     assert "no.jsonl" in capsys.readouterr().err
 
