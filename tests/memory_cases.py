@@ -64,6 +64,8 @@ CASES: tuple[Case, ...] = (
     Case("projector only, bf16, pp2", dict(pp=2), 2, train=dict(vision=FROZEN, text=FROZEN, precision="bf16")),
     Case("selective recompute", train=dict(recompute="selective")),
     Case("full recompute", train=dict(recompute="full")),
+    Case("recompute of the encoder alone", train=dict(vision_recompute=True)),
+    Case("full recompute but for the encoder", train=dict(recompute="full", vision_recompute=False)),
     Case("full recompute, bf16", train=dict(recompute="full", precision="bf16")),
     Case("tp2", dict(tp=2), 2),
     Case("tp2, sequence parallel, bf16", dict(tp=2, sequence_parallel=True), 2, train=dict(precision="bf16")),

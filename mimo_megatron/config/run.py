@@ -196,6 +196,11 @@ class TrainConfig(Strict):
         description="What is computed again in the backward pass, to save memory. selective: the attention products "
         "and MLPs of the decoder; full: all layers of decoder and encoder.",
     )
+    vision_recompute: bool | None = Field(
+        None,
+        description="Whether the encoder's layers are computed again, whatever the decoder's are; without it, where "
+        "recompute is full.",
+    )
     vision_attention: VisionAttention = Field(
         "sdpa",
         description="Attention of the vision encoder: PyTorch's, or this package's kernel for heads 80 wide "
@@ -206,6 +211,10 @@ class TrainConfig(Strict):
         1800.0, gt=0, description="A run that stands still for so long is ended, and the ranks that hold it are named."
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save and what to keep.")
+
+    @property
+    def recomputes_vision(self) -> bool:
+        return self.recompute == "full" if self.vision_recompute is None else self.vision_recompute
 
     def module(self, name: ModuleName) -> ModuleTraining:
         return {"vision": self.vision, "projector": self.projector, "text": self.text}[name]

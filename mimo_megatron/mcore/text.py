@@ -26,6 +26,7 @@ class Numerics:
 
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
+    recompute_vision: bool = False
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionAttention = "sdpa"

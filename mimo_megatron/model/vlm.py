@@ -54,7 +54,7 @@ class VisionLanguageModel(MegatronModule):
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
         if model.vision is not None and self.text.pre_process:
             encoder = VisionEncoder(
-                model.vision, backend=numerics.vision_attention, recompute=numerics.recompute == "full"
+                model.vision, backend=numerics.vision_attention, recompute=numerics.recompute_vision
             )
             self.vision = encoder.to(numerics.dtype)
             self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)

@@ -39,6 +39,7 @@ class Setting:
     layout: ParallelConfig
     trained: frozenset[ModuleName]
     recompute: str
+    recompute_vision: bool
     value_bytes: int
     device: Device = "cuda"
 
@@ -50,6 +51,7 @@ class Setting:
             config.parallel,
             frozenset(name for name in names if not config.train.module(name).is_frozen),
             config.train.recompute,
+            config.train.recomputes_vision,
             4 if config.train.precision == "fp32" else 2,
             device,
         )
@@ -347,7 +349,7 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
     if "vision" not in setting.trained:
         angles = patches * vision.head_width * WIDE
         yield Part("vision block", 0, forward=max(8 * row, 3 * row + 3 * inner) + angles)
-    elif setting.recompute == "full":
+    elif setting.recompute_vision:
         worst = max(8 * row, 3 * row + 3 * inner)
         yield Part(
             "vision block", row, forward=worst, backward=saved + max(mlp.backward, attention.backward - mlp.saved)

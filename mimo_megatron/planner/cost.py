@@ -82,7 +82,7 @@ def stage_seconds(
     vision_forward, vision_both = (
         (one.vision_linear + one.vision_attention + one.projector) * share / vision_rate for one in (forward, both)
     )
-    if setting.recompute == "full" and "vision" in setting.trained:
+    if setting.recompute_vision and "vision" in setting.trained:
         vision_both += (forward.vision_linear + forward.vision_attention) * share / vision_rate
     layer_out, layer_back = _layer_communication(setting, pack, gpu)
     given = layers if layers is not None else layout.layers_of_stages(text.num_layers)

@@ -148,6 +148,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("mtp", "one multi-token-prediction layer", text=dict(num_mtp_layers=1)),
     Feature("selective recompute", "attention and MLPs computed again", train=dict(recompute="selective")),
     Feature("full recompute", "all layers computed again", "several_images", train=dict(recompute="full")),
+    Feature("recompute of the ViT alone", "the decoder keeps what it computes", "several_images",
+            train=dict(vision_recompute=True)),
     Feature("mtp, tied, full recompute", "together", text=dict(num_mtp_layers=1, tie_embeddings=True),
             train=dict(recompute="full")),
     Feature("reward model", "pairs of responses, one number at the last token of each", "pairs",

@@ -140,7 +140,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     """(objective sum, trained tokens, gradients) of one step from the seed's weights, in fp64, or in bf16 with bf16."""
     text, train = config.model.text, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float64
-    numerics = Numerics(dtype, train.recompute, fp32_head=config.rl is not None)
+    numerics = Numerics(dtype, train.recompute, train.recomputes_vision, fp32_head=config.rl is not None)
     chunks = build_chunks(config.model, config.parallel, numerics, mesh)
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:

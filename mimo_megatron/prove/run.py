@@ -105,7 +105,7 @@ def _kind(wrong: Sequence[str], num_all: int) -> str:
 
 def _reference(case: Case, scratch: Path) -> Path:
     """The file with one process's outcome of the case's feature, without recomputation."""
-    train = {key: value for key, value in case.feature.train.items() if key != "recompute"}
+    train = {key: value for key, value in case.feature.train.items() if "recompute" not in key}
     feature = dataclasses.replace(case.feature, train=train)
     path = scratch / f"{FEATURES.index(case.feature)}.pt"
     if not path.exists():

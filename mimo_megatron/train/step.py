@@ -64,7 +64,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
     numerics = Numerics(
-        DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None,
+        DTYPES[train.precision], train.recompute, train.recomputes_vision, fp32_head=config.rl is not None,
         vision_attention=train.vision_attention,
     )  # fmt: skip
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
