@@ -45,8 +45,8 @@ def _mean_of_microbatch_means(make_loss: Any) -> Any:
     def make(*args: Any) -> Any:
         loss = make_loss(*args)
 
-        def mean(logits_RV: Tensor, pack: Any) -> LossSums:
-            sums = loss(logits_RV, pack)
+        def mean(given: Any, pack: Any) -> LossSums:
+            sums = loss(given, pack)
             return replace(sums, objective=sums.objective / sums.count.clamp(min=1), count=torch.ones_like(sums.count))
 
         return mean
