@@ -1,6 +1,6 @@
 """What Triton's compilers make of every kernel for sm_80, sm_90 and sm_100: no GPU is needed, and none is timed.
 
-    python benchmarks/bench_kernel_compile.py                                  # all; half a minute on one core
+    python benchmarks/bench_kernel_compile.py                                  # all; a minute on one core
     python benchmarks/bench_kernel_compile.py --kernels short --capabilities 90
     python benchmarks/bench_kernel_compile.py --docs docs/kernels.md           # also writes the table into the page
 
@@ -25,31 +25,34 @@ import torch
 import triton
 from provenance import write_rows
 
+from mimo_triton_kernels import chunk_softmax
 from mimo_triton_kernels.ahead_of_time import Compiled, compile_call
 from mimo_triton_kernels.launching import Call, recorded_calls
 from mimo_triton_kernels.vision_attention import PRODUCTS, vision_attention
 
 HEADS = 16
+COLUMNS = 4096  # the default of train.head_columns
 # A pack's windows, one of them at an image's border, and a pack of frames; 1,000 rows are no multiple of anything.
 BOUNDS = {"windows": (*range(0, 1000, 64), 1000), "frames": (0, 16, 1000)}
 MARKS = ("<!-- table: benchmarks/bench_kernel_compile.py -->\n", "<!-- end of table -->\n")
 
 
 def calls(dtype: torch.dtype, capability: int) -> dict[str, Call]:
-    """Every kernel that the op launches on such a GPU, once, by name."""
-    found = {}
-    for bounds in BOUNDS.values():
-        qkv_T3NH = torch.empty(bounds[-1], 3, HEADS, 80, dtype=dtype, requires_grad=True)
-        angles_TE = torch.empty(bounds[-1], 40)
-        with recorded_calls(capability) as recorded:
+    """Every kernel that the ops launch on such a GPU, once, by name."""
+    with recorded_calls(capability) as recorded:
+        for bounds in BOUNDS.values():
+            qkv_T3NH = torch.empty(bounds[-1], 3, HEADS, 80, dtype=dtype, requires_grad=True)
+            angles_TE = torch.empty(bounds[-1], 40)
             vision_attention(qkv_T3NH, angles_TE, angles_TE, bounds).sum().backward()
-        found |= {call.kernel.__name__.strip("_"): call for call in recorded}
-    return found
+        logits_RC, labels_R = torch.empty(8, COLUMNS, dtype=dtype), torch.zeros(8, dtype=torch.int64)
+        chunk_softmax.absorb(logits_RC, labels_R, torch.empty(4, 8), True)
+        chunk_softmax.to_gradient(logits_RC, labels_R, torch.empty(8), torch.empty(8))
+    return {call.kernel.__name__.strip("_"): call for call in recorded}
 
 
 def useful_of_issued(name: str, call: Call, compiled: Compiled) -> str:
     """Blank for a kernel without products."""
-    if not PRODUCTS[name]:
+    if not PRODUCTS.get(name):
         return ""
     copies = compiled.num_products / (2 * PRODUCTS[name])  # each is one of 64 and one of 16
     rows = call.constants["R"]
@@ -67,7 +70,7 @@ def rows(pattern: str, capabilities: list[int], dtype: torch.dtype) -> Iterator[
                 target=f"sm_{capability}",
                 kernel=name,
                 dtype=str(dtype).removeprefix("torch."),
-                rows=call.constants["R"],
+                rows=call.blocks.rows,
                 step=call.constants.get("STEP", ""),
                 num_warps=call.blocks.num_warps,
                 num_stages=call.blocks.num_stages,
@@ -102,7 +105,8 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     found = list(rows(args.kernels, args.capabilities, getattr(torch, args.dtype)))
     if not found:
-        sys.exit(f"no kernel is called like {args.kernels!r}; there are {', '.join(PRODUCTS)}")
+        names = ", ".join(calls(torch.bfloat16, 90))
+        sys.exit(f"no kernel is called like {args.kernels!r}; for sm_90 there are {names}")
     print(table(found), end="")
     measured = ("triton_kernels", "benchmarks/bench_kernel_compile.py")
     print(write_rows("kernel-compile", found, measured, ("torch", "triton"), args.out))

@@ -59,6 +59,10 @@ CASES: tuple[Case, ...] = (
     Case("one process, bf16", train=dict(precision="bf16")),
     Case("text only", packs=(TEXT, LONG_TEXT, TEXT)),
     Case("text, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=4096), train=dict(precision="bf16")),
+    Case(
+        "head in chunks, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=8192),
+        train=dict(precision="bf16", head_loss="chunked", head_columns=512),
+    ),
     Case("frozen vision", train=dict(vision=FROZEN)),
     Case("projector only", train=dict(vision=FROZEN, text=FROZEN)),
     Case("projector only, bf16, pp2", dict(pp=2), 2, train=dict(vision=FROZEN, text=FROZEN, precision="bf16")),

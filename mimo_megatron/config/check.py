@@ -240,6 +240,14 @@ def the_vision_kernel_has_heads_of_its_width(config: RunConfig, world_size: int)
             )
 
 
+def the_chunked_head_has_a_vocabulary(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.train.head_loss != "logits" and config.model.text.head == "reward":
+        yield (
+            f"train.head_loss={config.train.head_loss} cuts a vocabulary, and model.text.head is reward, which has one "
+            "number a row: set train.head_loss=logits"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -270,4 +278,5 @@ RULES: tuple[Rule, ...] = (
     a_pack_can_be_made_ahead,
     special_tokens_differ,
     the_vision_kernel_has_heads_of_its_width,
+    the_chunked_head_has_a_vocabulary,
 )

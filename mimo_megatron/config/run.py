@@ -14,6 +14,7 @@ ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionAttention = Literal["sdpa", "triton"]
+HeadLoss = Literal["logits", "chunked", "triton"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
 DecoderName = Literal["turbo", "pillow", "dali"]
@@ -205,6 +206,16 @@ class TrainConfig(Strict):
         "sdpa",
         description="Attention of the vision encoder: PyTorch's, or this package's kernel for heads 80 wide "
         "(docs/kernels.md), which needs a GPU and triton and has not been timed on a GPU yet.",
+    )
+    head_loss: HeadLoss = Field(
+        "logits",
+        description="How the loss of predicted tokens is taken. logits: from a table of the logits of all trained "
+        "rows; chunked: from head_columns of the vocabulary at a time, made again in the backward pass, so that no "
+        "table exists (docs/head-loss.md); triton: the same with kernels, which need a GPU and triton and have not "
+        "been timed on a GPU yet.",
+    )
+    head_columns: int = Field(
+        4096, gt=0, description="Tokens of a tensor parallel rank's vocabulary whose logits exist at a time."
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     collective_timeout_seconds: float = Field(

@@ -1,4 +1,4 @@
-"""Cross entropy of rows whose vocabulary is split over the tp axis.
+"""Cross entropy of rows whose vocabulary is split over the tp axis, from their logits or from what makes them.
 
 Dims: R rows, V vocabulary. Accumulates in at least fp32; fp64 in gives fp64 out.
 """
@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mimo_megatron.loss.implicit_logits import ImplicitLogits, implicit_token_losses
 from mimo_megatron.parallel.mesh import Axis
 
+Logits = Tensor | ImplicitLogits
 _ENTROPY_ROWS = 1024
 
 
@@ -72,15 +74,21 @@ def _entropies(log_probs_RV: Tensor, tp: Axis) -> Tensor:
     return entropies_R
 
 
-def token_losses(logits_RV: Tensor, labels_R: Tensor, tp: Axis, *, overwrite: bool = False) -> Tensor:
+def token_losses(logits_RV: Logits, labels_R: Tensor, tp: Axis, *, overwrite: bool = False) -> Tensor:
     """[R] -log p(label). ``logits_RV`` holds this tp rank's share of the vocabulary; the result is whole on every rank.
 
     Gradient: that of this rank's logits. With ``overwrite`` the caller gives the logits up and their memory is used
     again (not where they are half precision): 3,840 rows of 8,192 then take 24 ms on a CPU core instead of 87.
     """
+    if isinstance(logits_RV, ImplicitLogits):
+        return implicit_token_losses(logits_RV, labels_R, tp)[0]
     return _TokenLosses.apply(logits_RV, labels_R, tp, overwrite, False)[0]
 
 
-def token_losses_and_entropies(logits_RV: Tensor, labels_R: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
+def token_losses_and_entropies(logits_RV: Logits, labels_R: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
     """As ``token_losses`` with ``overwrite``, and [R] the entropy of every row in nats, without a gradient."""
+    if isinstance(logits_RV, ImplicitLogits):
+        losses_R, entropies_R = implicit_token_losses(logits_RV, labels_R, tp, with_entropy=True)
+        assert entropies_R is not None
+        return losses_R, entropies_R
     return _TokenLosses.apply(logits_RV, labels_R, tp, True, True)

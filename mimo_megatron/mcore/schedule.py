@@ -19,6 +19,8 @@ from torch import Tensor
 from mimo_megatron.mcore.module import MegatronModule
 
 Pack = TypeVar("Pack")
+Loss = Callable[[Any, Pack], "LossSums"]
+"""Of what the last stage gives, which need not be a tensor, and the pack."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def run_microbatches(
     chunks: Sequence[DistributedDataParallel],
     packs: Sequence[Pack],
     num_slots: int,
-    loss: Callable[[Tensor, Pack], LossSums],
+    loss: Loss[Pack],
     *,
     place: Callable[[Pack, torch.nn.Module], Pack] = _as_it_is,
     whole_gradients: bool = False,
@@ -71,7 +73,7 @@ def run_alone(
     chunks: Sequence[DistributedDataParallel],
     pack: Pack,
     num_slots: int,
-    loss: Callable[[Tensor, Pack], LossSums],
+    loss: Loss[Pack],
 ) -> StepSums | None:
     """This rank's own sums of one microbatch, on the last stage; None on the others.
 
@@ -80,8 +82,8 @@ def run_alone(
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     repeats = stages if len(chunks) > 1 else 1  # the interleaved schedule takes a multiple of pp
 
-    def shared_loss(logits: Tensor, pack: Pack) -> LossSums:
-        sums = loss(logits, pack)
+    def shared_loss(given: Any, pack: Pack) -> LossSums:
+        sums = loss(given, pack)
         return replace(sums, objective=sums.objective / repeats)  # gradients add up over the repeats
 
     finalize = [chunk.config.finalize_model_grads_func for chunk in chunks]
@@ -102,17 +104,17 @@ def _rows(
     chunks: Sequence[DistributedDataParallel],
     packs: Sequence[Pack],
     num_slots: int,
-    loss: Callable[[Tensor, Pack], LossSums],
+    loss: Loss[Pack],
     place: Callable[[Pack, torch.nn.Module], Pack],
     whole_gradients: bool,
 ) -> list[Tensor]:
     """Objective, loss, count and pairs ranked right of every microbatch, on the last stage; else an empty list."""
 
-    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Any, Callable[[Any], Any]]:
         pack = place(next(pending), stage)
 
-        def reduce_loss(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            sums = loss(logits, pack)
+        def reduce_loss(given: Any) -> tuple[Tensor, Tensor, Tensor]:
+            sums = loss(given, pack)
             num_right = torch.zeros_like(sums.count) if sums.num_right is None else sums.num_right
             row = (sums.objective.detach(), sums.loss.detach(), sums.count, num_right)
             return sums.objective, sums.count.to(torch.int), torch.stack([one.double() for one in row])
@@ -132,16 +134,16 @@ def _rows(
 
 
 def run_forward(
-    chunks: Sequence[MegatronModule], packs: Sequence[Pack], num_slots: int, use: Callable[[Tensor, Pack], Any]
+    chunks: Sequence[MegatronModule], packs: Sequence[Pack], num_slots: int, use: Callable[[Any, Pack], Any]
 ) -> list[Any]:
-    """``use(logits, pack)`` of every pack, on the last stage; an empty list on the others."""
+    """``use(what the last stage gives, pack)`` of every pack, on the last stage; an empty list on the others."""
     num_stages = parallel_state.get_pipeline_model_parallel_world_size()
     missing = -len(packs) % num_stages if len(chunks) > 1 else 0  # the interleaved schedule takes a multiple of pp
     filled = [*packs, *[packs[-1]] * missing]
 
-    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+    def forward_step(pending: Iterator[Pack], stage: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
         pack = next(pending)
-        return stage(pack), lambda logits, non_loss_data=False: use(logits, pack)
+        return stage(pack), lambda given, non_loss_data=False: use(given, pack)
 
     with torch.no_grad():
         return get_forward_backward_func()(

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mimo_megatron import platform
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import ParallelConfig, Recompute, VisionAttention
+from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute, VisionAttention
+from mimo_megatron.loss.chunk_softmax import chunk_softmax
+from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec
 from mimo_megatron.mcore.mtp import PredictionLayers
@@ -30,6 +32,9 @@ class Numerics:
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionAttention = "sdpa"
+    head_loss: HeadLoss = "logits"
+    """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
+    head_columns: int = 4096
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -129,9 +134,7 @@ class TextDecoder(GPTModel):
     multi-token-prediction layers of the last stage will need.
     """
 
-    def __init__(
-        self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, fp32_head: bool = False
-    ):
+    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, numerics: Numerics):
         stages_of_rank = config.virtual_pipeline_model_parallel_size
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
@@ -147,8 +150,9 @@ class TextDecoder(GPTModel):
             vp_stage=vp_stage,
         )
         self.text_config = text
-        self.fp32_head = fp32_head
+        self.numerics = numerics
         self.mtp: PredictionLayers | None = None
+        self.chunking: Chunking | None = None
         self._received: Tensor | None = None
         if self.post_process and text.head == "reward":
             self.output_layer = RewardHead(text.width, config.params_dtype)
@@ -159,12 +163,17 @@ class TextDecoder(GPTModel):
             head.sequence_parallel, head.allreduce_dgrad = False, mesh.tp.size > 1
             if text.num_mtp_layers:
                 self.mtp = PredictionLayers(config, text.num_mtp_layers, vp_stage)
+            if numerics.head_loss != "logits":
+                kernels = chunk_softmax("triton" if numerics.head_loss == "triton" else "torch")
+                self.chunking = Chunking(numerics.head_columns, kernels)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""
         return self.embedding(input_ids=token_ids_S.unsqueeze(0), position_ids=None)
 
-    def decode(self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]) -> Tensor:
+    def decode(
+        self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]
+    ) -> Tensor | ImplicitLogits:
         """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] or [R, 1] on the last.
 
         ``rows`` are the local slots whose logits are wanted: of the decoder, then of each prediction layer that the
@@ -192,7 +201,7 @@ class TextDecoder(GPTModel):
         """Megatron's schedule hands over what the stage before has sent; see ``decode``."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def _logits(self, layers: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+    def _logits(self, layers: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor | ImplicitLogits:
         """All rows of all layers through the head at once."""
         if self.config.sequence_parallel:
             layers = [
@@ -202,8 +211,11 @@ class TextDecoder(GPTModel):
         found = [hidden.squeeze(1).index_select(0, rows_R) for hidden, rows_R in zip(layers, rows, strict=True)]
         hidden_RD = torch.cat(found) if len(found) > 1 else found[0]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        if self.fp32_head:
-            wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-            hidden_RD, weight = hidden_RD.to(wide), (self.output_layer.weight if weight is None else weight).to(wide)
+        if self.numerics.fp32_head:
+            hidden_RD = hidden_RD.to(torch.promote_types(hidden_RD.dtype, torch.float32))
+        if self.chunking is not None:
+            return ImplicitLogits(hidden_RD, self.output_layer.weight if weight is None else weight, self.chunking)
+        if self.numerics.fp32_head:
+            weight = (self.output_layer.weight if weight is None else weight).to(hidden_RD.dtype)
         logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
         return logits_RV

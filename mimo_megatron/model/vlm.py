@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, ParallelConfig
+from mimo_megatron.loss.implicit_logits import ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.module import MegatronModule, scatter_slots_over_tp, sum_gradients_over_tp
 from mimo_megatron.mcore.text import Numerics, TextDecoder, transformer_config
@@ -36,8 +37,8 @@ def build_chunks(
 
 
 class VisionLanguageModel(MegatronModule):
-    """``forward(pack)``: the decoder's stream on inner stages, on the last the logits of the lanes' rows, [R, V / tp],
-    or their rewards, [R, 1].
+    """``forward(pack)``: the decoder's stream on inner stages, on the last the logits of the lanes' rows, [R, V / tp]
+    (or what they are made of, where ``Numerics.head_loss`` says so), or their rewards, [R, 1].
 
     A model without a vision configuration is the text decoder alone.
     """
@@ -47,7 +48,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        self.text = TextDecoder(model.text, config, mesh, chunk, fp32_head=numerics.fp32_head)
+        self.text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None
@@ -67,7 +68,7 @@ class VisionLanguageModel(MegatronModule):
         self.model_type = self.text.model_type
         self.vp_stage = self.text.vp_stage
 
-    def forward(self, pack: LocalPack) -> Tensor:
+    def forward(self, pack: LocalPack) -> Tensor | ImplicitLogits:
         params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
         stream = self._embed(pack) if self.pre_process else None
         return self.text.decode(stream, pack.positions_3S, params, [lane.rows_R for lane in pack.lanes])

@@ -42,6 +42,8 @@ class Setting:
     recompute_vision: bool
     value_bytes: int
     device: Device = "cuda"
+    head_columns: int | None = None
+    """Tokens whose logits exist at a time; None for all."""
 
     @classmethod
     def of(cls, config: RunConfig, device: Device = "cuda") -> "Setting":
@@ -54,6 +56,7 @@ class Setting:
             config.train.recomputes_vision,
             4 if config.train.precision == "fp32" else 2,
             device,
+            config.train.head_columns if config.train.head_loss != "logits" else None,
         )
 
     @property
@@ -97,7 +100,9 @@ def stage_parts(setting: Setting, stage: int, pack: PackShape, cp_rank: int = 0)
         parts += _text_layer(setting, pack, cp_rank)
     if is_last:
         parts += _prediction_layers(setting, pack, cp_rank)
-        parts += [_final_norm(setting, pack), _head(setting, pack), _loss(setting, pack)]
+        parts.append(_final_norm(setting, pack))
+        in_chunks = setting.head_columns is not None
+        parts += [_head_in_chunks(setting, pack)] if in_chunks else [_head(setting, pack), _loss(setting, pack)]
     return parts
 
 
@@ -287,6 +292,23 @@ def _head(setting: Setting, pack: PackShape) -> Part:
         backward=d_logits
         + rows * text.width * b
         + max(_weight_gradient(setting, local_vocabulary * text.width), whole),
+    )
+
+
+def _head_in_chunks(setting: Setting, pack: PackShape) -> Part:
+    """Head and loss: keeps the gathered rows; a chunk's logits, also in 4 bytes, live while it is read."""
+    text, b = setting.model.text, setting.value_bytes
+    rows, local_vocabulary = _head_rows(setting, pack), text.vocab_size // setting.layout.tp
+    whole = setting.local_slots(pack) * text.width * b * _streams(setting)
+    chunk = rows * min(setting.head_columns or 0, local_vocabulary) * (b + (WIDE if b < WIDE else 0))
+    hidden = rows * text.width
+    return Part(
+        "head in chunks",
+        hidden * b,
+        forward=whole + chunk,
+        backward=hidden * WIDE
+        + _weight_gradient(setting, local_vocabulary * text.width)
+        + max(chunk, whole, 2 * hidden * b if b < WIDE else 0),
     )
 
 

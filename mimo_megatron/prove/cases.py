@@ -78,6 +78,8 @@ class Refusal:
 
 FROZEN = ModuleTraining()
 BALANCED: dict[str, Any] = dict(vision_placement="balanced")
+IN_CHUNKS: dict[str, Any] = dict(head_loss="chunked", head_columns=56)
+"""Several chunks of every share of the vocabulary, the last one narrower."""
 ONE = Layout("1 process", 1)
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -129,7 +131,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 CORE = frozenset({
     "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient", "bf16",
+    "policy gradient", "head in chunks", "bf16",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -157,6 +159,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature("policy gradient", "rollouts with advantages, on policy", "rollouts", policy=AlgorithmConfig()),
     Feature("clipped policy gradient", "GRPO's ratio, clipped, with a KL term", "rollouts",
             policy=AlgorithmConfig(name="grpo", kl_weight=0.1)),
+    Feature("head in chunks", "no table of logits: mtp, tied", text=dict(num_mtp_layers=1, tie_embeddings=True),
+            train=IN_CHUNKS),
+    Feature("policy gradient, head in chunks", "clipped, with a KL term, no table of logits", "rollouts",
+            policy=AlgorithmConfig(name="grpo", kl_weight=0.1), train=IN_CHUNKS),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.schedule import LossSums
+from mimo_megatron.parallel.mesh import Axis
 
 Make = Callable[[Any], Any]
 """From what is replaced to what replaces it."""
@@ -45,8 +46,8 @@ def _mean_of_microbatch_means(make_loss: Any) -> Any:
     def make(*args: Any) -> Any:
         loss = make_loss(*args)
 
-        def mean(logits_RV: Tensor, pack: Any) -> LossSums:
-            sums = loss(logits_RV, pack)
+        def mean(given: Any, pack: Any) -> LossSums:
+            sums = loss(given, pack)
             return replace(sums, objective=sums.objective / sums.count.clamp(min=1), count=torch.ones_like(sums.count))
 
         return mean
@@ -104,6 +105,17 @@ def _without_the_others_gradient(sum_shared: Any) -> Any:
         return local_x + (sum_shared(local_x, axis) - local_x).detach()
 
     return summed
+
+
+def _of_own_share(over_ranks: Any) -> Any:
+    """Every tp rank takes its own part of the vocabulary for the whole."""
+    return lambda sums_4R, labels_R, local_vocabulary, tp: over_ranks(
+        sums_4R, labels_R, local_vocabulary, Axis(tp.rank, 1)
+    )
+
+
+def _without_the_last_chunk(chunks: Any) -> Any:
+    return lambda *args: list(chunks(*args))[:-1]
 
 
 def _always(_original: Any) -> Any:
@@ -181,6 +193,20 @@ FAULTS: tuple[Fault, ...] = (
         _always,
         "tp2 · mixed",
         "what the gradient norm counts",
+    ),
+    Fault(
+        "sums over a vocabulary in chunks not taken over tp",
+        ("mimo_megatron.loss.implicit_logits:_over_ranks",),
+        _of_own_share,
+        "tp2 · head in chunks",
+        "the forward pass",
+    ),
+    Fault(
+        "last chunk of the vocabulary dropped",
+        ("mimo_megatron.loss.implicit_logits:_chunks",),
+        _without_the_last_chunk,
+        "dp2 · policy gradient, head in chunks",
+        "the forward pass",
     ),
 )
 

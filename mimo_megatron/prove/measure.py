@@ -21,14 +21,13 @@ from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore import optimizer, weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_microbatches
-from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.prove.cases import SLOTS, Case, run_config
 from mimo_megatron.prove.faults import planted
 from mimo_megatron.prove.material import MOST_ROLLOUTS, PACKS
 from mimo_megatron.rl.update import PolicyLoss, clipping_of
-from mimo_megatron.train.step import Loss, build_trainer, local_packs, loss_of, train_step
+from mimo_megatron.train.step import Loss, build_trainer, local_packs, loss_of, numerics_of, train_step
 from mimo_megatron.types import PackedBatch
 
 Named = dict[str, Tensor]
@@ -140,8 +139,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     """(objective sum, trained tokens, gradients) of one step from the seed's weights, in fp64, or in bf16 with bf16."""
     text, train = config.model.text, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float64
-    numerics = Numerics(dtype, train.recompute, train.recomputes_vision, fp32_head=config.rl is not None)
-    chunks = build_chunks(config.model, config.parallel, numerics, mesh)
+    chunks = build_chunks(config.model, config.parallel, numerics_of(config, dtype), mesh)
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})

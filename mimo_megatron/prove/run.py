@@ -14,6 +14,9 @@ from mimo_megatron.prove.cases import FEATURES, ONE, Case, Refusal, run_config
 from mimo_megatron.prove.measure import Errors, errors, merged, outcome
 from mimo_megatron.prove.ranks import run_ranks
 
+_ANOTHER_WAY = ("recompute", "vision_recompute", "head_loss", "head_columns")
+"""Keys of ``train`` that change how a step is computed, and nothing of its result."""
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -104,8 +107,8 @@ def _kind(wrong: Sequence[str], num_all: int) -> str:
 
 
 def _reference(case: Case, scratch: Path) -> Path:
-    """The file with one process's outcome of the case's feature, without recomputation."""
-    train = {key: value for key, value in case.feature.train.items() if "recompute" not in key}
+    """The file with one process's outcome of the case's feature, nothing computed again and all logits in a table."""
+    train = {key: value for key, value in case.feature.train.items() if key not in _ANOTHER_WAY}
     feature = dataclasses.replace(case.feature, train=train)
     path = scratch / f"{FEATURES.index(case.feature)}.pt"
     if not path.exists():

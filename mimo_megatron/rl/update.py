@@ -19,7 +19,8 @@ from mimo_megatron.config.rl import AlgorithmConfig
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.data.packing import pack_two_costs
-from mimo_megatron.loss.cross_entropy import token_losses, token_losses_and_entropies
+from mimo_megatron.loss.cross_entropy import Logits, token_losses, token_losses_and_entropies
+from mimo_megatron.loss.implicit_logits import ImplicitLogits
 from mimo_megatron.loss.policy import Clipping, clipped_terms, on_policy_terms
 from mimo_megatron.mcore.schedule import LossSums, run_forward
 from mimo_megatron.model.local_pack import LocalPack
@@ -60,15 +61,14 @@ class PolicyLoss:
         self._sums_N4 = torch.zeros(num_rows, 4, dtype=torch.float64, device=device)
         self._largest_2 = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def __call__(self, logits_RV: Tensor, pack: LocalPack) -> LossSums:
-        lane = pack.lanes[0]
-        if not len(lane.rows_R):
-            nothing = logits_RV.sum() * 0.0
-            return LossSums(nothing, nothing, lane.weights_R.sum())
-        columns = lane.columns
+    def __call__(self, logits_RV: Logits, pack: LocalPack) -> LossSums:
+        lane, columns = pack.lanes[0], pack.lanes[0].columns
         losses_R, entropies_R = token_losses_and_entropies(
             allowed(logits_RV, self._tokens, self._mesh.tp), lane.labels_R, self._mesh.tp
         )
+        if not len(lane.rows_R):
+            nothing = losses_R.sum()
+            return LossSums(nothing, nothing, lane.weights_R.sum())
         logprobs_R = -losses_R
         if self._clipping is None:
             terms = on_policy_terms(logprobs_R, columns["advantage"], columns["weight"])
@@ -98,9 +98,11 @@ class PolicyLoss:
         return self._sums_N4.cpu(), self._largest_2.cpu()
 
 
-def allowed(logits_RV: Tensor, tokens: SpecialTokens, tp: Axis) -> Tensor:
+def allowed(logits_RV: Logits, tokens: SpecialTokens, tp: Axis) -> Logits:
     """The policy is the distribution that engines sample from: tokens that only prompts hold have no part in it.
     In place: a copy would be of the logits' size."""
+    if isinstance(logits_RV, ImplicitLogits):
+        return logits_RV.without(tokens.never_sampled)
     first = tp.rank * logits_RV.shape[-1]
     local = [token - first for token in tokens.never_sampled if 0 <= token - first < logits_RV.shape[-1]]
     return logits_RV.index_fill_(-1, torch.tensor(local, dtype=torch.int64, device=logits_RV.device), -torch.inf)
@@ -215,7 +217,7 @@ def _with_logprobs(
     mesh, tokens = trainer.mesh, trainer.config.model.tokens
     packs = [pack.to(trainer.device) for pack in local_packs(trainer.config.model.text, mesh, chunks, batches)]
 
-    def use(logits_RV: Tensor, pack: LocalPack) -> Tensor:
+    def use(logits_RV: Logits, pack: LocalPack) -> Tensor:
         return -token_losses(allowed(logits_RV, tokens, mesh.tp), pack.lanes[0].labels_R, mesh.tp).cpu()
 
     found = run_forward(chunks, packs, packs[0].num_stream_slots, use)

@@ -6,6 +6,7 @@ What is below it - schedule, collectives, sharding - is megatron-core's, behind 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.data.media_part import ALL_MEDIA, NO_MEDIA, MediaPart
 from mimo_megatron.errors import NonFiniteError
-from mimo_megatron.loss.cross_entropy import token_losses
+from mimo_megatron.loss.cross_entropy import Logits, token_losses
 from mimo_megatron.loss.preference import pair_losses
 from mimo_megatron.mcore import optimizer as mcore_optimizer
 from mimo_megatron.mcore import weights
@@ -27,7 +28,8 @@ from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.types import PackedBatch
 
-Loss = Callable[[Tensor, LocalPack], LossSums]
+Loss = Callable[[Any, LocalPack], LossSums]
+"""Of what the model gives for the pack's rows: logits, explicit or implicit, or rewards."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,13 +62,24 @@ class StepResult:
     """Share of pairs whose chosen response has the higher reward; None where tokens are predicted."""
 
 
+def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
+    """How the run's model computes, with weights of ``dtype``."""
+    train = config.train
+    return Numerics(
+        dtype,
+        train.recompute,
+        train.recomputes_vision,
+        fp32_head=config.rl is not None,
+        vision_attention=train.vision_attention,
+        head_loss=train.head_loss,
+        head_columns=train.head_columns,
+    )
+
+
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
-    numerics = Numerics(
-        DTYPES[train.precision], train.recompute, train.recomputes_vision, fp32_head=config.rl is not None,
-        vision_attention=train.vision_attention,
-    )  # fmt: skip
+    numerics = numerics_of(config, DTYPES[train.precision])
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
@@ -85,7 +98,7 @@ def cross_entropy(mesh: Mesh, mtp_loss_weight: float = 0.0) -> Loss:
     """The pre-training loss: the weighted sum of token losses; and ``mtp_loss_weight`` times the mean over the
     multi-token-prediction layers of theirs (DeepSeek-V3, equation 25)."""
 
-    def loss(logits_RV: Tensor, pack: LocalPack) -> LossSums:
+    def loss(logits_RV: Logits, pack: LocalPack) -> LossSums:
         labels_R = torch.cat([lane.labels_R for lane in pack.lanes])
         weights_R = torch.cat([lane.weights_R for lane in pack.lanes])
         losses_R = token_losses(logits_RV, labels_R, mesh.tp, overwrite=True) * weights_R

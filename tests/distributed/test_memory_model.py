@@ -36,6 +36,7 @@ def test_the_predicted_peak_is_the_counted_one(name):
 SLOW = (
     "one process", "frozen vision", "full recompute", "tp2, sequence parallel, bf16", "cp2", "text only",
     "tp2, pp2, sequence parallel, selective", "tp2, balanced vision",
+    "head in chunks, bf16, large vocabulary",
 )  # fmt: skip
 """With the quick ones, of every kind; all of ``CASES`` are run by ``benchmarks/bench_memory_model.py``."""
 

@@ -66,9 +66,15 @@ def samples_of(algorithm: AlgorithmConfig) -> list[EncodedSample]:
     return samples
 
 
-def ours(address: RankAddress, layout: dict, samples: list, clipping: Clipping | None, named: dict) -> Named:
+TABLE = Numerics(torch.float64)
+IN_CHUNKS = replace(TABLE, head_loss="chunked", head_columns=100)
+
+
+def ours(
+    address: RankAddress, layout: dict, samples: list, clipping: Clipping | None, named: dict, numerics=TABLE
+) -> Named:
     with megatron(ParallelConfig(**layout), address) as mesh:
-        chunks = build_chunks(MODEL, ParallelConfig(**layout), Numerics(torch.float64), mesh)
+        chunks = build_chunks(MODEL, ParallelConfig(**layout), numerics, mesh)
         with torch.no_grad():
             for name, param in weights.global_parameters(chunks):
                 param.copy_(weights.shard(name, named[name], param, mesh.tp))
@@ -154,6 +160,15 @@ def test_the_clipped_gradient_with_its_kl_term_is_that_of_grpo(name, hf):
     algorithm = AlgorithmConfig(name="grpo")
     got = run_ranks(ours, ranks, layout, samples_of(algorithm), CLIPPING, hf.weights())
     assert_same(got, reference(hf, algorithm, CLIPPING))
+
+
+@pytest.mark.parametrize("name", ["one", "tp2 sp"])
+@pytest.mark.parametrize("clipping", [None, CLIPPING], ids=["on policy", "clipped"])
+def test_without_a_table_of_logits_both_gradients_are_the_same(name, clipping, hf):
+    ranks, layout = LAYOUTS[name]
+    algorithm = AlgorithmConfig(name="grpo" if clipping else "on-policy")
+    got = run_ranks(ours, ranks, layout, samples_of(algorithm), clipping, hf.weights(), IN_CHUNKS)
+    assert_same(got, reference(hf, algorithm, clipping))
 
 
 def test_an_advantage_of_the_wrong_response_is_noticed(hf):

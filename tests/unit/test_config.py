@@ -289,6 +289,7 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[4]"]),
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton"]),
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton", "model.vision=null"]),
+        ("the_chunked_head_has_a_vocabulary", 1, ["train.head_loss=chunked", "model.text.head=reward"]),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:

@@ -40,16 +40,25 @@ def test_a_head_padded_to_128_would_be_seen() -> None:
     assert useful / issued == 0.625
 
 
-def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
-    """One kernel, for the time it takes; the command alone compiles all."""
+def compiled(tmp_path: Path, kernels: str) -> list[dict[str, str]]:
+    """For sm_90. A few kernels, for the time it takes; the command alone compiles all."""
     out = tmp_path / "rows.csv"
-    options = ["--kernels", "short_forward", "--capabilities", "90", "--out", str(out)]
+    options = ["--kernels", kernels, "--capabilities", "90", "--out", str(out)]
     command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    (row,) = csv.DictReader(out.read_text().splitlines())
+    return list(csv.DictReader(out.read_text().splitlines()))
+
+
+def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
+    (row,) = compiled(tmp_path, "short_forward")
     assert row["kernel"] == "short_forward" and row["target"] == "sm_90"
     assert row["stack_bytes"] == "0" and float(row["useful_of_issued"]) >= 0.99, row
     assert "wgmma" in row["matrix_instructions"] and "mma m16" not in row["matrix_instructions"], row
+
+
+def test_the_kernels_between_the_heads_products_spill_nothing(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "absorb|to_gradient")
+    assert [(row["kernel"], row["stack_bytes"]) for row in rows] == [("absorb", "0"), ("to_gradient", "0")]

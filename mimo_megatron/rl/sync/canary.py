@@ -12,12 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mimo_megatron.config.rl import SyncConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import SyncError
-from mimo_megatron.loss.cross_entropy import token_losses
+from mimo_megatron.loss.cross_entropy import Logits, token_losses
 from mimo_megatron.mcore.boot import world
 from mimo_megatron.mcore.schedule import run_forward
 from mimo_megatron.model.local_pack import LocalPack
@@ -48,7 +47,7 @@ def trainer_logprobs(trainer: Trainer, samples: Sequence[EncodedSample]) -> list
     (pack,) = local_packs(model.text, mesh, trainer.bare_chunks, [batch])
     slots = zigzag.local_slots(num_slots, mesh.cp.rank, mesh.cp.size)
 
-    def use(logits_RV: Tensor, pack: LocalPack) -> dict[int, float]:
+    def use(logits_RV: Logits, pack: LocalPack) -> dict[int, float]:
         losses_R = token_losses(logits_RV, pack.lanes[0].labels_R, mesh.tp)
         return dict(zip(slots[pack.lanes[0].rows_R.cpu()].tolist(), (-losses_R).tolist(), strict=True))
 
