@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from benchmarks.provenance import write_rows
+from provenance import write_rows
+
 from tests.harness import run_ranks
 from tests.memory_cases import CASES, compare, measure
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import provenance  # noqa: F401 - the repository on the path
 import psutil
 import torch
 

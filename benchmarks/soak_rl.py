@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import provenance  # noqa: F401 - the repository on the path
+
 from tests.vllm.topology import Topology, write_run
 
 _LONGEST_LIFE_SECONDS = 8.0

@@ -75,8 +75,9 @@ def test_the_licence_is_the_whole_apache_text() -> None:
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
-def test_a_benchmark_that_uses_the_examples_runs_as_it_is_written() -> None:
+@pytest.mark.parametrize("name", ["bench_images", "bench_memory_model", "soak_kill", "soak_rl"])
+def test_a_benchmark_that_uses_examples_or_tests_runs_as_it_is_written(name: str) -> None:
     bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "benchmarks/bench_images.py", "--help"]
+    command = [sys.executable, f"benchmarks/{name}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
