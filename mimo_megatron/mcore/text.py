@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron import platform
+from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import ParallelConfig, Recompute, VisionAttention
+from mimo_megatron.config.run import ParallelConfig, Recompute, TextAttention, VisionAttention
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec
 from mimo_megatron.mcore.mtp import PredictionLayers
@@ -29,6 +30,7 @@ class Numerics:
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionAttention = "sdpa"
+    text_attention: TextAttention = "sdpa"
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -126,10 +128,19 @@ class TextDecoder(GPTModel):
 
     What travels between stages is a *stream*: the hidden states, and behind them, along dim 0, the embeddings that the
     multi-token-prediction layers of the last stage will need.
+
+    ConfigError where ``backend`` is "triton" and this machine cannot run Triton's kernels.
     """
 
     def __init__(
-        self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, fp32_head: bool = False
+        self,
+        text: TextConfig,
+        config: TransformerConfig,
+        mesh: Mesh,
+        chunk: int = 0,
+        *,
+        fp32_head: bool = False,
+        backend: TextBackend = "sdpa",
     ):
         stages_of_rank = config.virtual_pipeline_model_parallel_size
         vp_stage = chunk if stages_of_rank else None
@@ -147,6 +158,7 @@ class TextDecoder(GPTModel):
         )
         self.text_config = text
         self.fp32_head = fp32_head
+        self.kernel = text_kernel() if backend == "triton" else None
         self.mtp: PredictionLayers | None = None
         self._received: Tensor | None = None
         if self.post_process and text.head == "reward":
@@ -176,7 +188,7 @@ class TextDecoder(GPTModel):
         stream = self._received if stream is None else stream
         assert stream is not None, "megatron's schedule sets the input of inner stages"
         hidden_S1D, *ahead = stream.chunk(len(rows))
-        params = replace(params, cos_sin=cos_sin)
+        params = replace(params, cos_sin=cos_sin, kernel=self.kernel)
         self.decoder.set_input_tensor(hidden_S1D)
         hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
         if not self.post_process:

@@ -65,7 +65,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
     train = config.train
     numerics = Numerics(
         DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None,
-        vision_attention=train.vision_attention,
+        vision_attention=train.vision_attention, text_attention=train.text_attention,
     )  # fmt: skip
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
