@@ -108,7 +108,7 @@ def num_scores(rows: int, step: int, ranges: list[tuple[int, int, int]]) -> int:
     ids=["16384", "4096", "16384 cp2", "512"],
 )
 def test_few_scores_beyond_the_diagonal_are_computed(bounds: tuple[int, ...], cp: int, most: float) -> None:
-    """With the sizes of the kernels for Hopper; 1.008, 1.031, 1.008 and 1.248 measured."""
+    """With the sizes of the kernels for Hopper; by tiles of keys 1.008, 1.031, 1.008 and 1.248."""
     reason = "the kernels need triton: pip install triton"
     plan = pytest.importorskip("mimo_triton_kernels.causal_attention", reason=reason).HOPPER
     for rank in range(cp):
