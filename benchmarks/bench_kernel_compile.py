@@ -1,6 +1,6 @@
 """What Triton's compilers make of every kernel for sm_80, sm_90 and sm_100: no GPU is needed, and none is timed.
 
-    python benchmarks/bench_kernel_compile.py                                  # all; three minutes on one core
+    python benchmarks/bench_kernel_compile.py                                  # all; two minutes on one core
     python benchmarks/bench_kernel_compile.py --kernels short --capabilities 90
     python benchmarks/bench_kernel_compile.py --docs docs/kernels.md           # also writes the table into the page
 

@@ -1,4 +1,4 @@
-"""What compilers say about kernels, for GPUs that are not here: parsed right, and good for the windows' kernel."""
+"""What compilers say about kernels, for GPUs that are not here: parsed right, and good for a kernel of each op."""
 
 import csv
 import os
@@ -40,16 +40,17 @@ def test_a_head_padded_to_128_would_be_seen() -> None:
     assert useful / issued == 0.625
 
 
-def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
-    """One kernel, for the time it takes; the command alone compiles all."""
+@pytest.mark.parametrize("kernel", ["short_forward", "causal_forward"])
+def test_a_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(kernel: str, tmp_path: Path) -> None:
+    """One of each op, for the time it takes; the command alone compiles all."""
     out = tmp_path / "rows.csv"
-    options = ["--kernels", "short_forward", "--capabilities", "90", "--out", str(out)]
+    options = ["--kernels", kernel, "--capabilities", "90", "--out", str(out)]
     command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (row,) = csv.DictReader(out.read_text().splitlines())
-    assert row["kernel"] == "short_forward" and row["target"] == "sm_90"
+    assert row["kernel"] == kernel and row["target"] == "sm_90"
     assert row["stack_bytes"] == "0" and float(row["useful_of_issued"]) >= 0.99, row
     assert "wgmma" in row["matrix_instructions"] and "mma m16" not in row["matrix_instructions"], row

@@ -3,13 +3,14 @@
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from mimo_megatron.attention.cache import KVCache
-from mimo_megatron.attention.packed import Piece
+from mimo_megatron.attention.packed import Piece, causal_attention
 from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.config.check import TEXT_KERNEL_HEAD_WIDTHS
 from mimo_megatron.config.presets import preset
@@ -55,16 +56,34 @@ def loss_and_gradients(
         return {"loss": mean} | {name: param.main_grad.cpu().clone() for name, param in named}
 
 
+@cache
+def with_pytorchs(dtype: torch.dtype) -> dict[str, Tensor]:
+    return run_ranks(loss_and_gradients, 1, "sdpa", dtype, 1, "none")[0]
+
+
+def assert_same_decoder(cp: int, recompute: Recompute) -> None:
+    eager, oracle = with_pytorchs(torch.float32), with_pytorchs(torch.float64)
+    assert any("mtp" in name and "qkv" in name for name in oracle)
+    for got in run_ranks(loss_and_gradients, cp, "triton", torch.float32, cp, recompute):
+        assert_named_parity(got, eager, oracle, torch.float32)
+
+
 @needs_triton
 @pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
-def test_the_decoder_is_the_same_with_the_kernel_alone_and_on_two_context_parallel_ranks() -> None:
-    """Loss and every gradient; the second with its attention computed again in the backward pass."""
-    (oracle,) = run_ranks(loss_and_gradients, 1, "sdpa", torch.float64, 1, "none")
-    (eager,) = run_ranks(loss_and_gradients, 1, "sdpa", torch.float32, 1, "none")
-    assert any("mtp" in name and "qkv" in name for name in oracle)
-    for cp, recompute in ((1, "none"), (2, "selective")):
-        for got in run_ranks(loss_and_gradients, cp, "triton", torch.float32, cp, recompute):
-            assert_named_parity(got, eager, oracle, torch.float32)
+@pytest.mark.parametrize(("cp", "recompute"), [(1, "none"), (2, "selective")])
+def test_the_decoder_is_the_same_with_the_kernel(cp: int, recompute: Recompute) -> None:
+    """Loss and every gradient, alone and on two context-parallel ranks that compute attention again in the backward."""
+    assert_same_decoder(cp, recompute)
+
+
+@pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
+def test_a_kernel_that_does_not_turn_queries_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "mimo_megatron.mcore.text.text_kernel",
+        lambda: lambda q_TNH, k_TKH, v_TKH, cos_sin, pieces: causal_attention(q_TNH, k_TKH, v_TKH, pieces),
+    )
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_same_decoder(1, "none")
 
 
 def of_a_recipe(address: RankAddress) -> list[bool]:
