@@ -1,12 +1,12 @@
 """What Triton's compilers make of every kernel for sm_80, sm_90 and sm_100: no GPU is needed, and none is timed.
 
-    python benchmarks/bench_kernel_compile.py                                  # all; a minute on one core
+    python benchmarks/bench_kernel_compile.py                                  # all; two minutes on one core
     python benchmarks/bench_kernel_compile.py --kernels short --capabilities 90
     python benchmarks/bench_kernel_compile.py --docs docs/kernels.md           # also writes the table into the page
 
 Each op is called, forward and backward, on tensors of the model's shapes and types; what it would launch is compiled.
-Useful FLOPs are those of the products of 80 dims, counted as often as the compiler's code holds them; issued ones are
-those of the matrix instructions in the machine's code.
+Useful FLOPs are those of the products over or into a head's dims, counted as often as the compiler's code holds them;
+issued ones are those of the matrix instructions in the machine's code.
 """
 
 import argparse
@@ -25,38 +25,51 @@ import torch
 import triton
 from provenance import write_rows
 
-from mimo_triton_kernels import chunk_softmax
+from mimo_triton_kernels import causal_attention, chunk_softmax, vision_attention
 from mimo_triton_kernels.ahead_of_time import Compiled, compile_call
 from mimo_triton_kernels.launching import Call, recorded_calls
-from mimo_triton_kernels.vision_attention import PRODUCTS, vision_attention
 
 HEADS = 16
 COLUMNS = 4096  # the default of train.head_columns
 # A pack's windows, one of them at an image's border, and a pack of frames; 1,000 rows are no multiple of anything.
 BOUNDS = {"windows": (*range(0, 1000, 64), 1000), "frames": (0, 16, 1000)}
+TEXT_HEADS, TEXT_KEY_HEADS, TEXT_WIDTH = 32, 8, 128
+PIECES = ((0, 16, 0, 16), (16, 1000, 16, 1000))
+PRODUCTS = {**vision_attention.PRODUCTS, **causal_attention.PRODUCTS}
 MARKS = ("<!-- table: benchmarks/bench_kernel_compile.py -->\n", "<!-- end of table -->\n")
 
 
 def calls(dtype: torch.dtype, capability: int) -> dict[str, Call]:
     """Every kernel that the ops launch on such a GPU, once, by name."""
+    found = {}
+    for bounds in BOUNDS.values():
+        qkv_T3NH = torch.empty(bounds[-1], 3, HEADS, 80, dtype=dtype, requires_grad=True)
+        angles_TE = torch.empty(bounds[-1], 40)
+        with recorded_calls(capability) as recorded:
+            vision_attention.vision_attention(qkv_T3NH, angles_TE, angles_TE, bounds).sum().backward()
+        found |= {call.kernel.__name__.strip("_"): call for call in recorded}
+    q_TNH, k_TKH, v_TKH = (
+        torch.empty(PIECES[-1][1], heads, TEXT_WIDTH, dtype=dtype, requires_grad=True)
+        for heads in (TEXT_HEADS, TEXT_KEY_HEADS, TEXT_KEY_HEADS)
+    )
+    angles_TE = torch.empty(PIECES[-1][1], TEXT_WIDTH // 2)
     with recorded_calls(capability) as recorded:
-        for bounds in BOUNDS.values():
-            qkv_T3NH = torch.empty(bounds[-1], 3, HEADS, 80, dtype=dtype, requires_grad=True)
-            angles_TE = torch.empty(bounds[-1], 40)
-            vision_attention(qkv_T3NH, angles_TE, angles_TE, bounds).sum().backward()
+        causal_attention.causal_attention(q_TNH, k_TKH, v_TKH, angles_TE, angles_TE, PIECES).sum().backward()
         logits_RC, labels_R = torch.empty(8, COLUMNS, dtype=dtype), torch.zeros(8, dtype=torch.int64)
         chunk_softmax.absorb(logits_RC, labels_R, torch.empty(4, 8), True)
         chunk_softmax.to_gradient(logits_RC, labels_R, torch.empty(8), torch.empty(8))
-    return {call.kernel.__name__.strip("_"): call for call in recorded}
+    return found | {call.kernel.__name__.strip("_"): call for call in recorded}
 
 
 def useful_of_issued(name: str, call: Call, compiled: Compiled) -> str:
     """Blank for a kernel without products."""
     if not PRODUCTS.get(name):
         return ""
-    copies = compiled.num_products / (2 * PRODUCTS[name])  # each is one of 64 and one of 16
+    width = call.constants.get("H", vision_attention.HEAD_WIDTH)
+    parts = 2 if width == vision_attention.HEAD_WIDTH else 1  # of a product: 80 is one of 64 and one of 16
+    copies = compiled.num_products / (parts * PRODUCTS[name])
     rows = call.constants["R"]
-    useful = copies * PRODUCTS[name] * 2 * rows * call.constants.get("STEP", rows) * 80
+    useful = copies * PRODUCTS[name] * 2 * rows * call.constants.get("STEP", rows) * width
     return f"{useful / compiled.issued_flops:.3f}"
 
 

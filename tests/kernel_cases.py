@@ -5,6 +5,8 @@ The interpreter computes bfloat16 wrongly, and says nothing, so that dtype is te
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +15,16 @@ import torch
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else []))
+
+
+@contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """An element that no kernel writes cannot pass for right then."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def with_fault(module: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:

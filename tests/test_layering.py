@@ -79,6 +79,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
         )
     },
     "mimo_megatron/platform/cpu.py": ("megatron",),
+    "mimo_megatron/attention/text_kernel.py": ("mimo_triton_kernels",),
     "mimo_megatron/attention/vision_kernel.py": ("mimo_triton_kernels",),
     "mimo_megatron/loss/chunk_softmax.py": ("mimo_triton_kernels",),
     "mimo_megatron/data/energon.py": ("megatron.energon",),

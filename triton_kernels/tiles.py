@@ -19,8 +19,8 @@ class Tiling:
 
     tiles_X5: Tensor
     """[row_start, row_end, key_start, key_middle, key_end]: keys before ``key_middle`` need no mask."""
-    segment_2T: Tensor
-    """Where each row's segment starts and ends."""
+    seen_2T: Tensor
+    """Where the keys that each row sees start and end: with ``tiling`` those of its segment."""
 
     def __len__(self) -> int:
         return len(self.tiles_X5)
@@ -34,16 +34,17 @@ def tiling(bounds: tuple[int, ...], rows: int, step: int, device: torch.device) 
     """
     lengths = torch.tensor([end - start for start, end in pairwise(bounds)], dtype=torch.int32)
     edges = torch.tensor(bounds, dtype=torch.int32)
-    segment_2T = torch.stack([edges[:-1].repeat_interleave(lengths), edges[1:].repeat_interleave(lengths)])
-    tiles = sorted(_tiles(bounds, rows, step), key=lambda tile: tile[2] - tile[4])
+    seen_2T = torch.stack([edges[:-1].repeat_interleave(lengths), edges[1:].repeat_interleave(lengths)])
+    tiles = sorted(cut(bounds, rows, step), key=lambda tile: tile[2] - tile[4])
     tiles_X5 = torch.tensor(tiles, dtype=torch.int32).view(-1, 5)
     return Tiling(
         tiles_X5.to(device, non_blocking=True),
-        segment_2T.to(device, non_blocking=True),
+        seen_2T.to(device, non_blocking=True),
     )
 
 
-def _tiles(bounds: tuple[int, ...], rows: int, step: int) -> Iterator[tuple[int, int, int, int, int]]:
+def cut(bounds: tuple[int, ...], rows: int, step: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """``Tiling.tiles_X5``, in the order of the rows."""
     first = bounds[0]  # of the short segments not yet given out
     for start, end in pairwise(bounds):
         if end - first <= rows:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from mimo_triton_kernels.head_80 import inner, load_rows, load_turned, outer, store_rows, store_turned_back
 from mimo_triton_kernels.launching import Blocks, capability, check_device, launch
+from mimo_triton_kernels.rows import tile_of_program
 from mimo_triton_kernels.tiles import tiling
 
 HEAD_WIDTH = 80
@@ -84,23 +85,11 @@ def vision_attention_reference(qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor,
 
 
 @triton.jit
-def _tile(tiles_ptr, segment_ptr, num_rows, N: tl.constexpr, R: tl.constexpr):
-    """The tile's rows and the segment of each. Rows past its end see the whole tile: finite, and never stored."""
-    at = tiles_ptr + tl.program_id(0) // N * 5
-    start, end, key_start, key_end = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 4)
-    row_R = start + tl.arange(0, R)
-    keep_R = row_R < end
-    low_R = tl.load(segment_ptr + row_R, mask=keep_R, other=key_start)
-    high_R = tl.load(segment_ptr + num_rows + row_R, mask=keep_R, other=key_end)
-    return row_R.to(tl.int64), keep_R, low_R, high_R
-
-
-@triton.jit
 def _short_forward(
     qkv_ptr, cos_ptr, sin_ptr, tiles_ptr, segment_ptr, out_ptr, num_rows, qkv_stride, scale,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
+    row_R, keep_R, low_R, high_R = tile_of_program(tiles_ptr, segment_ptr, num_rows, N, R)
     head = tl.program_id(0) % N
     q_wide, q_narrow = load_turned(qkv_ptr + head * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
     k_wide, k_narrow = load_turned(qkv_ptr + (N + head) * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
@@ -120,7 +109,7 @@ def _short_backward(
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     # w = softmax(s), d_w = d_out v^T, d_s = w (d_w - sum_k w d_w); d_v = w^T d_out, d_q = d_s k, d_k = d_s^T q
-    row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
+    row_R, keep_R, low_R, high_R = tile_of_program(tiles_ptr, segment_ptr, num_rows, N, R)
     head = tl.program_id(0) % N
     q_wide, q_narrow = load_turned(qkv_ptr + head * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
     k_wide, k_narrow = load_turned(qkv_ptr + (N + head) * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
@@ -179,7 +168,7 @@ def _long_forward(
     qkv_ptr, k_turned_ptr, cos_ptr, sin_ptr, tiles_ptr, segment_ptr, out_ptr, log_sum_ptr, num_rows, qkv_stride, scale,
     N: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
+    row_R, keep_R, low_R, high_R = tile_of_program(tiles_ptr, segment_ptr, num_rows, N, R)
     head, at = tl.program_id(0) % N, tiles_ptr + tl.program_id(0) // N * 5
     key_start, key_middle, key_end = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
     q_wide, q_narrow = load_turned(qkv_ptr + head * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
@@ -223,7 +212,7 @@ def _long_backward_q(
     d_qkv_ptr, num_rows, qkv_stride, scale, N: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # d_q = d_s k as in _short_backward, where sum_k w d_w = out . d_out, the `along` that d_k needs too
-    row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
+    row_R, keep_R, low_R, high_R = tile_of_program(tiles_ptr, segment_ptr, num_rows, N, R)
     head, at = tl.program_id(0) % N, tiles_ptr + tl.program_id(0) // N * 5
     key_start, key_middle, key_end = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
     q_wide, q_narrow = load_turned(qkv_ptr + head * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
@@ -277,7 +266,7 @@ def _long_backward_kv(
     num_rows, qkv_stride, scale, N: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     # Scores transposed, [keys, queries]: w^T and d_s^T are the left sides of both products as they come.
-    row_R, keep_R, low_R, high_R = _tile(tiles_ptr, segment_ptr, num_rows, N, R)
+    row_R, keep_R, low_R, high_R = tile_of_program(tiles_ptr, segment_ptr, num_rows, N, R)
     head, at = tl.program_id(0) % N, tiles_ptr + tl.program_id(0) // N * 5
     start, middle, end = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
     k_wide, k_narrow = load_turned(qkv_ptr + (N + head) * 80, row_R, keep_R, qkv_stride, cos_ptr, sin_ptr)
@@ -326,7 +315,7 @@ class _VisionAttention(torch.autograd.Function):
             tiles = tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
             launch(
                 _short_forward, len(tiles) * num_heads, blocks,
-                qkv_T3NH, cos_TE, sin_TE, tiles.tiles_X5, tiles.segment_2T, out_TNH, *sizes, N=num_heads, R=blocks.rows,
+                qkv_T3NH, cos_TE, sin_TE, tiles.tiles_X5, tiles.seen_2T, out_TNH, *sizes, N=num_heads, R=blocks.rows,
             )  # fmt: skip
             ctx.save_for_backward(qkv_T3NH, cos_TE, sin_TE)
             return out_TNH
@@ -336,7 +325,7 @@ class _VisionAttention(torch.autograd.Function):
         k_turned_TNH = _turned(qkv_T3NH, 1, cos_TE, sin_TE)
         launch(
             _long_forward, len(tiles) * num_heads, blocks,
-            qkv_T3NH, k_turned_TNH, cos_TE, sin_TE, tiles.tiles_X5, tiles.segment_2T, out_TNH, log_sum_NT, *sizes,
+            qkv_T3NH, k_turned_TNH, cos_TE, sin_TE, tiles.tiles_X5, tiles.seen_2T, out_TNH, log_sum_NT, *sizes,
             N=num_heads, R=blocks.rows, STEP=blocks.step,
         )  # fmt: skip
         ctx.save_for_backward(qkv_T3NH, cos_TE, sin_TE, out_TNH, log_sum_NT)
@@ -351,7 +340,7 @@ class _VisionAttention(torch.autograd.Function):
         d_qkv_T3NH = qkv_T3NH.new_empty(qkv_T3NH.shape)
         blocks = ctx.blocks
         tiles = tiling(ctx.bounds, blocks.rows, blocks.step, qkv_T3NH.device)
-        common = (cos_TE, sin_TE, tiles.tiles_X5, tiles.segment_2T)
+        common = (cos_TE, sin_TE, tiles.tiles_X5, tiles.seen_2T)
         if not of_long:
             launch(
                 _short_backward, len(tiles) * num_heads, blocks,

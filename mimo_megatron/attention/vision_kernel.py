@@ -13,15 +13,20 @@ VisionKernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 def vision_kernel() -> VisionKernel:
     """``mimo_triton_kernels.vision_attention``: out_PNH from qkv_P3NH, the angles' cosines and sines, and bounds."""
+    check_kernels_run("train.vision_attention")
+    from mimo_triton_kernels.vision_attention import vision_attention
+
+    return vision_attention
+
+
+def check_kernels_run(key: str) -> None:
+    """Nothing where this machine runs Triton's kernels, else a ``ConfigError`` about the recipe's ``key``."""
     try:
-        from mimo_triton_kernels import launching, vision_attention
+        from mimo_triton_kernels import launching
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        remedy = "pip install 'mimo-megatron[kernels]', or set train.vision_attention=sdpa"
-        raise ConfigError(f"train.vision_attention=triton, and triton is not installed: {remedy}") from None
+        remedy = f"pip install 'mimo-megatron[kernels]', or set {key}=sdpa"
+        raise ConfigError(f"{key}=triton, and triton is not installed: {remedy}") from None
     if not launching.can_run():
-        raise ConfigError(
-            "train.vision_attention=triton, and torch sees no GPU: set train.vision_attention=sdpa, which runs anywhere"
-        )
-    return vision_attention.vision_attention
+        raise ConfigError(f"{key}=triton, and torch sees no GPU: set {key}=sdpa, which runs anywhere")

@@ -14,6 +14,7 @@ from mimo_megatron.config.run import ParallelConfig, RunConfig
 Rule = Callable[[RunConfig, int], Iterator[str]]
 LayoutRule = Callable[[ModelConfig, ParallelConfig, int], Iterator[str]]
 VISION_KERNEL_HEAD_WIDTH = 80
+TEXT_KERNEL_HEAD_WIDTHS = (16, 32, 64, 128)
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -248,6 +249,15 @@ def the_chunked_head_has_a_vocabulary(config: RunConfig, world_size: int) -> Ite
         )
 
 
+def the_text_kernel_has_heads_of_its_widths(config: RunConfig, world_size: int) -> Iterator[str]:
+    width = config.model.text.head_width
+    if config.train.text_attention == "triton" and width not in TEXT_KERNEL_HEAD_WIDTHS:
+        yield (
+            f"train.text_attention=triton takes heads {', '.join(map(str, TEXT_KERNEL_HEAD_WIDTHS))} wide, and "
+            f"model.text.head_width is {width}: set train.text_attention=sdpa"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -279,4 +289,5 @@ RULES: tuple[Rule, ...] = (
     special_tokens_differ,
     the_vision_kernel_has_heads_of_its_width,
     the_chunked_head_has_a_vocabulary,
+    the_text_kernel_has_heads_of_its_widths,
 )

@@ -14,6 +14,7 @@ ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 VisionAttention = Literal["sdpa", "triton"]
+TextAttention = Literal["sdpa", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
@@ -206,6 +207,11 @@ class TrainConfig(Strict):
         "sdpa",
         description="Attention of the vision encoder: PyTorch's, or this package's kernel for heads 80 wide "
         "(docs/kernels.md), which needs a GPU and triton and has not been timed on a GPU yet.",
+    )
+    text_attention: TextAttention = Field(
+        "sdpa",
+        description="Attention of the decoder in training: PyTorch's, or this package's kernel for heads 16, 32, 64 or "
+        "128 wide (docs/kernels.md), which needs a GPU and triton and has not run on a GPU yet.",
     )
     head_loss: HeadLoss = Field(
         "logits",

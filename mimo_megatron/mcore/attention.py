@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.attention.text_kernel import TextKernel
 from mimo_megatron.ops import turn
 from mimo_megatron.parallel.collectives import gather_slots
 from mimo_megatron.parallel.mesh import Axis
@@ -32,6 +33,8 @@ class PackParams(PackedSeqParams):
     cp: Axis = field(default_factory=lambda: Axis(0, 1))
     cos_sin: tuple[Tensor, Tensor] | None = None
     """Of the rotary angles of this rank's slots, each [S / cp, 1, H / 2]; set by the decoder, once for all layers."""
+    kernel: TextKernel | None = None
+    """In place of PyTorch's attention, except in generation; set by the decoder."""
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
     cache: KVCache | None = None
@@ -61,14 +64,18 @@ class PackedCoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackParams), "packed attention needs the pack's layout"
         assert packed_seq_params.cos_sin is not None, "the decoder computes the rotary angles"
         cos, sin = packed_seq_params.cos_sin
-        q_TNH, k_TKH, v_TKH = turn(query.squeeze(1), cos, sin), turn(key.squeeze(1), cos, sin), value.squeeze(1)
+        q_TNH, k_TKH, v_TKH = query.squeeze(1), turn(key.squeeze(1), cos, sin), value.squeeze(1)
         if packed_seq_params.cp.size > 1:
             assert packed_seq_params.merge_order_S is not None
             kv_T2KH = gather_slots(
                 torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp
             )
             k_TKH, v_TKH = kv_T2KH.unbind(1)
-        cache = packed_seq_params.cache
+        cache, kernel = packed_seq_params.cache, packed_seq_params.kernel
+        if kernel is not None and cache is None:
+            out_TNH = kernel(q_TNH, k_TKH, v_TKH, packed_seq_params.cos_sin, packed_seq_params.pieces)
+            return out_TNH.flatten(1).unsqueeze(1)
+        q_TNH = turn(q_TNH, cos, sin)
         if cache is not None and cache.holds(self.layer_number):
             return cache.attend(self.layer_number, q_TNH, k_TKH, v_TKH).flatten(1).unsqueeze(1)
         if cache is not None:

@@ -11,8 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron import platform
+from mimo_megatron.attention.text_kernel import text_kernel
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute, VisionAttention
+from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute, TextAttention, VisionAttention
 from mimo_megatron.loss.chunk_softmax import chunk_softmax
 from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
@@ -35,6 +36,7 @@ class Numerics:
     head_loss: HeadLoss = "logits"
     """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
     head_columns: int = 4096
+    text_attention: TextAttention = "sdpa"
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -132,6 +134,8 @@ class TextDecoder(GPTModel):
 
     What travels between stages is a *stream*: the hidden states, and behind them, along dim 0, the embeddings that the
     multi-token-prediction layers of the last stage will need.
+
+    ConfigError where ``numerics`` ask for Triton kernels and this machine cannot run Triton's kernels.
     """
 
     def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, numerics: Numerics):
@@ -151,6 +155,7 @@ class TextDecoder(GPTModel):
         )
         self.text_config = text
         self.numerics = numerics
+        self.kernel = text_kernel() if numerics.text_attention == "triton" else None
         self.mtp: PredictionLayers | None = None
         self.chunking: Chunking | None = None
         self._received: Tensor | None = None
@@ -186,7 +191,7 @@ class TextDecoder(GPTModel):
         stream = self._received if stream is None else stream
         assert stream is not None, "megatron's schedule sets the input of inner stages"
         hidden_S1D, *ahead = stream.chunk(len(rows))
-        params = replace(params, cos_sin=cos_sin)
+        params = replace(params, cos_sin=cos_sin, kernel=self.kernel)
         self.decoder.set_input_tensor(hidden_S1D)
         hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
         if not self.post_process:

@@ -71,6 +71,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         train.recomputes_vision,
         fp32_head=config.rl is not None,
         vision_attention=train.vision_attention,
+        text_attention=train.text_attention,
         head_loss=train.head_loss,
         head_columns=train.head_columns,
     )

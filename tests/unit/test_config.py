@@ -290,6 +290,11 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton"]),
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton", "model.vision=null"]),
         ("the_chunked_head_has_a_vocabulary", 1, ["train.head_loss=chunked", "model.text.head=reward"]),
+        (
+            "the_text_kernel_has_heads_of_its_widths",
+            1,
+            ["train.text_attention=triton", "model.text.head_width=48", "model.text.mrope_section=[8, 8, 8]"],
+        ),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:

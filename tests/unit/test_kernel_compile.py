@@ -1,4 +1,4 @@
-"""What compilers say about kernels, for GPUs that are not here: parsed right, and good for the windows' kernel."""
+"""What compilers say about kernels, for GPUs that are not here: parsed right, and good for a kernel of each op."""
 
 import csv
 import os
@@ -52,9 +52,10 @@ def compiled(tmp_path: Path, kernels: str) -> list[dict[str, str]]:
     return list(csv.DictReader(out.read_text().splitlines()))
 
 
-def test_the_window_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(tmp_path: Path) -> None:
-    (row,) = compiled(tmp_path, "short_forward")
-    assert row["kernel"] == "short_forward" and row["target"] == "sm_90"
+@pytest.mark.parametrize("kernel", ["short_forward", "causal_forward"])
+def test_a_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(kernel: str, tmp_path: Path) -> None:
+    (row,) = compiled(tmp_path, kernel)
+    assert row["kernel"] == kernel and row["target"] == "sm_90"
     assert row["stack_bytes"] == "0" and float(row["useful_of_issued"]) >= 0.99, row
     assert "wgmma" in row["matrix_instructions"] and "mma m16" not in row["matrix_instructions"], row
 

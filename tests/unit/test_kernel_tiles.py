@@ -26,7 +26,7 @@ def test_every_row_is_in_one_tile_with_its_whole_segment_and_its_mask(lengths: l
     for row_start, row_end, key_start, key_middle, key_end in tiles.tiles_X5.tolist():
         assert 0 < row_end - row_start <= ROWS and (key_middle - key_start) % STEP == 0
         for row in range(row_start, row_end):
-            start, end = tiles.segment_2T[:, row].tolist()
+            start, end = tiles.seen_2T[:, row].tolist()
             assert start <= row < end and (start, end) in set(pairwise(bounds))
             assert key_start <= start and end <= key_end, "keys of the row's segment that its tile does not read"
             assert key_middle == key_start or (start == key_start and key_middle <= end), "a neighbour's key, unmasked"

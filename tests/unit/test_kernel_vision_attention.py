@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the kernels need triton: pip install trito
 from mimo_megatron.attention.packed import varlen_attention
 from mimo_megatron.ops import turn
 from mimo_triton_kernels import vision_attention
-from tests.kernel_cases import DEVICE, DTYPES, ON_GPU, with_fault
+from tests.kernel_cases import DEVICE, DTYPES, ON_GPU, uninitialised_memory_is_nan, with_fault
 from tests.parity_rule import assert_kernel_parity
 
 SEGMENTS = {
@@ -52,13 +52,9 @@ def draw(num_rows: int, heads: int) -> list[Tensor]:
 def assert_parity(module: ModuleType, lengths: tuple[int, ...], dtype: torch.dtype, heads: int) -> None:
     bounds = bounds_of(lengths)
     reference = packed(vision_attention.vision_attention_reference, bounds)
-    # Uninitialised memory is NaN meanwhile: an element that no kernel writes cannot pass.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with uninitialised_memory_is_nan():
         kernel = packed(module.vision_attention, bounds)
         assert_kernel_parity(kernel, reference, draw(bounds[-1], heads), dtype)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
