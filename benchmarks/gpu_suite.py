@@ -19,14 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import ROOT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script: this tree's packages, installed or not
 
 from benchmarks.gpu import machine
 from benchmarks.gpu.report import markdown, summary
 from benchmarks.gpu.writing import Results
+from benchmarks.provenance import ROOT
 from mimo_megatron.errors import ConfigError, MimoError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,11 +37,14 @@ BUDGETS = {"ceilings": 40, "correctness": 100, "packs": 100, "train": 170, "kern
 TOTAL_SECONDS = 470
 START_SECONDS = 90
 """Until the first section begins: torch and megatron are loaded."""
+PATIENCE = 5
+"""Times as long a rehearsal may take: it proves that the code runs, on whatever machine."""
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 _LAST_LINES = 15
 
 
-def main() -> int:
-    args = arguments()
+def main(words: Sequence[str] | None = None) -> int:
+    args = arguments(words)
     if args.render is not None:
         print(markdown(Results.read(args.render).tree), end="")
         return 0
@@ -54,18 +59,18 @@ def main() -> int:
     return 0 if all(section["status"] == "done" for section in tree["sections"].values()) else 1
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at tiny size; no number is a measurement")
     parser.add_argument("--wheels", type=Path, help="folder of wheels this interpreter lacks; unpacked, not installed")
     parser.add_argument("--out", type=Path, help="folder of the result file; default benchmarks/results")
     parser.add_argument("--only", nargs="+", choices=BUDGETS, help="sections; packs are made for those that need them")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for everything")
+    parser.add_argument("--seconds", type=float, help=f"for everything; default {TOTAL_SECONDS}")
     parser.add_argument("--commit", help="of this tree, where its history is not there")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--render", type=Path, help="print the page of a result file, and measure nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.device == "cpu" and not args.tiny:
         parser.error("a CPU can only rehearse: add --tiny")
     if args.tiny and args.out is not None and args.out.resolve().is_relative_to(RESULTS):
@@ -85,7 +90,8 @@ def measure(args: argparse.Namespace) -> Path:
         out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-suite-rehearsal-")) if args.tiny else RESULTS)
         results = Results(out / f"gpu-suite-running-{os.getpid()}.json", beginning(args))
         results.write()
-        results = supervise(results.path, folder, environ, time.monotonic() + args.seconds)
+        deadline = time.monotonic() + (args.seconds or TOTAL_SECONDS * patience(args))
+        results = supervise(results.path, folder, environ, deadline)
     device = machine.short_name(results.tree.get("device", {}).get("name", "unknown"))
     stem = f"{'rehearsal-' if args.tiny else ''}{device}-{time.strftime('%Y-%m-%d', time.gmtime())}"
     taken = sum(1 for path in out.glob(f"{stem}*.json"))
@@ -93,6 +99,10 @@ def measure(args: argparse.Namespace) -> Path:
     results.path.rename(path)
     path.with_suffix(".md").write_text(markdown(results.tree), encoding="utf-8")
     return path
+
+
+def patience(args: argparse.Namespace) -> int:
+    return PATIENCE if args.tiny else 1
 
 
 def beginning(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,11 +113,15 @@ def beginning(args: argparse.Namespace) -> dict[str, Any]:
         "suite": 1,
         "rehearsal": args.tiny,
         "asked": {"device": args.device, "tiny": args.tiny, "seed": args.seed},
+        "start_seconds": START_SECONDS * patience(args),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()),
         "command": shlex.join(["python", "benchmarks/gpu_suite.py", *sys.argv[1:]]),
         "commit": machine.commit(args.commit),
         "sections": {
-            name: {"status": "waiting" if name in chosen else "not asked for", "budget_seconds": seconds}
+            name: {
+                "status": "waiting" if name in chosen else "not asked for",
+                "budget_seconds": seconds * patience(args),
+            }
             for name, seconds in BUDGETS.items()
         },
     }
@@ -129,7 +143,9 @@ def require_parts(environ: dict[str, str]) -> None:
         raise ConfigError(f"the suite cannot run here:\n{missing}")
 
 
-def supervise(path: Path, folder: Path, environ: dict[str, str], deadline: float) -> Results:
+def supervise(
+    path: Path, folder: Path, environ: dict[str, str], deadline: float, worker: Sequence[str] = WORKER
+) -> Results:
     """Start workers until every section has an end; what a worker left running is marked with the reason."""
     log_path = folder / "log"
     while True:
@@ -142,8 +158,9 @@ def supervise(path: Path, folder: Path, environ: dict[str, str], deadline: float
                 results.set(name, status="not run", error="no time was left")
             return results
         with log_path.open("w") as log:
-            command = [sys.executable, "-m", "benchmarks.gpu.worker", str(path), str(folder)]
-            child = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(
+                [*worker, str(path), str(folder)], cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT
+            )
             reason = watch(child, path, deadline)
         results = Results.read(path)
         mark_ended(results, waiting, reason, log_path.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -154,13 +171,14 @@ def watch(child: "subprocess.Popen[bytes]", path: Path, deadline: float) -> str:
     current, since = "", time.monotonic()
     while child.poll() is None:
         time.sleep(0.2)
-        sections = Results.read(path).tree["sections"]
+        tree = Results.read(path).tree
+        sections = tree["sections"]
         running = next((name for name, section in sections.items() if section["status"] == "running"), "")
         if running != current:
             if current:
                 print(f"  {current}: {sections[current]['status']}, {time.monotonic() - since:.0f} s", flush=True)
             current, since = running, time.monotonic()
-        budget = sections[current]["budget_seconds"] if current else START_SECONDS
+        budget = sections[current]["budget_seconds"] if current else tree["start_seconds"]
         now = time.monotonic()
         if now - since > budget or now > deadline:
             child.kill()

@@ -34,7 +34,7 @@ LADDER: tuple[Recompute, ...] = ("none", "selective", "full")
 """What is tried, in order, until a step fits into the device's memory."""
 ATTENTION: tuple[VisionAttention, ...] = ("sdpa", "triton")
 SECONDS_PER_VARIANT = 8.0
-FEWEST_ROUNDS = 2
+FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def step_row(trainer: Trainer, variant: Variant, bench: Bench, planned: int) -> 
     times: list[list[tuple[float, float]]] = [[] for _ in packs.batches]
     last_losses: list[float] = []
     began, rounds = time.perf_counter(), 0
-    while rounds < FEWEST_ROUNDS or (setting.on_gpu and time.perf_counter() - began < SECONDS_PER_VARIANT):
+    while not rounds or (
+        setting.on_gpu and (rounds < FEWEST_ROUNDS or time.perf_counter() - began < SECONDS_PER_VARIANT)
+    ):
         last_losses = []
         for own, batch in zip(times, packs.batches, strict=True):
             seconds, backward_seconds, loss = timed_step(trainer, batch, bench)
