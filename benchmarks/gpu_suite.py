@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script: this t
 
 from benchmarks.gpu import machine
 from benchmarks.gpu.report import markdown, summary
+from benchmarks.gpu.table import put_into, rows_of
 from benchmarks.gpu.writing import Results
 from benchmarks.provenance import ROOT
+from mimo_megatron.attention.choice import TABLE
 from mimo_megatron.errors import ConfigError, MimoError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,6 +51,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(markdown(Results.read(args.render).tree), end="")
         return 0
     try:
+        if args.table is not None:
+            put_into(TABLE, rows_of(Results.read(args.table).tree, args.table.name))
+            return 0
         path = measure(args)
     except MimoError as error:
         print(error, file=sys.stderr)
@@ -69,6 +74,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=f"for everything; default {TOTAL_SECONDS}")
     parser.add_argument("--commit", help="of this tree, where its history is not there")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--table", type=Path, help="put a result file's times of attention into the table of `auto`")
     parser.add_argument("--render", type=Path, help="print the page of a result file, and measure nothing")
     args = parser.parse_args(words)
     if args.device == "cpu" and not args.tiny:

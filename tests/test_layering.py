@@ -82,12 +82,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "mimo_megatron/attention/vision_kernel.py": ("mimo_triton_kernels",),
     "mimo_megatron/data/energon.py": ("megatron.energon",),
     "benchmarks/bench_images.py": ("nvidia.dali",),
-    "benchmarks/gpu/attention.py": (
-        "torch.nn.attention.varlen",
-        "flash_attn",
-        "flash_attn_interface",
-        "transformer_engine",
-    ),
+    "benchmarks/gpu/attention.py": ("flash_attn", "flash_attn_interface", "transformer_engine"),
     "benchmarks/gpu/fp8.py": ("transformer_engine",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
     "examples/vllm_env/mimo_torchvision_schemas.py": ("torch",),

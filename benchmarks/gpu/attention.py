@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from mimo_megatron.attention import varlen
 from mimo_megatron.attention.packed import Piece, causal_attention, varlen_attention
 from mimo_megatron.attention.reference import reference_attention
 
@@ -33,7 +34,7 @@ def packed_ways(device: torch.device) -> dict[str, Packed | Unavailable]:
     ways: dict[str, Packed | Unavailable] = {"reference": reference, "sdpa": sdpa}
     makers: dict[str, Callable[[], Packed]] = {
         "flex": lambda: _flex(device),
-        "torch-varlen": _torch_varlen,
+        "varlen": _varlen,
         "flash-attn-2": _flash_2,
         "flash-attn-3": _flash_3,
         "flash-attn-4": _flash_4,
@@ -101,29 +102,11 @@ def _flex(device: torch.device) -> Packed:
     return run
 
 
-def _torch_varlen() -> Packed:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        raise Unavailable(f"torch {torch.__version__} has none")
-    from torch.nn.attention.varlen import varlen_attn
-
-    takes = inspect.signature(varlen_attn).parameters
-
-    def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
-        offsets, longest = _offsets(bounds, q_TNH.device)
-        options: dict[str, Any] = {}
-        if causal:  # spelled in two ways over torch's releases
-            options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-        if q_TNH.shape[1] != k_TKH.shape[1]:
-            if "enable_gqa" in takes:
-                options["enable_gqa"] = True
-            else:
-                repeats = q_TNH.shape[1] // k_TKH.shape[1]
-                k_TKH, v_TKH = (x.repeat_interleave(repeats, 1) for x in (k_TKH, v_TKH))
-        return varlen_attn(
-            q_TNH.contiguous(), k_TKH.contiguous(), v_TKH.contiguous(), offsets, offsets, longest, longest, **options
-        )
-
-    return run
+def _varlen() -> Packed:
+    """The flash kernels inside PyTorch, as the package calls them."""
+    if reason := varlen.problem():
+        raise Unavailable(reason)
+    return lambda q, k, v, bounds, causal: varlen.flash_varlen(q, k, v, bounds, causal=causal)
 
 
 def _needs(module: str) -> None:

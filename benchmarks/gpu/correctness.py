@@ -1,8 +1,8 @@
 """Every kernel against its definition in float64, in the dtype that trains, on this device.
 
-The rule of tests/parity_rule.py: output and each gradient of a way of ours may be at most 1.5 times as far from
-float64 as the definition is in the same dtype. Uninitialised memory is NaN meanwhile, so an element that nothing writes
-is found; and two runs of a Triton kernel must give the same bits.
+The rule of tests/parity_rule.py: output and each gradient of a kernel of ours may be at most 1.5 times as far from
+float64 as the definition is in the same dtype, of PyTorch's 3 times. Uninitialised memory is NaN meanwhile, so an
+element that nothing writes is found; and two runs of a Triton kernel must give the same bits.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.attention import Unavailable
-from benchmarks.gpu.cases import Case, Way, in_order, small_cases
+from benchmarks.gpu.cases import FACTOR, Case, Way, in_order, small_cases
 from benchmarks.gpu.setting import Bench
 from benchmarks.gpu.timing import relative_error
 from benchmarks.gpu.writing import Save
 
-FACTOR = 1.5
 FP32_FLOOR = 2e-6
 DETERMINISTIC = ("triton",)
 """Ways that promise the same bits of two runs."""
@@ -37,7 +36,7 @@ def section(bench: Bench, save: Save) -> None:
         eager = run(case.definition, case, measured, measured)
         for name in names:
             row = judge(case, name, case.ways[name], oracle, eager, bench)
-            if name in case.judged and not row.get("ok"):
+            if name in case.judged and not row.get("ok", "absent" in row):
                 wrong.append(f"{case.op} by {name} ({case.shape}): {row.get('failed') or row['why']}")
             save(rows=[row])
         gc.collect()
@@ -64,7 +63,7 @@ def judge(
     floor = FP32_FLOOR if dtype == torch.float32 else 0.0
     errors = {part: relative_error(one, want) for part, one, want in zip(_parts(oracle), got, oracle, strict=True)}
     limits = {
-        part: max(FACTOR * relative_error(one, want), floor)
+        part: max(case.judged.get(name, FACTOR) * relative_error(one, want), floor)
         for part, one, want in zip(_parts(oracle), eager, oracle, strict=True)
     }
     beyond = [

@@ -37,7 +37,9 @@ def section(bench: Bench, save: Save) -> None:
 def timed(
     case: Case, name: str, way: Way | Unavailable, inputs: list[Tensor], want: Tensor, d_out: Tensor, bench: Bench
 ) -> dict[str, Any]:
-    head = {"op": case.op, "shape": case.shape, "way": name, "ours": name in case.judged}
+    head: dict[str, Any] = {"op": case.op, "shape": case.shape, "way": name, "ours": name in case.judged}
+    if case.key is not None:
+        head["key"] = list(case.key)
     if isinstance(way, Unavailable):
         return {**head, "absent": str(way)}
     setting = bench.setting

@@ -20,8 +20,8 @@ from benchmarks.gpu.packs import PackClass, flops_of, grids_of
 from benchmarks.gpu.profiling import top_kernels
 from benchmarks.gpu.setting import Bench
 from benchmarks.gpu.writing import Save
-from mimo_megatron.attention.vision_kernel import vision_kernel
-from mimo_megatron.config.run import Recompute, RunConfig, VisionAttention
+from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
+from mimo_megatron.config.run import Recompute, RunConfig
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.planner.activations import Setting as PlannerSetting
@@ -32,7 +32,7 @@ from mimo_megatron.types import PackedBatch
 
 LADDER: tuple[Recompute, ...] = ("none", "selective", "full")
 """What is tried, in order, until a step fits into the device's memory."""
-ATTENTION: tuple[VisionAttention, ...] = ("sdpa", "triton")
+ATTENTION: tuple[VisionBackend, ...] = ("sdpa", "triton")
 SECONDS_PER_VARIANT = 8.0
 FEWEST_ROUNDS = 3
 
@@ -43,7 +43,7 @@ class Variant:
 
     packs: PackClass
     recompute: Recompute
-    attention: VisionAttention
+    attention: VisionBackend
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ def with_recompute(config: RunConfig, recompute: Recompute) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"recompute": recompute})})
 
 
-def set_attention(trainer: Trainer, attention: VisionAttention) -> None:
+def set_attention(trainer: Trainer, attention: VisionBackend) -> None:
     """As ``train.vision_attention`` would have built the encoder, without drawing three billion weights again."""
     for model in trainer.bare_chunks:
         assert model.vision is not None

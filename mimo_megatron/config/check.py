@@ -240,6 +240,21 @@ def the_vision_kernel_has_heads_of_its_width(config: RunConfig, world_size: int)
             )
 
 
+def varlen_attention_is_possible(config: RunConfig, world_size: int) -> Iterator[str]:
+    train = config.train
+    named = [f"train.{key}" for key in ("vision_attention", "text_attention") if getattr(train, key) == "varlen"]
+    for key in named:
+        if train.precision == "fp32":
+            yield f"{key}=varlen takes half precision, and train.precision is fp32: set {key}=sdpa"
+    if train.vision_attention == "varlen" and config.model.vision is None:
+        yield "train.vision_attention=varlen, and the model has no vision encoder: leave the key out"
+    if train.text_attention == "varlen" and config.parallel.cp > 1:
+        yield (
+            f"train.text_attention=varlen with parallel.cp ({config.parallel.cp}) above 1: its causal mask is not "
+            "proven for a slice of a segment; set train.text_attention=sdpa"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -270,4 +285,5 @@ RULES: tuple[Rule, ...] = (
     a_pack_can_be_made_ahead,
     special_tokens_differ,
     the_vision_kernel_has_heads_of_its_width,
+    varlen_attention_is_possible,
 )

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron.attention.cache import KVCache
-from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.attention.packed import Backend, Piece, causal_attention
 from mimo_megatron.ops import turn
 from mimo_megatron.parallel.collectives import gather_slots
 from mimo_megatron.parallel.mesh import Axis
@@ -34,6 +34,7 @@ class PackParams(PackedSeqParams):
     """Of the rotary angles of this rank's slots, each [S / cp, 1, H / 2]; set by the decoder, once for all layers."""
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
+    backend: Backend = "sdpa"
     cache: KVCache | None = None
     """In generation only: filled by the prompts' forward, grown by the steps after it."""
 
@@ -73,5 +74,5 @@ class PackedCoreAttention(MegatronModule):
             return cache.attend(self.layer_number, q_TNH, k_TKH, v_TKH).flatten(1).unsqueeze(1)
         if cache is not None:
             cache.remember(self.layer_number, k_TKH, v_TKH)
-        out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces)
+        out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces, backend=packed_seq_params.backend)
         return out_TNH.flatten(1).unsqueeze(1)

@@ -11,8 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron import platform
+from mimo_megatron.attention.packed import Backend
+from mimo_megatron.attention.vision_kernel import VisionBackend
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import ParallelConfig, Recompute, VisionAttention
+from mimo_megatron.config.run import ParallelConfig, Recompute
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec
 from mimo_megatron.mcore.mtp import PredictionLayers
@@ -28,7 +30,8 @@ class Numerics:
     recompute: Recompute = "none"
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
-    vision_attention: VisionAttention = "sdpa"
+    vision_attention: VisionBackend = "sdpa"
+    text_attention: Backend = "sdpa"
 
 
 def _leave_uninitialised(weight: Tensor) -> None:

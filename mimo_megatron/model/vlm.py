@@ -47,6 +47,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
+        self.text_attention = numerics.text_attention
         self.text = TextDecoder(model.text, config, mesh, chunk, fp32_head=numerics.fp32_head)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
@@ -68,7 +69,13 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = self.text.vp_stage
 
     def forward(self, pack: LocalPack) -> Tensor:
-        params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
+        params = PackParams(
+            pieces=pack.pieces,
+            cp=self.mesh.cp,
+            merge_order_S=pack.merge_order_S,
+            backend=self.text_attention,
+            cache=pack.cache,
+        )
         stream = self._embed(pack) if self.pre_process else None
         return self.text.decode(stream, pack.positions_3S, params, [lane.rows_R for lane in pack.lanes])
 

@@ -25,6 +25,7 @@ from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import LocalPack, local_pack
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
+from mimo_megatron.train.attention import chosen
 from mimo_megatron.types import PackedBatch
 
 Loss = Callable[[Tensor, LocalPack], LossSums]
@@ -63,9 +64,10 @@ class StepResult:
 def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[VisionLanguageModel]:
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
+    vision_attention, text_attention = chosen(config)
     numerics = Numerics(
         DTYPES[train.precision], train.recompute, fp32_head=config.rl is not None,
-        vision_attention=train.vision_attention,
+        vision_attention=vision_attention, text_attention=text_attention,
     )  # fmt: skip
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)

@@ -31,7 +31,7 @@ def test_the_suite_rehearsed_on_a_cpu_fills_every_section(tmp_path: Path) -> Non
     assert sorted(RESULTS.iterdir()) == before
     data = {name: section["data"] for name, section in tree["sections"].items()}
 
-    ours = [row for row in data["correctness"]["rows"] if row["ours"]]
+    ours = [row for row in data["correctness"]["rows"] if row["ours"] and "absent" not in row]
     assert {row["way"] for row in ours} == {"triton", "sdpa", "ops"} and all(row["ok"] for row in ours)
     assert [row["class"] for row in data["packs"]["packs"]] == ["8K", "8K", "32K"]
     assert all(row["images"] for row in data["packs"]["packs"])
