@@ -1,5 +1,7 @@
 """The GPU suite: sections lose nothing to each other, mock data and wrong kernels are refused, work is counted."""
 
+import collections
+import contextlib
 import json
 import os
 import sys
@@ -17,7 +19,7 @@ import torch
 pytest.importorskip("triton", reason="the suite measures the kernels: pip install triton")
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, worker
+from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, train, worker
 from benchmarks.gpu.attention import Unavailable
 from benchmarks.gpu.cases import LATE, Case, in_order, row_cases, table_cases
 from benchmarks.gpu.packs import PackClass, pack_class, require_real
@@ -25,6 +27,7 @@ from benchmarks.gpu.report import markdown, summary
 from benchmarks.gpu.setting import Bench, Setting
 from benchmarks.gpu.timing import measure
 from benchmarks.gpu.writing import Results
+from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.shards import ShardSample, write_shards
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.train.flops import step_flops
@@ -171,6 +174,37 @@ def test_fp8_gradients_are_those_of_the_linear_layer_within_its_rounding() -> No
     row = fp8.row("a layer", 16, 32, 48, bench())
     assert set(row["fp8"]["errors"]) == {"forward", "input gradient", "weight gradient"}
     assert all(0.005 < error < 0.06 for error in row["fp8"]["errors"].values())
+
+
+def test_what_does_not_fit_into_memory_is_tried_with_recomputation_and_told(
+    made: tuple[PackClass, dict[str, ShardSample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(config: RunConfig, _mesh: object) -> str:
+        if config.train.recompute != "full":
+            raise torch.OutOfMemoryError("tried to allocate 60 GiB")
+        return "a trainer"
+
+    def row(_trainer: str, variant: train.Variant, _bench: Bench, _planned: int) -> dict[str, Any]:
+        if variant.attention == "triton":
+            raise RuntimeError("no kernel image")
+        return {"variant": variant.name}
+
+    monkeypatch.setattr(train, "megatron", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "build_trainer", built)
+    monkeypatch.setattr(train, "set_attention", lambda *_: None)
+    monkeypatch.setattr(train, "step_row", row)
+    monkeypatch.setattr(train, "top_kernels", lambda *_: {})
+    one, found = bench(), collections.defaultdict[str, Rows](list)
+    one.kept["packs"] = [made[0]]
+    train.section(one, lambda **more: [found[key].extend(rows) for key, rows in more.items()])
+    assert [(row["recompute"], "failed" in row) for row in found["attempts"]] == [
+        ("none", True), ("selective", True), ("full", False),
+    ]  # fmt: skip
+    assert [row["variant"] for row in found["rows"]] == [
+        f"32K, vision attention {way}, recompute full" for way in ("sdpa", "triton")
+    ]
+    assert found["rows"][1]["failed"] == "RuntimeError: no kernel image"
+    assert len(found["profiles"]) == 1
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
