@@ -149,15 +149,18 @@ devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_
 print(json.dumps({"cuda": torch.version.cuda, "gpus": [[d.name, d.total_memory] for d in devices]}))
 """
 _BACKEND_PROBE = """
-import inspect, json
+import json
 from mimo_megatron import platform
 from mimo_megatron import _packing
-from mimo_megatron.attention.packed import causal_attention
+from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.mcore.layers import layer_backend
-attention = inspect.signature(causal_attention).parameters["backend"].default
-here = platform.current()
-facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend(), "attention": attention}
+from mimo_megatron.train.attention import device_name, text_choice, vision_choice
+here, model = platform.current(), preset("mimo-vl-7b")
+facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend()}
+for name, choice in (("vision", vision_choice), ("text", text_choice)):
+    found = choice(model, 8192, device_name(), half=True)
+    facts[f"{name} attention"] = [found.backend, found.why]
 facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
 """
@@ -257,7 +260,9 @@ def _backends() -> Iterator[Finding]:
     uses_engine = facts["layers"] == "transformer-engine"
     why = "installed, and there is a GPU" if uses_engine else "megatron's own; Transformer Engine needs a GPU"
     yield Finding("backends", "decoder layers", facts["layers"], "note" if on_gpu and not uses_engine else "ok", why)
-    yield Finding("backends", "attention", facts["attention"], "ok", "the package's default")
+    for name in ("vision attention", "text attention"):
+        backend, why = facts[name]
+        yield Finding("backends", name, f"auto is {backend}", "ok", f"for mimo-vl-7b in packs of 8K; {why}")
     yield judge_decoder(facts["decoder"], _version("simplejpeg"))
     yield Finding("backends", "image resize", facts["resize"][0], "ok", "the fastest of " + ", ".join(facts["resize"]))
 

@@ -84,6 +84,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "mimo_megatron/loss/chunk_softmax.py": ("mimo_triton_kernels",),
     "mimo_megatron/data/energon.py": ("megatron.energon",),
     "benchmarks/bench_images.py": ("nvidia.dali",),
+    "benchmarks/gpu/attention.py": ("flash_attn", "flash_attn_interface", "transformer_engine"),
+    "benchmarks/gpu/fp8.py": ("transformer_engine",),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
     "examples/vllm_env/mimo_torchvision_schemas.py": ("torch",),
 }

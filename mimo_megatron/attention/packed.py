@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from mimo_megatron.attention.reference import Piece, reference_attention
+from mimo_megatron.attention.varlen import flash_varlen
 
-Backend = Literal["reference", "sdpa"]
+Backend = Literal["reference", "sdpa", "varlen"]
 __all__ = ["Backend", "Piece", "causal_attention", "varlen_attention"]
 
 
@@ -31,6 +32,8 @@ def varlen_attention(
     if backend == "reference":
         pieces = [Piece(start, end, start, end) for start, end in pairwise(bounds)]
         return reference_attention(q_TNH, k_TKH, v_TKH, pieces, causal=False)
+    if backend == "varlen":
+        return flash_varlen(q_TNH, k_TKH, v_TKH, bounds, causal=False)
     return _grouped_sdpa(q_TNH, k_TKH, v_TKH, _group_runs(bounds, q_TNH.device), causal=False)
 
 
@@ -43,6 +46,9 @@ def causal_attention(
     """
     if backend == "reference":
         return reference_attention(q_TNH, k_TKH, v_TKH, pieces, causal=True)
+    if backend == "varlen":
+        assert all((one.q_start, one.q_end) == (one.k_start, one.k_end) for one in pieces), "whole segments only"
+        return flash_varlen(q_TNH, k_TKH, v_TKH, (0, *(one.q_end for one in pieces)), causal=True)
     groups = _group_pieces(tuple(pieces), len(k_TKH), q_TNH.device)
     assert groups.num_queries == len(q_TNH), (groups.num_queries, len(q_TNH))
     return _grouped_sdpa(q_TNH, k_TKH, v_TKH, groups, causal=True)

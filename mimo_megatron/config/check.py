@@ -258,6 +258,21 @@ def the_text_kernel_has_heads_of_its_widths(config: RunConfig, world_size: int) 
         )
 
 
+def varlen_attention_is_possible(config: RunConfig, world_size: int) -> Iterator[str]:
+    train = config.train
+    named = [f"train.{key}" for key in ("vision_attention", "text_attention") if getattr(train, key) == "varlen"]
+    for key in named:
+        if train.precision == "fp32":
+            yield f"{key}=varlen takes half precision, and train.precision is fp32: set {key}=sdpa"
+    if train.vision_attention == "varlen" and config.model.vision is None:
+        yield "train.vision_attention=varlen, and the model has no vision encoder: leave the key out"
+    if train.text_attention == "varlen" and config.parallel.cp > 1:
+        yield (
+            f"train.text_attention=varlen with parallel.cp ({config.parallel.cp}) above 1: its causal mask is not "
+            "proven for a slice of a segment; set train.text_attention=sdpa"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -290,4 +305,5 @@ RULES: tuple[Rule, ...] = (
     the_vision_kernel_has_heads_of_its_width,
     the_chunked_head_has_a_vocabulary,
     the_text_kernel_has_heads_of_its_widths,
+    varlen_attention_is_possible,
 )

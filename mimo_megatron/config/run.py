@@ -13,8 +13,8 @@ from mimo_megatron.config.rl import RLConfig
 ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
-VisionAttention = Literal["sdpa", "triton"]
-TextAttention = Literal["sdpa", "triton"]
+VisionAttention = Literal["auto", "sdpa", "varlen", "triton"]
+TextAttention = Literal["auto", "sdpa", "varlen", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
@@ -205,13 +205,15 @@ class TrainConfig(Strict):
     )
     vision_attention: VisionAttention = Field(
         "sdpa",
-        description="Attention of the vision encoder: PyTorch's, or this package's kernel for heads 80 wide "
-        "(docs/kernels.md), which needs a GPU and triton and has not been timed on a GPU yet.",
+        description="Attention of the vision encoder. sdpa: PyTorch's, segments of one length in one call; varlen: "
+        "the flash kernels of torch.nn.attention.varlen, in bf16 on a GPU; triton: this package's kernel for heads 80 "
+        "wide (docs/kernels.md), which needs a GPU and triton; auto: the fastest by the table of measurements, sdpa "
+        "where it has no row for the device. None has been timed on a GPU yet.",
     )
     text_attention: TextAttention = Field(
         "sdpa",
-        description="Attention of the decoder in training: PyTorch's, or this package's kernel for heads 16, 32, 64 or "
-        "128 wide (docs/kernels.md), which needs a GPU and triton and has not run on a GPU yet.",
+        description="Attention of the decoder in training, as `train.vision_attention`. varlen: without context "
+        "parallelism; triton: for heads 16, 32, 64 or 128 wide.",
     )
     head_loss: HeadLoss = Field(
         "logits",

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron.attention.cache import KVCache
-from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.attention.packed import Backend, Piece, causal_attention
 from mimo_megatron.attention.text_kernel import TextKernel
 from mimo_megatron.ops import turn
 from mimo_megatron.parallel.collectives import gather_slots
@@ -34,7 +34,8 @@ class PackParams(PackedSeqParams):
     cos_sin: tuple[Tensor, Tensor] | None = None
     """Of the rotary angles of this rank's slots, each [S / cp, 1, H / 2]; set by the decoder, once for all layers."""
     kernel: TextKernel | None = None
-    """In place of PyTorch's attention, except in generation; set by the decoder."""
+    """In place of ``backend``, except in generation; both are set by the decoder."""
+    backend: Backend = "sdpa"
     merge_order_S: Tensor | None = None
     """int64 [S] (``zigzag.merge_order``); None where cp is 1."""
     cache: KVCache | None = None
@@ -80,5 +81,5 @@ class PackedCoreAttention(MegatronModule):
             return cache.attend(self.layer_number, q_TNH, k_TKH, v_TKH).flatten(1).unsqueeze(1)
         if cache is not None:
             cache.remember(self.layer_number, k_TKH, v_TKH)
-        out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces)
+        out_TNH = causal_attention(q_TNH, k_TKH, v_TKH, packed_seq_params.pieces, backend=packed_seq_params.backend)
         return out_TNH.flatten(1).unsqueeze(1)

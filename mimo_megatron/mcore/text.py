@@ -11,9 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron import platform
-from mimo_megatron.attention.text_kernel import text_kernel
+from mimo_megatron.attention.packed import Backend
+from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
+from mimo_megatron.attention.vision_kernel import VisionBackend
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute, TextAttention, VisionAttention
+from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute
 from mimo_megatron.loss.chunk_softmax import chunk_softmax
 from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
@@ -32,11 +34,11 @@ class Numerics:
     recompute_vision: bool = False
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
-    vision_attention: VisionAttention = "sdpa"
+    vision_attention: VisionBackend = "sdpa"
+    text_attention: TextBackend = "sdpa"
     head_loss: HeadLoss = "logits"
     """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
     head_columns: int = 4096
-    text_attention: TextAttention = "sdpa"
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -156,6 +158,7 @@ class TextDecoder(GPTModel):
         self.text_config = text
         self.numerics = numerics
         self.kernel = text_kernel() if numerics.text_attention == "triton" else None
+        self.backend: Backend = "sdpa" if numerics.text_attention == "triton" else numerics.text_attention
         self.mtp: PredictionLayers | None = None
         self.chunking: Chunking | None = None
         self._received: Tensor | None = None
@@ -191,7 +194,7 @@ class TextDecoder(GPTModel):
         stream = self._received if stream is None else stream
         assert stream is not None, "megatron's schedule sets the input of inner stages"
         hidden_S1D, *ahead = stream.chunk(len(rows))
-        params = replace(params, cos_sin=cos_sin, kernel=self.kernel)
+        params = replace(params, cos_sin=cos_sin, kernel=self.kernel, backend=self.backend)
         self.decoder.set_input_tensor(hidden_S1D)
         hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
         if not self.post_process:

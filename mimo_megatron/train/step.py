@@ -26,6 +26,7 @@ from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import LocalPack, local_pack
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
+from mimo_megatron.train.attention import chosen
 from mimo_megatron.types import PackedBatch
 
 Loss = Callable[[Any, LocalPack], LossSums]
@@ -65,13 +66,14 @@ class StepResult:
 def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
     """How the run's model computes, with weights of ``dtype``."""
     train = config.train
+    vision_attention, text_attention = chosen(config)
     return Numerics(
         dtype,
         train.recompute,
         train.recomputes_vision,
         fp32_head=config.rl is not None,
-        vision_attention=train.vision_attention,
-        text_attention=train.text_attention,
+        vision_attention=vision_attention,
+        text_attention=text_attention,
         head_loss=train.head_loss,
         head_columns=train.head_columns,
     )

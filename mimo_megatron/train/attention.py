@@ -1,0 +1,79 @@
+"""The attention back ends of a run: what the recipe names, or what ``auto`` chooses for this device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mimo_megatron import log, platform
+from mimo_megatron.attention import varlen
+from mimo_megatron.attention.choice import DEFAULT, Choice, Op, choose, measured
+from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
+from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
+from mimo_megatron.config.check import TEXT_KERNEL_HEAD_WIDTHS, VISION_KERNEL_HEAD_WIDTH
+from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.run import RunConfig
+from mimo_megatron.errors import ConfigError
+
+
+def device_name() -> str | None:
+    """As torch names this process's GPU; None where there is none."""
+    return None if platform.current().is_cpu else torch.cuda.get_device_name()
+
+
+def chosen(config: RunConfig) -> tuple[VisionBackend, TextBackend]:
+    """(encoder's, decoder's) back end; what ``auto`` chose is logged once.
+
+    ``ConfigError`` where varlen is named and cannot run here; encoder and decoder refuse triton themselves.
+    """
+    train, model, slots = config.train, config.model, config.data.pack_tokens
+    vision, text, half = train.vision_attention, train.text_attention, train.precision != "fp32"
+    if "varlen" in (vision, text) and (problem := varlen.problem()):
+        key = "vision_attention" if vision == "varlen" else "text_attention"
+        raise ConfigError(f"train.{key}=varlen, and {problem}: set train.{key}=sdpa, which runs anywhere")
+    if vision == "auto":
+        vision = _told("vision", vision_choice(model, slots, device_name(), half))
+    if text == "auto":
+        text = _told("text", text_choice(model, slots, device_name(), half, config.parallel.cp))
+    return vision, text
+
+
+def _told(which: str, choice: Choice) -> Any:
+    log.once(f"train.{which}_attention=auto: {choice.backend} ({choice.why})")
+    return choice.backend
+
+
+def vision_choice(model: ModelConfig, slots: int, device: str | None, half: bool) -> Choice:
+    """Of the encoder: its windows and frames count as many times as it has such layers."""
+    vision = model.vision
+    if vision is None:
+        return Choice(DEFAULT, "the model has no vision encoder")
+    num_full = len(set(vision.full_attention_layers))
+    layers: dict[Op, int] = {"vision windows": vision.depth - num_full, "vision frames": num_full}
+    kernel = _kernel_hindrance(vision.head_width, (VISION_KERNEL_HEAD_WIDTH,), vision_kernel)
+    hindrances = {"sdpa": None, "varlen": _varlen_hindrance(half, 1), "triton": kernel}
+    return choose(layers, vision.head_width, slots, device, hindrances, measured())
+
+
+def text_choice(model: ModelConfig, slots: int, device: str | None, half: bool, cp: int = 1) -> Choice:
+    kernel = _kernel_hindrance(model.text.head_width, TEXT_KERNEL_HEAD_WIDTHS, text_kernel)
+    hindrances = {"sdpa": None, "varlen": _varlen_hindrance(half, cp), "triton": kernel}
+    return choose({"text causal": model.text.num_layers}, model.text.head_width, slots, device, hindrances, measured())
+
+
+def _varlen_hindrance(half: bool, cp: int) -> str | None:
+    if not half:
+        return "it takes half precision only"
+    if cp > 1:
+        return "it does not know context parallelism"
+    return varlen.problem()
+
+
+def _kernel_hindrance(head_width: int, widths: Sequence[int], load: Callable[[], Any]) -> str | None:
+    if head_width not in widths:
+        return f"it takes heads {', '.join(map(str, widths))} wide"
+    try:
+        load()
+    except ConfigError as error:
+        return str(error)
+    return None
