@@ -295,6 +295,7 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
             1,
             ["train.text_attention=triton", "model.text.head_width=48", "model.text.mrope_section=[8, 8, 8]"],
         ),
+        ("varlen_attention_is_possible", 1, ["train.text_attention=varlen", "train.precision=fp32"]),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:
