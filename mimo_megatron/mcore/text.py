@@ -11,10 +11,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_megatron import platform
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import ParallelConfig, Recompute, VisionAttention
 from mimo_megatron.mcore.attention import PackParams
-from mimo_megatron.mcore.layers import block_spec
+from mimo_megatron.mcore.layers import block_spec, uses_engine
 from mimo_megatron.mcore.mtp import PredictionLayers
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
@@ -29,6 +30,8 @@ class Numerics:
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionAttention = "sdpa"
+    fp8: Fp8Config | None = None
+    """Of the decoder's linear layers."""
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -74,6 +77,22 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         batch_p2p_comm=not on_cpu,
         deallocate_pipeline_outputs=True,
         **_RECOMPUTE[numerics.recompute],
+        **(_engine_fp8(numerics.fp8) if numerics.fp8 and uses_engine(numerics.fp8) else {}),
+    )
+
+
+def _engine_fp8(fp8: Fp8Config) -> dict[str, Any]:
+    """Megatron's switches of Transformer Engine's FP8. Written by its documentation; never run on a GPU."""
+    recipes = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
+    return dict(
+        fp8=fp8.number_format,
+        fp8_recipe=recipes[fp8.scaling],
+        fp8_amax_history_len=fp8.history,
+        fp8_amax_compute_algo="max",
+        fp8_margin=fp8.margin,
+        first_last_layers_bf16=fp8.first_layers + fp8.last_layers > 0,
+        num_layers_at_start_in_bf16=fp8.first_layers,
+        num_layers_at_end_in_bf16=fp8.last_layers,
     )
 
 
@@ -129,13 +148,20 @@ class TextDecoder(GPTModel):
     """
 
     def __init__(
-        self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, fp32_head: bool = False
+        self,
+        text: TextConfig,
+        config: TransformerConfig,
+        mesh: Mesh,
+        chunk: int = 0,
+        *,
+        fp32_head: bool = False,
+        fp8: Fp8Config | None = None,
     ):
         stages_of_rank = config.virtual_pipeline_model_parallel_size
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
             config,
-            block_spec(config, vp_stage),
+            block_spec(config, vp_stage, fp8),
             vocab_size=text.vocab_size,
             max_sequence_length=text.max_positions,
             pre_process=mesh.is_first_stage and chunk == 0,

@@ -47,7 +47,7 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        self.text = TextDecoder(model.text, config, mesh, chunk, fp32_head=numerics.fp32_head)
+        self.text = TextDecoder(model.text, config, mesh, chunk, fp32_head=numerics.fp32_head, fp8=numerics.fp8)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None

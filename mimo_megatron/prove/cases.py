@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.rl import AlgorithmConfig, PromptSourceConfig, RLConfig, RolloutConfig
@@ -52,10 +53,12 @@ class Feature:
     """Changes to ``TrainConfig``."""
     policy: AlgorithmConfig | None = None
     """Of reinforcement learning: how the pack's rollouts are learnt from."""
+    slots: int = SLOTS
+    """Of a pack."""
 
     @property
     def precision(self) -> str:
-        return self.train.get("precision", "fp32")
+        return "fp8" if "fp8" in self.train else self.train.get("precision", "fp32")
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 CORE = frozenset({
     "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient", "bf16",
+    "policy gradient", "bf16", "fp8 current", "fp8 delayed, full recompute",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -156,6 +159,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("clipped policy gradient", "GRPO's ratio, clipped, with a KL term", "rollouts",
             policy=AlgorithmConfig(name="grpo", kl_weight=0.1)),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
+    Feature("fp8 current", "FP8 products, scaled by the tensors themselves", text=dict(ffn_width=128),
+            train=dict(fp8=Fp8Config(scaling="current")), slots=128),
+    Feature("fp8 delayed, full recompute", "scaled by the step before; all layers computed again", "several_images",
+            text=dict(ffn_width=128),
+            train=dict(fp8=Fp8Config(scaling="delayed", history=2, margin=1), recompute="full"), slots=128),
+    Feature("fp8 blockwise", "scaled by tiles of 128",
+            text=dict(head_width=64, mrope_section=(8, 12, 12), ffn_width=512),
+            train=dict(fp8=Fp8Config(scaling="blockwise")), slots=512),
 )  # fmt: skip
 
 QUICK = frozenset({
@@ -181,7 +192,6 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 NOT_YET: tuple[tuple[str, str], ...] = (
-    ("FP8 layers", "no recipe key; bf16 and fp32 are proven"),
     ("fully sharded data parallelism", "megatron's distributed optimizer shards optimizer state and gradients"),
     ("vision encoder on all pipeline stages", "lives on the first stage"),
 )
@@ -218,8 +228,9 @@ def run_config(layout: Layout, feature: Feature) -> RunConfig:
         model=proof_model(feature.text),
         parallel=ParallelConfig(**layout.fields),
         data=DataConfig(
-            sources=() if feature.policy else (SourceConfig(path=nowhere),), tokenizer=nowhere, pack_tokens=SLOTS,
-            pack_patches=1024, max_pixels=70_000, video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
+            sources=() if feature.policy else (SourceConfig(path=nowhere),), tokenizer=nowhere,
+            pack_tokens=feature.slots, pack_patches=1024, max_pixels=70_000,
+            video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
         ),
         train=TrainConfig(**(train | dict(feature.train))),
         rl=_rl(feature.policy) if feature.policy else None,
