@@ -125,8 +125,8 @@ class DelayedScaling(torch.nn.Module):
         """
         self.history_H3.copy_(torch.cat((seen_3.unsqueeze(0), self.history_H3[:-1])))
         amax_3 = self.history_H3.amax(0)
-        scale_3 = amax_3.new_tensor(self.limits) / amax_3
-        self.scale_3.copy_(torch.where((amax_3 > 0) & scale_3.isfinite() & (scale_3 > 0), scale_3, self.scale_3))
+        scale_3 = (amax_3.new_tensor(self.limits) / amax_3).clamp(max=torch.finfo(torch.float32).max)
+        self.scale_3.copy_(torch.where((amax_3 > 0) & amax_3.isfinite(), scale_3, self.scale_3))
         self.seen_3.zero_()
 
     def _see(self, operand: int, x: Tensor) -> None:
@@ -134,5 +134,4 @@ class DelayedScaling(torch.nn.Module):
         seen.copy_(torch.maximum(seen, x.detach().abs().amax().float()))
 
     def _quantise(self, operand: int, x: Tensor) -> TwoWays:
-        # A scale in use is not the buffer's memory: the step's end changes that.
-        return _with_one_scale(x, self.scale_3[operand].clone(), self.dtypes[operand])
+        return _with_one_scale(x, self.scale_3[operand], self.dtypes[operand])

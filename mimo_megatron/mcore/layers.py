@@ -57,34 +57,44 @@ def layer_backend() -> Literal["transformer-engine", "local"]:
 
 
 def fp8_engine(fp8: Fp8Config) -> Fp8Engine:
-    """What multiplies in FP8 on this machine: the recipe's choice, or with ``auto`` the first that is here.
+    """What multiplies in FP8 on this machine: the recipe's choice; with ``auto`` on the CPU the twin, on a GPU the
+    first of the others that can.
 
-    ``ConfigError`` where the choice is not here, or does not know the scaling.
+    ``ConfigError`` where the choice cannot, or none can.
     """
-    here: dict[Fp8Engine, str] = {"transformer-engine": "", "scaled_mm": "", "twin": ""}
-    """Why each cannot be used; empty where it can."""
-    if layer_backend() != "transformer-engine":
-        here["transformer-engine"] = "Transformer Engine is not installed, or there is no GPU"
-    elif fp8.scaling == "delayed" and fp8.first_layers + fp8.last_layers:
-        here["transformer-engine"] = "Transformer Engine in megatron has delayed scaling in all layers or none: set "
-        here["transformer-engine"] += "train.fp8.first_layers=0 and last_layers=0, or scaling=current"
-    if not platform.has_fp8_products():
-        here["scaled_mm"] = "this GPU has no FP8 products (Ada, Hopper or later has)"
-    elif fp8.scaling == "blockwise":
-        here["scaled_mm"] = "scaled_mm has one scale for a tensor"
+    reasons = {"transformer-engine": _why_not_transformer_engine(fp8), "scaled_mm": _why_not_scaled_mm(fp8), "twin": ""}
     if fp8.engine != "auto":
-        if here[fp8.engine]:
-            raise ConfigError(f"train.fp8.engine={fp8.engine} with scaling {fp8.scaling}: {here[fp8.engine]}")
+        if reason := reasons[fp8.engine]:
+            raise ConfigError(f"train.fp8.engine={fp8.engine} cannot be used: {reason}; or set train.fp8.engine=auto")
         return fp8.engine
     if platform.current().is_cpu:
         return "twin"
     for engine in ("transformer-engine", "scaled_mm"):
-        if not here[engine]:
+        if not reasons[engine]:
             return engine
     raise ConfigError(
-        f"train.fp8 with scaling {fp8.scaling} cannot run here. " + "; ".join(filter(None, here.values()))
-        + ". Leave train.fp8 out, or set train.fp8.engine=twin, which is slower than no FP8"
-    )  # fmt: skip
+        f"train.fp8 cannot run here: {reasons['transformer-engine']}; {reasons['scaled_mm']}. Leave train.fp8 out, or "
+        "set train.fp8.engine=twin, which is slower than no FP8"
+    )
+
+
+def _why_not_transformer_engine(fp8: Fp8Config) -> str:
+    """Empty where it can be used."""
+    if layer_backend() != "transformer-engine":
+        return "Transformer Engine is not installed, or there is no GPU"
+    if fp8.scaling == "delayed" and fp8.first_layers + fp8.last_layers:
+        return (
+            "megatron has Transformer Engine's delayed scaling in all layers or none: set train.fp8.first_layers=0 and "
+            "last_layers=0, or scaling=current"
+        )
+    return ""
+
+
+def _why_not_scaled_mm(fp8: Fp8Config) -> str:
+    """Empty where it can be used."""
+    if not platform.has_fp8_products():
+        return "this GPU has no FP8 products, as Ada, Hopper and later have"
+    return "torch._scaled_mm has one scale for a tensor, and scaling is blockwise" if fp8.scaling == "blockwise" else ""
 
 
 def uses_engine(fp8: Fp8Config | None) -> bool:

@@ -175,7 +175,7 @@ QUICK = frozenset({
 """Layouts of ``--quick``, each with the features below."""
 QUICK_FEATURES = frozenset({
     "mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient",
+    "policy gradient", "fp8 current",
 })  # fmt: skip
 
 REFUSALS: tuple[Refusal, ...] = (
