@@ -165,7 +165,7 @@ FEATURES: tuple[Feature, ...] = (
             text=dict(ffn_width=128),
             train=dict(fp8=Fp8Config(scaling="delayed", history=2, margin=1), recompute="full"), slots=128),
     Feature("fp8 blockwise", "scaled by tiles of 128",
-            text=dict(head_width=64, mrope_section=(8, 12, 12), ffn_width=512),
+            text=dict(num_heads=4, head_width=64, mrope_section=(8, 12, 12), ffn_width=256),
             train=dict(fp8=Fp8Config(scaling="blockwise")), slots=512),
 )  # fmt: skip
 
