@@ -48,7 +48,9 @@ def train(recipe: Path, folder: Path, kind: str, seed: int, steps: int) -> dict[
     """The run's mean loss over its last steps, and its median seconds of a step. A finished run is only read."""
     metrics = folder / "metrics.jsonl"
     if not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
-        options = (f"dir={folder}", f"seed={seed}", f"train.steps={steps}", ONE_PROCESS, *KINDS[kind])
+        longest = load_recipe(recipe, [ONE_PROCESS]).train.schedule.warmup_steps
+        warmup = f"train.schedule.warmup_steps={min(longest, steps)}"
+        options = (f"dir={folder}", f"seed={seed}", f"train.steps={steps}", warmup, ONE_PROCESS, *KINDS[kind])
         run("train", recipe, "--ranks", 1, *options)
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     last = rows[-LAST:]
