@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -112,6 +112,17 @@ def judge_decoder(default: str, version: str | None) -> Finding:
     return Finding("backends", "image decoder", default, "ok", f"the default of data.decoder; simplejpeg {version}")
 
 
+def judge_fp8(engines: Mapping[str, str], *, on_gpu: bool) -> Finding:
+    """``engines`` multiply with each scaling of ``train.fp8``."""
+    found = ", ".join(f"{scaling}: {engine}" for scaling, engine in engines.items())
+    if not on_gpu:
+        return Finding("backends", "FP8 products", found, "ok", "operands rounded to FP8, multiplied in fp32: no speed")
+    if set(engines.values()) <= {"transformer-engine", "scaled_mm"}:
+        return Finding("backends", "FP8 products", found, "ok", "the first that can, with train.fp8.engine=auto")
+    why = "blockwise scaling needs Transformer Engine, the others a GPU of Ada or Hopper or later"
+    return Finding("backends", "FP8 products", found, "note", why, "leave train.fp8 out, or take another scaling")
+
+
 def judge_gpu_package(name: str, use: str, version: str | None, error: str | None) -> Finding:
     """For a machine with a GPU."""
     if version is None:
@@ -154,13 +165,20 @@ from mimo_megatron import platform
 from mimo_megatron import _packing
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import EncodingConfig
-from mimo_megatron.mcore.layers import layer_backend
+from mimo_megatron.config.fp8 import Fp8Config
+from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 from mimo_megatron.train.attention import device_name, text_choice, vision_choice
 here, model = platform.current(), preset("mimo-vl-7b")
-facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend()}
+facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend(), "fp8": {}}
 for name, choice in (("vision", vision_choice), ("text", text_choice)):
     found = choice(model, 8192, device_name(), half=True)
     facts[f"{name} attention"] = [found.backend, found.why]
+for scaling in ("current", "delayed", "blockwise"):
+    try:
+        facts["fp8"][scaling] = fp8_engine(Fp8Config(scaling=scaling))
+    except ConfigError as error:
+        facts["fp8"][scaling] = "none"
 facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
 """
@@ -260,6 +278,7 @@ def _backends() -> Iterator[Finding]:
     uses_engine = facts["layers"] == "transformer-engine"
     why = "installed, and there is a GPU" if uses_engine else "megatron's own; Transformer Engine needs a GPU"
     yield Finding("backends", "decoder layers", facts["layers"], "note" if on_gpu and not uses_engine else "ok", why)
+    yield judge_fp8(facts["fp8"], on_gpu=on_gpu)
     for name in ("vision attention", "text attention"):
         backend, why = facts[name]
         yield Finding("backends", name, f"auto is {backend}", "ok", f"for mimo-vl-7b in packs of 8K; {why}")

@@ -6,6 +6,7 @@ before any device is touched.
 
 from collections.abc import Callable, Iterator
 
+from mimo_megatron.config.check_fp8 import fp8_problems
 from mimo_megatron.config.check_rl import rl_problems
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.problems import refuse
@@ -21,7 +22,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """Nothing where the run fits ``world_size`` ranks, else a ``ConfigError`` that lists every failed rule."""
     problems = [message for rule in LAYOUT_RULES for message in rule(config.model, config.parallel, world_size)]
     problems += [message for rule in RULES for message in rule(config, world_size)]
-    problems += rl_problems(config)
+    problems += fp8_problems(config) + rl_problems(config)
     refuse(f"run {config.name!r} on {_ranks(world_size)}", problems)
 
 

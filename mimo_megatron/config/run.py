@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 
 from mimo_megatron.config.base import Strict
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.pack_cost import PackCost
 from mimo_megatron.config.rl import RLConfig
@@ -188,6 +189,9 @@ class TrainConfig(Strict):
         1, gt=0, description="Global batch, in packs. Not used with rl: there rollouts make as many as they fill."
     )
     precision: Precision = Field("bf16", description="Of weights and activations; updates are in fp32.")
+    fp8: Fp8Config | None = Field(
+        None, description="The decoder's linear layers multiply in FP8 (docs/fp8.md); null for `precision` everywhere."
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")
     vision: ModuleTraining = Field(ModuleTraining(), description="The vision encoder.")

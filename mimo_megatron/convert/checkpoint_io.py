@@ -36,14 +36,15 @@ from mimo_megatron.convert.hf_io import write_json
 from mimo_megatron.convert.storage import Scratch, Stored, map_tensor
 from mimo_megatron.errors import CheckpointError
 
-OPTIMIZER_PREFIX = "optimizer."
+TRAINING_PREFIXES = ("optimizer.", "fp8.")
+"""Of what a checkpoint holds beside the model: of use to training alone."""
 _METADATA_FILE = ".metadata"
 _DATA_FILE = "__0_0.distcp"
 _RECORD_ALIGNMENT = 64
 
 
 class CheckpointReader:
-    """The model's tensors in a checkpoint folder, whole, whatever layout saved them. Optimizer state is not seen.
+    """The model's tensors in a checkpoint folder, whole, whatever layout saved them. Training's own state is not seen.
 
     Opening one reads the whole folder once and refuses bytes that are not those written, unless
     it is about to be sealed.
@@ -59,7 +60,7 @@ class CheckpointReader:
         self._entries = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(TRAINING_PREFIXES)
         }
         self._scratch = Scratch()
         for key, entry in self._entries.items():

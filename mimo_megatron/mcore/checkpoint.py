@@ -37,6 +37,7 @@ from mimo_megatron.config.processor import write_processor
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.errors import CheckpointError, DamagedCheckpointError
 from mimo_megatron.log import get_logger
+from mimo_megatron.mcore import fp8
 from mimo_megatron.mcore.module import MegatronModule
 from mimo_megatron.mcore.optimizer import CONTENT, live_tensors, load_state, sharded_state
 from mimo_megatron.mcore.shard_files import HostBuffers, Part, Piece, write_part
@@ -192,6 +193,8 @@ def load(
     check_whole_together(folder)
     (check_body if keeps_head else check_description)(folder, model_config)
     wanted = _sharded(chunks, optimizer, is_loading=True)
+    if not fp8.is_saved(chunks, folder):
+        wanted.pop("fp8", None)
     heads = [chunk.pop(_HEAD, None) for chunk in wanted["model"].values()] if keeps_head else []
     try:
         loaded = dist_checkpointing.load(wanted, str(folder))
@@ -205,6 +208,8 @@ def load(
         if heads and heads[number] is not None:
             tensors[_HEAD] = heads[number].data
         chunk.load_state_dict(tensors, strict=True)
+    if "fp8" in wanted:
+        fp8.load_state(chunks, loaded["fp8"])
     if optimizer is not None:
         load_state(optimizer, loaded)
     return json.loads((folder / STATE_FILE).read_text())
@@ -264,4 +269,9 @@ def _sharded(
     chunks: Sequence[MegatronModule], optimizer: MegatronOptimizer | None, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = {f"chunk{number}": chunk.sharded_state_dict(metadata=CONTENT) for number, chunk in enumerate(chunks)}
-    return {"model": weights, **(sharded_state(optimizer, weights, is_loading=is_loading) if optimizer else {})}
+    scales = fp8.sharded_state(chunks)
+    return {
+        "model": weights,
+        **({"fp8": scales} if scales else {}),
+        **(sharded_state(optimizer, weights, is_loading=is_loading) if optimizer else {}),
+    }

@@ -6,6 +6,7 @@ first pipeline stage, image features included, behind the hidden states (``TextD
 embed token ids a second time on the last stage, where there are no image features. Source: DeepSeek-V3, section 2.2.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,8 @@ class PredictionLayers(MegatronModule):
 
     def __init__(self, config: TransformerConfig, num_layers: int, vp_stage: int | None):
         super().__init__(config)
+        config = copy.copy(config)
+        config.fp8 = None  # megatron would put these layers into Transformer Engine's FP8 with the others
         spec = prediction_layer_spec()
         groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.layers = torch.nn.ModuleList(

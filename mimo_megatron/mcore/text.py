@@ -14,12 +14,13 @@ from mimo_megatron import platform
 from mimo_megatron.attention.packed import Backend
 from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.attention.vision_kernel import VisionBackend
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute
 from mimo_megatron.loss.chunk_softmax import chunk_softmax
 from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
-from mimo_megatron.mcore.layers import block_spec
+from mimo_megatron.mcore.layers import block_spec, uses_engine
 from mimo_megatron.mcore.mtp import PredictionLayers
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
@@ -39,6 +40,8 @@ class Numerics:
     head_loss: HeadLoss = "logits"
     """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
     head_columns: int = 4096
+    fp8: Fp8Config | None = None
+    """Of the decoder's linear layers."""
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -84,6 +87,22 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         batch_p2p_comm=not on_cpu,
         deallocate_pipeline_outputs=True,
         **_RECOMPUTE[numerics.recompute],
+        **(_engine_fp8(numerics.fp8) if numerics.fp8 and uses_engine(numerics.fp8) else {}),
+    )
+
+
+def _engine_fp8(fp8: Fp8Config) -> dict[str, Any]:
+    """Megatron's switches of Transformer Engine's FP8. Written by its documentation; never run on a GPU."""
+    recipes = {"current": "tensorwise", "delayed": "delayed", "blockwise": "blockwise"}
+    return dict(
+        fp8=fp8.number_format,
+        fp8_recipe=recipes[fp8.scaling],
+        fp8_amax_history_len=fp8.history,
+        fp8_amax_compute_algo="max",
+        fp8_margin=fp8.margin,
+        first_last_layers_bf16=fp8.first_layers + fp8.last_layers > 0,
+        num_layers_at_start_in_bf16=fp8.first_layers,
+        num_layers_at_end_in_bf16=fp8.last_layers,
     )
 
 
@@ -145,7 +164,7 @@ class TextDecoder(GPTModel):
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
             config,
-            block_spec(config, vp_stage),
+            block_spec(config, vp_stage, numerics.fp8),
             vocab_size=text.vocab_size,
             max_sequence_length=text.max_positions,
             pre_process=mesh.is_first_stage and chunk == 0,

@@ -159,6 +159,8 @@ def page(
     yield Text(f"Plan of {config.name} on {num_gpus} x {gpu.name}", "bold")
     for note in packs.notes:
         yield Text(f"- {note}")
+    if config.train.fp8 is not None:
+        yield Text(f"- train.fp8 is not modelled: times and memory are those of {config.train.precision} alone")
     yield Text("")
     if isinstance(own, str):
         yield Text(f"The recipe's own layout is refused:\n{own}\n", "red")

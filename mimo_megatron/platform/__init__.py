@@ -31,6 +31,11 @@ def current() -> Platform:
     return Platform("cuda", "nccl") if torch.cuda.is_available() else Platform("cpu", "gloo")
 
 
+def has_fp8_products() -> bool:
+    """Whether ``torch._scaled_mm`` runs here: on the CPU, slowly, and on GPUs from Ada and Hopper (8.9) on."""
+    return current().is_cpu or torch.cuda.get_device_capability() >= (8, 9)
+
+
 def prepare_megatron() -> None:
     """Make megatron-core usable in this process: nothing on CUDA, the CPU stand-ins of ``cpu.install`` else."""
     if current().is_cpu:

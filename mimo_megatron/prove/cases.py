@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.rl import AlgorithmConfig, PromptSourceConfig, RLConfig, RolloutConfig
@@ -52,10 +53,12 @@ class Feature:
     """Changes to ``TrainConfig``."""
     policy: AlgorithmConfig | None = None
     """Of reinforcement learning: how the pack's rollouts are learnt from."""
+    slots: int = SLOTS
+    """Of a pack."""
 
     @property
     def precision(self) -> str:
-        return self.train.get("precision", "fp32")
+        return "fp8" if "fp8" in self.train else self.train.get("precision", "fp32")
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 CORE = frozenset({
     "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient", "head in chunks", "bf16",
+    "policy gradient", "head in chunks", "bf16", "fp8 current",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -164,6 +167,14 @@ FEATURES: tuple[Feature, ...] = (
     Feature("policy gradient, head in chunks", "clipped, with a KL term, no table of logits", "rollouts",
             policy=AlgorithmConfig(name="grpo", kl_weight=0.1), train=IN_CHUNKS),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
+    Feature("fp8 current", "FP8 products, scaled by the tensors themselves", text=dict(ffn_width=128),
+            train=dict(fp8=Fp8Config(scaling="current")), slots=128),
+    Feature("fp8 delayed, full recompute", "scaled by the step before; all layers computed again", "several_images",
+            text=dict(ffn_width=128),
+            train=dict(fp8=Fp8Config(scaling="delayed", history=2, margin=1), recompute="full"), slots=128),
+    Feature("fp8 blockwise", "scaled by tiles of 128",
+            text=dict(num_heads=4, head_width=64, mrope_section=(8, 12, 12), ffn_width=256),
+            train=dict(fp8=Fp8Config(scaling="blockwise")), slots=512),
 )  # fmt: skip
 
 QUICK = frozenset({
@@ -172,7 +183,7 @@ QUICK = frozenset({
 """Layouts of ``--quick``, each with the features below."""
 QUICK_FEATURES = frozenset({
     "mixed", "zero-image ranks", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient",
+    "policy gradient", "fp8 current",
 })  # fmt: skip
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -189,7 +200,6 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 NOT_YET: tuple[tuple[str, str], ...] = (
-    ("FP8 layers", "no recipe key; bf16 and fp32 are proven"),
     ("fully sharded data parallelism", "megatron's distributed optimizer shards optimizer state and gradients"),
     ("vision encoder on all pipeline stages", "lives on the first stage"),
 )
@@ -226,8 +236,9 @@ def run_config(layout: Layout, feature: Feature) -> RunConfig:
         model=proof_model(feature.text),
         parallel=ParallelConfig(**layout.fields),
         data=DataConfig(
-            sources=() if feature.policy else (SourceConfig(path=nowhere),), tokenizer=nowhere, pack_tokens=SLOTS,
-            pack_patches=1024, max_pixels=70_000, video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
+            sources=() if feature.policy else (SourceConfig(path=nowhere),), tokenizer=nowhere,
+            pack_tokens=feature.slots, pack_patches=1024, max_pixels=70_000,
+            video=VideoConfig(max_total_tokens=90, max_pixels_per_frame=60_000),
         ),
         train=TrainConfig(**(train | dict(feature.train))),
         rl=_rl(feature.policy) if feature.policy else None,

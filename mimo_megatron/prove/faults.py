@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore.boot import current_mesh
 from mimo_megatron.mcore.schedule import LossSums
 from mimo_megatron.parallel.mesh import Axis
 
@@ -122,6 +123,18 @@ def _always(_original: Any) -> Any:
     return lambda *_, **__: True
 
 
+def _agreed_over_cp_alone(shared_amax: Any) -> Any:
+    return lambda tensors, _axis: shared_amax(tensors, current_mesh().cp)
+
+
+def _agreed_over_tp_alone(shared_amax: Any) -> Any:
+    return lambda tensors, _axis: shared_amax(tensors, current_mesh().tp)
+
+
+def _without_data_parallel_ranks(_parallel_state: Any) -> Any:
+    return SimpleNamespace(get_amax_reduction_group=lambda **_: current_mesh().tp_cp.group)
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "tp sum dropped",
@@ -206,6 +219,34 @@ FAULTS: tuple[Fault, ...] = (
         ("mimo_megatron.loss.implicit_logits:_chunks",),
         _without_the_last_chunk,
         "dp2 · policy gradient, head in chunks",
+        "the forward pass",
+    ),
+    Fault(
+        "largest magnitude of an FP8 tensor not agreed over tp",
+        ("mimo_megatron.fp8.scaling:shared_amax",),
+        _agreed_over_cp_alone,
+        "tp2 · fp8 current",
+        "the forward pass",
+    ),
+    Fault(
+        "largest magnitude of an FP8 tensor not agreed over cp",
+        ("mimo_megatron.fp8.scaling:shared_amax",),
+        _agreed_over_tp_alone,
+        "cp2 · fp8 current",
+        "the forward pass",
+    ),
+    Fault(
+        "history of FP8 magnitudes without the other data-parallel ranks' packs",
+        ("mimo_megatron.mcore.fp8:parallel_state",),
+        _without_data_parallel_ranks,
+        "dp2 · fp8 delayed, full recompute",
+        "the forward pass",
+    ),
+    Fault(
+        "FP8 scales one step late",
+        ("mimo_megatron.fp8.scaling:DelayedScaling.end_step",),
+        _nothing,
+        "pp2 · fp8 delayed, full recompute",
         "the forward pass",
     ),
 )

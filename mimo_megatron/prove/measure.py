@@ -18,12 +18,12 @@ from torch.nn import Parameter
 from mimo_megatron.config.check import check
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.collate import collate
-from mimo_megatron.mcore import optimizer, weights
+from mimo_megatron.mcore import fp8, optimizer, weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_microbatches
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
-from mimo_megatron.prove.cases import SLOTS, Case, run_config
+from mimo_megatron.prove.cases import Case, run_config
 from mimo_megatron.prove.faults import planted
 from mimo_megatron.prove.material import MOST_ROLLOUTS, PACKS
 from mimo_megatron.rl.update import PolicyLoss, clipping_of
@@ -71,7 +71,7 @@ def outcome(address: RankAddress, case: Case) -> Outcome:
     config = run_config(case.layout, case.feature)
     check(config, address.world_size)
     with megatron(config.parallel, address) as mesh:
-        batches = [collate(pack, config.model, SLOTS) for pack in PACKS[case.feature.packs]]
+        batches = [collate(pack, config.model, case.feature.slots) for pack in PACKS[case.feature.packs]]
         own = batches[mesh.dp.rank :: mesh.dp.size]
         return Outcome(*gradients(config, mesh, own), *_step(config, mesh, own))
 
@@ -136,7 +136,9 @@ def _worst(many: list[Mapping[str, float]]) -> dict[str, float]:
 
 
 def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tuple[float, int, Named]:
-    """(objective sum, trained tokens, gradients) of one step from the seed's weights, in fp64, or in bf16 with bf16."""
+    """(objective sum, trained tokens, gradients) of one step from the seed's weights, in fp64, or in bf16 with bf16.
+
+    Where FP8 scales come from the step before, of the second such step."""
     text, train = config.model.text, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float64
     chunks = build_chunks(config.model, config.parallel, numerics_of(config, dtype), mesh)
@@ -146,6 +148,11 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
     packs = local_packs(text, mesh, chunks, batches)
     loss = _loss(config, mesh, next(chunks[0].parameters()).device)
+    if train.fp8 is not None and train.fp8.scaling == "delayed":
+        run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
+        fp8.end_step(chunks)
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
     sums = run_microbatches(wrapped, packs, packs[0].num_stream_slots, loss, whole_gradients=True)
     named = {name: _whole(name, gradient_of(param), param, mesh) for name, param in _trained(chunks)}
     return sums.objective, sums.count, named

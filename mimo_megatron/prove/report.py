@@ -21,7 +21,7 @@ from mimo_megatron.prove.run import TOLERANCES, Verdict
 
 EQUAL, DIFFERS, NOT_RUN = "✓", "✗", "·"
 PACKAGES = ("torch", "megatron-core")
-_PRECISIONS = {"fp32": "fp64, step in fp32", "bf16": "bf16"}
+_PRECISIONS = {"fp32": "fp64, step in fp32", "bf16": "bf16", "fp8": "FP8 products in fp64, step in fp32"}
 
 
 def follow(verdicts: Iterable[Verdict], num_cases: int, console: Console) -> list[Verdict]:

@@ -193,6 +193,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
         ("Model", run.setting("model.name")),
         ("Layout", _layout(run, start.get("ranks"))),
         ("Precision", run.setting("train.precision")),
+        ("FP8", run.setting("train.fp8.scaling")),
         ("Started from", run.setting("start_from")),
         ("Algorithm", _algorithm(run)),
         ("Seed", run.setting("seed")),

@@ -16,10 +16,12 @@ from mimo_megatron.config.model import TextConfig
 from mimo_megatron.config.run import ParallelConfig, RunConfig
 from mimo_megatron.data.media_part import ALL_MEDIA, NO_MEDIA, MediaPart
 from mimo_megatron.errors import NonFiniteError
+from mimo_megatron.log import get_logger
 from mimo_megatron.loss.cross_entropy import Logits, token_losses
 from mimo_megatron.loss.preference import pair_losses
+from mimo_megatron.mcore import fp8, weights
 from mimo_megatron.mcore import optimizer as mcore_optimizer
-from mimo_megatron.mcore import weights
+from mimo_megatron.mcore.layers import fp8_engine
 from mimo_megatron.mcore.optimizer import DistributedDataParallel, MegatronOptimizer
 from mimo_megatron.mcore.schedule import LossSums, StepSums, run_microbatches
 from mimo_megatron.mcore.text import Numerics
@@ -76,6 +78,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         text_attention=text_attention,
         head_loss=train.head_loss,
         head_columns=train.head_columns,
+        fp8=train.fp8,
     )
 
 
@@ -83,6 +86,8 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
     """This rank's stages with weights drawn from the seed, frozen parts taken out of training."""
     train = config.train
     numerics = numerics_of(config, DTYPES[train.precision])
+    if train.fp8 is not None:
+        get_logger().info("FP8 products, %s scaling: by %s", train.fp8.scaling, fp8_engine(train.fp8))
     chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
@@ -182,6 +187,7 @@ def train_step(
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the {what} is {value}, before the optimizer")
     _updated, grad_norm, _zeros = trainer.optimizer.step()
+    fp8.end_step(trainer.chunks)
     text = trainer.config.model.text
     weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0
     mtp_loss = (objective - mean_loss) / weight if weight else None

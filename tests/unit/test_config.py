@@ -228,7 +228,7 @@ def test_keys_are_exactly_those_the_resolved_tree_has(recipe: Path, tmp_path: Pa
         inner = {f"{prefix}.{key}".lstrip("."): value for key, value in tree.items()}
         return set(inner).union(*(paths(value, key) for key, value in inner.items() if isinstance(value, dict | list)))
 
-    with_cost = load_recipe(recipe, ["data.cost={per_token: 1}"])
+    with_cost = load_recipe(recipe, ["data.cost={per_token: 1}", "train.fp8={}"])
     trees = [config.model_dump(mode="json") for config in (with_cost, load_recipe(rl_recipe(tmp_path)))]
     assert set(all_keys()) - {"base", "model.preset"} == set().union(*(paths(tree, "") for tree in trees))
 

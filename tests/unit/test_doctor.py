@@ -8,6 +8,7 @@ import pytest
 
 from mimo_megatron import doctor, platform
 from mimo_megatron.cli import main
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.doctor import (
     TOPICS,
     Finding,
@@ -16,6 +17,7 @@ from mimo_megatron.doctor import (
     has_fault,
     judge_dali,
     judge_energon,
+    judge_fp8,
     judge_gpu_package,
     judge_megatron,
     judge_memory,
@@ -23,7 +25,7 @@ from mimo_megatron.doctor import (
     judge_requirements,
     judge_torchvision,
 )
-from mimo_megatron.mcore.layers import layer_backend
+from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,7 @@ def test_backends_are_those_the_package_chooses(findings: list[Finding]) -> None
     here = platform.current()
     assert (found["device"], found["collectives"]) == (here.kind, here.backend)
     assert found["decoder layers"] == layer_backend()
+    assert found["FP8 products"].startswith(f"current: {fp8_engine(Fp8Config())}, delayed: ")
 
 
 def test_every_finding_belongs_to_a_topic_and_every_fault_would_have_a_remedy(findings: list[Finding]) -> None:
@@ -134,3 +137,9 @@ def test_dali_is_optional():
 def test_energon_is_optional():
     assert judge_energon(None).status == judge_energon("7.4.1").status == "ok"
     assert (judge_energon(None).found, judge_energon("7.4.1").found) == ("not installed", "7.4.1")
+
+
+def test_a_gpu_that_cannot_multiply_in_fp8_is_a_note_with_a_remedy():
+    assert judge_fp8({"current": "scaled_mm", "blockwise": "transformer-engine"}, on_gpu=True).status == "ok"
+    lacking = judge_fp8({"current": "scaled_mm", "blockwise": "none"}, on_gpu=True)
+    assert lacking.status == "note" and lacking.remedy

@@ -1,0 +1,43 @@
+"""How the decoder's linear layers are computed in FP8; docs/fp8.md says what each key means for the numbers."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from mimo_megatron.config.base import Strict
+
+Fp8Scaling = Literal["current", "delayed", "blockwise"]
+Fp8Format = Literal["hybrid", "e4m3"]
+Fp8Engine = Literal["transformer-engine", "scaled_mm", "twin"]
+
+
+class Fp8Config(Strict):
+    scaling: Fp8Scaling = Field(
+        "current",
+        description="What an operand is divided by before it is rounded. current: its own largest value; delayed: the "
+        "largest of earlier steps; blockwise: that of tiles of 128 values, of weights of 128 x 128, a power of two.",
+    )
+    format: Fp8Format | None = Field(
+        None,
+        description="hybrid: e4m3 forward, e5m2 for gradients; e4m3: for both. null: e4m3 with blockwise scaling, "
+        "else hybrid.",
+    )
+    first_layers: int = Field(1, ge=0, description="Decoder layers at the start that are not in FP8.")
+    last_layers: int = Field(1, ge=0, description="Decoder layers at the end that are not in FP8.")
+    history: int = Field(1024, ge=1, description="Steps whose largest values delayed scaling remembers.")
+    margin: int = Field(0, ge=0, description="Powers of two that delayed scaling leaves free for larger values.")
+    engine: Literal["auto"] | Fp8Engine = Field(
+        "auto",
+        description="What multiplies. transformer-engine: its layers; scaled_mm: PyTorch's FP8 product; twin: rounds "
+        "to FP8 and multiplies in fp32, on any machine. auto: on a GPU the first of the former two that can, on the "
+        "CPU the twin; `mimo-megatron doctor` names it.",
+    )
+
+    @property
+    def number_format(self) -> Fp8Format:
+        """The format that holds, given or the scaling's own."""
+        return self.format or ("e4m3" if self.scaling == "blockwise" else "hybrid")
+
+    def covers(self, layer: int, num_layers: int) -> bool:
+        """Whether the decoder layer of that number, from 0, is in FP8."""
+        return self.first_layers <= layer < num_layers - self.last_layers

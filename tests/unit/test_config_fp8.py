@@ -1,0 +1,123 @@
+"""The rules of the section ``train.fp8``: each fires alone, its remedy works; and which engine multiplies where."""
+
+from pathlib import Path
+
+import pytest
+
+from mimo_megatron import platform
+from mimo_megatron.config.check import check
+from mimo_megatron.config.check_fp8 import FP8_RULES
+from mimo_megatron.config.fp8 import Fp8Config
+from mimo_megatron.config.load import load_recipe
+from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore import layers
+from tests.unit.test_config import RECIPE, failed, rl_recipe, write
+
+BLOCKS = "train.fp8={scaling: blockwise}"
+WIDE = "model.text={width: 256, num_heads: 4, num_kv_heads: 2, head_width: 64, mrope_section: [8, 12, 12]}"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write(tmp_path / "example.yaml", RECIPE)
+
+
+CASES = [
+    ("packs_are_aligned", 1, ["train.fp8={}", "data.pack_tokens=520"]),
+    ("packs_are_aligned", 4, ["train.fp8={}", "data.pack_tokens=520", "parallel={cp: 4}"]),
+    ("packs_are_aligned", 2, [BLOCKS, "data.pack_tokens=768", "parallel={cp: 2}"]),
+    ("sizes_are_aligned", 1, ["train.fp8={}", "model.text.ffn_width=328"]),
+    ("sizes_are_aligned", 2, ["train.fp8={}", "model.text.ffn_width=336", "parallel={tp: 2}"]),
+    ("sizes_are_aligned", 2, [BLOCKS, "parallel={tp: 2}"]),
+    ("a_layer_is_in_fp8", 1, ["train.fp8={first_layers: 2, last_layers: 2}"]),
+    ("only_delayed_scaling_has_a_history", 1, ["train.fp8={margin: 1}"]),
+    ("only_delayed_scaling_has_a_history", 1, ["train.fp8={scaling: blockwise, history: 16}"]),
+]
+
+
+def fired(config) -> set[str]:
+    return {rule.__name__ for rule in FP8_RULES if list(rule(config.train.fp8, config))}
+
+
+@pytest.mark.parametrize(("rule", "world_size", "overrides"), CASES)
+def test_each_rule_of_fp8_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:
+    assert failed(recipe, world_size, *overrides) == set()
+    assert fired(load_recipe(recipe, overrides)) == {rule}
+
+
+def test_all_rules_of_fp8_are_tested(tmp_path: Path) -> None:
+    config = load_recipe(rl_recipe(tmp_path), ["train.fp8={}"])
+    assert fired(config) == {"a_policy_is_not_in_fp8"}
+    with pytest.raises(ConfigError, match=r"train\.fp8 with the section rl"):
+        check(config, 1)
+    assert {rule for rule, *_ in CASES} | fired(config) == {rule.__name__ for rule in FP8_RULES}
+
+
+@pytest.mark.parametrize("scaling", ["current", "delayed", "blockwise"])
+def test_what_fits_is_accepted(recipe: Path, scaling: str) -> None:
+    fp8 = f"train.fp8={{scaling: {scaling}}}"
+    check(load_recipe(recipe, [fp8]), 1)
+    check(load_recipe(recipe, [fp8, WIDE, "model.text.ffn_width=512", "parallel={tp: 2}"]), 2)
+    check(load_recipe(recipe, [fp8, "parallel={cp: 2}"]), 2)
+
+
+def test_the_proposed_pack_fits(recipe: Path) -> None:
+    layout = ["parallel={tp: 2, cp: 2, sequence_parallel: true}", "data.pack_tokens=520", "train.fp8={}"]
+    with pytest.raises(ConfigError, match=r"set data\.pack_tokens=576") as caught:
+        check(load_recipe(recipe, layout), 4)
+    assert "16 * cp * tp = 64" in str(caught.value)
+    check(load_recipe(recipe, [*layout, "data.pack_tokens=576"]), 4)
+
+
+def test_the_format_is_the_scalings_own_unless_it_is_given() -> None:
+    assert [Fp8Config(scaling=one).number_format for one in ("current", "delayed", "blockwise")] == [
+        "hybrid", "hybrid", "e4m3",
+    ]  # fmt: skip
+    assert Fp8Config(scaling="blockwise", format="hybrid").number_format == "hybrid"
+    assert [layer for layer in range(6) if Fp8Config(last_layers=2).covers(layer, 6)] == [1, 2, 3]
+
+
+# --- which engine multiplies -----------------------------------------------------------------------------------------
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, fp8: bool = True, engine: bool = False) -> None:
+    here = platform.Platform("cuda", "nccl") if gpu else platform.Platform("cpu", "gloo")
+    monkeypatch.setattr(platform, "current", lambda: here)
+    monkeypatch.setattr(platform, "has_fp8_products", lambda: fp8)
+    monkeypatch.setattr(layers, "layer_backend", lambda: "transformer-engine" if engine else "local")
+
+
+def test_the_cpu_has_the_twin_and_a_gpu_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, here in {
+        "cpu": dict(gpu=False),
+        "h100": dict(gpu=True),
+        "h100 with engine": dict(gpu=True, engine=True),
+    }.items():
+        machine(monkeypatch, **here)
+        found[name] = [layers.fp8_engine(Fp8Config(scaling=one)) for one in ("current", "delayed")]
+    assert found == {
+        "cpu": ["twin", "twin"],
+        "h100": ["scaled_mm", "scaled_mm"],
+        # megatron: with delayed scaling the first and last layers cannot be left out
+        "h100 with engine": ["transformer-engine", "scaled_mm"],
+    }
+    whole = Fp8Config(scaling="delayed", first_layers=0, last_layers=0)
+    assert layers.fp8_engine(whole) == "transformer-engine"
+    assert layers.fp8_engine(Fp8Config(engine="twin")) == "twin"
+
+
+@pytest.mark.parametrize(
+    ("here", "fp8", "words"),
+    [
+        (dict(gpu=True, fp8=False), dict(), "no FP8 products"),
+        (dict(gpu=True), dict(scaling="blockwise"), "one scale for a tensor"),
+        (dict(gpu=False), dict(engine="transformer-engine"), "not installed, or there is no GPU"),
+        (dict(gpu=True, engine=True), dict(scaling="delayed", engine="transformer-engine"), "first_layers=0"),
+        (dict(gpu=False), dict(scaling="blockwise", engine="scaled_mm"), "one scale for a tensor"),
+    ],
+)
+def test_what_a_machine_cannot_do_is_refused_by_name(here, fp8, words, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, **here)
+    with pytest.raises(ConfigError, match=words):
+        layers.fp8_engine(Fp8Config(**fp8))
