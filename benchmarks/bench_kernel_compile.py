@@ -31,7 +31,7 @@ from mimo_triton_kernels.launching import Call, recorded_calls
 from mimo_triton_kernels.vision_attention import PRODUCTS, vision_attention
 
 HEADS = 16
-COLUMNS = 4096  # the default of train.head_columns
+COLUMNS = 4096  # of a chunk of logits: what a pack of 32,768 trained rows has by default
 # A pack's windows, one of them at an image's border, and a pack of frames; 1,000 rows are no multiple of anything.
 BOUNDS = {"windows": (*range(0, 1000, 64), 1000), "frames": (0, 16, 1000)}
 MARKS = ("<!-- table: benchmarks/bench_kernel_compile.py -->\n", "<!-- end of table -->\n")

@@ -32,8 +32,8 @@ class Numerics:
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionAttention = "sdpa"
     head_loss: HeadLoss = "logits"
-    """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
-    head_columns: int = 4096
+    """Unless it is that, the head gives implicit logits, of which at most ``head_logits`` exist at a time."""
+    head_logits: int = 2**27
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -164,7 +164,7 @@ class TextDecoder(GPTModel):
                 self.mtp = PredictionLayers(config, text.num_mtp_layers, vp_stage)
             if numerics.head_loss != "logits":
                 kernels = chunk_softmax("triton" if numerics.head_loss == "triton" else "torch")
-                self.chunking = Chunking(numerics.head_columns, kernels)
+                self.chunking = Chunking(numerics.head_logits, kernels)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""

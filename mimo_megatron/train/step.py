@@ -71,7 +71,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         fp32_head=config.rl is not None,
         vision_attention=train.vision_attention,
         head_loss=train.head_loss,
-        head_columns=train.head_columns,
+        head_logits=train.head_logits,
     )
 
 
