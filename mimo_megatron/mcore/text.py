@@ -173,7 +173,8 @@ class TextDecoder(GPTModel):
     def decode(
         self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]
     ) -> Tensor | ImplicitLogits:
-        """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] or [R, 1] on the last.
+        """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] (explicit or
+        implicit) or [R, 1] on the last.
 
         ``rows`` are the local slots whose logits are wanted: of the decoder, then of each prediction layer that the
         stream has a part for. ``positions_3S`` are those of the whole pack. ``stream`` is None where the schedule has
