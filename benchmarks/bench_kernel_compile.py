@@ -30,7 +30,7 @@ from mimo_triton_kernels.ahead_of_time import Compiled, compile_call
 from mimo_triton_kernels.launching import Call, recorded_calls
 
 HEADS = 16
-COLUMNS = 4096  # the default of train.head_columns
+COLUMNS = 4096  # of a chunk of logits: what a pack of 32,768 trained rows has by default
 # A pack's windows, one of them at an image's border, and a pack of frames; 1,000 rows are no multiple of anything.
 BOUNDS = {"windows": (*range(0, 1000, 64), 1000), "frames": (0, 16, 1000)}
 TEXT_HEADS, TEXT_KEY_HEADS, TEXT_WIDTH = 32, 8, 128

@@ -2,11 +2,12 @@
 
     python benchmarks/bench_linear_cross_entropy.py                  # under a minute on one core
 
-One pack of 2,048 slots, a head an eighth of MiMo-VL-7B's both ways (512 x 18,944), fp32. Each way takes the forward and
-backward pass from hidden states and weight to both gradients:
+One pack of 2,048 slots, a head of 480 x 9,472, fp32. Each way takes the forward and backward pass from hidden states
+and weight to both gradients:
 
 - table: logits of the trained rows by one product, then the loss, as ``train.head_loss=logits``;
-- chunks: by 592 columns of the vocabulary at a time, twice, as ``train.head_loss=chunked``;
+- chunks: by as many columns of the vocabulary at a time as make a 1/32 of the full table, in the forward pass and again
+  in the backward, as ``train.head_loss=chunked``;
 - row chunks: by 64 rows at a time, gradients taken in the forward pass, which needs the weight of every row's loss then
   and adds up the weight's gradient once a chunk: what Liger-Kernel does, here in PyTorch.
 
@@ -29,8 +30,8 @@ from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.parallel.mesh import Axis
 from tests.tensor_meter import TensorMeter
 
-SLOTS, WIDTH, VOCABULARY = 2048, 512, 37 * 512
-COLUMNS, ROW_CHUNK = VOCABULARY // 32, SLOTS // 32
+SLOTS, WIDTH, VOCABULARY = 2048, 480, 37 * 256
+LOGITS, ROW_CHUNK = SLOTS * VOCABULARY // 32, SLOTS // 32
 ENTROPY_ROWS = 1024  # whose probabilities loss/cross_entropy.py makes at a time, beside a table
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 ONE = Axis(0, 1)
@@ -44,7 +45,9 @@ class LogitsMeter(TensorMeter):
 
     def __init__(self, num_rows: int):
         super().__init__()
-        self._heights, self._widths = {num_rows, ROW_CHUNK, ENTROPY_ROWS}, {VOCABULARY, COLUMNS}
+        columns = Chunking(LOGITS).columns(num_rows)
+        self._heights = {num_rows, ROW_CHUNK, ENTROPY_ROWS}
+        self._widths = {VOCABULARY, columns, VOCABULARY % columns}
 
     def count(self, *things: Any) -> None:
         tensors = [one for one in things if isinstance(one, Tensor) and one.dim() == 2]
@@ -67,9 +70,10 @@ def of_logits(make: Callable[[Tensor, Tensor], Logits], *, with_entropy: bool = 
 @torch.no_grad()
 def by_rows(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     loss, d_hidden_RD, d_weight_VD = torch.zeros(()), torch.empty_like(hidden_RD), torch.zeros_like(weight_VD)
+    logits_NV = hidden_RD.new_empty(ROW_CHUNK, VOCABULARY)
     for start in range(0, len(hidden_RD), ROW_CHUNK):
         rows = slice(start, start + ROW_CHUNK)
-        logits_NV = hidden_RD[rows] @ weight_VD.t()
+        torch.mm(hidden_RD[rows], weight_VD.t(), out=logits_NV)
         torch.log_softmax(logits_NV, -1, out=logits_NV)
         at_N1, weights_N1 = labels_R[rows, None], weights_R[rows, None]
         loss -= (logits_NV.gather(-1, at_N1) * weights_N1).sum()
@@ -84,7 +88,7 @@ def table(hidden_RD: Tensor, weight_VD: Tensor) -> Logits:
 
 
 def chunks(hidden_RD: Tensor, weight_VD: Tensor) -> Logits:
-    return ImplicitLogits(hidden_RD, weight_VD, Chunking(COLUMNS))
+    return ImplicitLogits(hidden_RD, weight_VD, Chunking(LOGITS))
 
 
 WAYS: dict[str, Pass] = {"table": of_logits(table), "chunks": of_logits(chunks), "row chunks": by_rows}

@@ -61,7 +61,7 @@ CASES: tuple[Case, ...] = (
     Case("text, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=4096), train=dict(precision="bf16")),
     Case(
         "head in chunks, bf16, large vocabulary", packs=(TEXT, TEXT), text=dict(vocab_size=8192),
-        train=dict(precision="bf16", head_loss="chunked", head_columns=512),
+        train=dict(precision="bf16", head_loss="chunked", head_logits=400_000),
     ),
     Case("frozen vision", train=dict(vision=FROZEN)),
     Case("projector only", train=dict(vision=FROZEN, text=FROZEN)),

@@ -222,12 +222,12 @@ class TrainConfig(Strict):
     head_loss: HeadLoss = Field(
         "logits",
         description="How the loss of predicted tokens is taken. logits: from a table of the logits of all trained "
-        "rows; chunked: from head_columns of the vocabulary at a time, made again in the backward pass, so that no "
+        "rows; chunked: from some columns of the vocabulary at a time, made again in the backward pass, so that no "
         "table exists (docs/head-loss.md); triton: the same with kernels, which need a GPU and triton and have not "
         "been timed on a GPU yet.",
     )
-    head_columns: int = Field(
-        4096, gt=0, description="Tokens of a tensor parallel rank's vocabulary whose logits exist at a time."
+    head_logits: int = Field(
+        2**27, gt=0, description="With head_loss in chunks: most logits of a rank that exist at a time."
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     collective_timeout_seconds: float = Field(

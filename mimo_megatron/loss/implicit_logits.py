@@ -26,11 +26,16 @@ from mimo_megatron.parallel.mesh import Axis
 
 @dataclass(frozen=True)
 class Chunking:
-    columns: int
-    """Logits of a row that exist at a time."""
+    logits: int
+    """Most that exist at a time, unless there are more rows."""
     softmax: ChunkSoftmax = TORCH
     excluded: tuple[int, ...] = ()
     """Tokens whose logits are minus infinity."""
+
+    def columns(self, num_rows: int) -> int:
+        """Of a chunk. The fewer rows, the more, so that products stay large; a multiple of 128 where it is above."""
+        columns = max(self.logits // max(num_rows, 1), 1)
+        return columns // 128 * 128 or columns
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,10 @@ class _Chunk:
 
 def _chunks(hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, chunking: Chunking, tp: Axis) -> Iterator[_Chunk]:
     num_rows, local_vocabulary = len(hidden_RD), len(weight_VD)
-    memory = hidden_RD.new_empty(num_rows * min(chunking.columns, local_vocabulary))
-    for start in range(0, local_vocabulary, chunking.columns):
-        end, first = min(start + chunking.columns, local_vocabulary), tp.rank * local_vocabulary + start
+    columns = min(chunking.columns(num_rows), local_vocabulary)
+    memory = hidden_RD.new_empty(num_rows * columns)
+    for start in range(0, local_vocabulary, columns):
+        end, first = min(start + columns, local_vocabulary), tp.rank * local_vocabulary + start
         weight_CD = weight_VD[start:end].to(hidden_RD.dtype)
         logits_RC = memory[: num_rows * (end - start)].view(num_rows, end - start)
         torch.mm(hidden_RD, weight_CD.t(), out=logits_RC)

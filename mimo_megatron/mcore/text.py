@@ -38,8 +38,8 @@ class Numerics:
     vision_attention: VisionBackend = "sdpa"
     text_attention: TextBackend = "sdpa"
     head_loss: HeadLoss = "logits"
-    """Unless it is that, the head gives implicit logits, by ``head_columns`` at a time."""
-    head_columns: int = 4096
+    """Unless it is that, the head gives implicit logits, of which at most ``head_logits`` exist at a time."""
+    head_logits: int = 2**27
     fp8: Fp8Config | None = None
     """Of the decoder's linear layers."""
 
@@ -192,7 +192,7 @@ class TextDecoder(GPTModel):
                 self.mtp = PredictionLayers(config, text.num_mtp_layers, vp_stage)
             if numerics.head_loss != "logits":
                 kernels = chunk_softmax("triton" if numerics.head_loss == "triton" else "torch")
-                self.chunking = Chunking(numerics.head_columns, kernels)
+                self.chunking = Chunking(numerics.head_logits, kernels)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""
@@ -201,7 +201,8 @@ class TextDecoder(GPTModel):
     def decode(
         self, stream: Tensor | None, positions_3S: Tensor, params: PackParams, rows: Sequence[Tensor]
     ) -> Tensor | ImplicitLogits:
-        """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] or [R, 1] on the last.
+        """The stream, each part [S, 1, D], on inner stages; the head's [R + R1 + ..., V / tp] (explicit or
+        implicit) or [R, 1] on the last.
 
         ``rows`` are the local slots whose logits are wanted: of the decoder, then of each prediction layer that the
         stream has a part for. ``positions_3S`` are those of the whole pack. ``stream`` is None where the schedule has

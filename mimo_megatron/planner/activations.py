@@ -42,8 +42,8 @@ class Setting:
     recompute_vision: bool
     value_bytes: int
     device: Device = "cuda"
-    head_columns: int | None = None
-    """Tokens whose logits exist at a time; None for all."""
+    head_logits: int | None = None
+    """Most that exist at a time; None for all."""
 
     @classmethod
     def of(cls, config: RunConfig, device: Device = "cuda") -> "Setting":
@@ -56,7 +56,7 @@ class Setting:
             config.train.recomputes_vision,
             4 if config.train.precision == "fp32" else 2,
             device,
-            config.train.head_columns if config.train.head_loss != "logits" else None,
+            config.train.head_logits if config.train.head_loss != "logits" else None,
         )
 
     @property
@@ -101,7 +101,7 @@ def stage_parts(setting: Setting, stage: int, pack: PackShape, cp_rank: int = 0)
     if is_last:
         parts += _prediction_layers(setting, pack, cp_rank)
         parts.append(_final_norm(setting, pack))
-        in_chunks = setting.head_columns is not None
+        in_chunks = setting.head_logits is not None
         parts += [_head_in_chunks(setting, pack)] if in_chunks else [_head(setting, pack), _loss(setting, pack)]
     return parts
 
@@ -300,7 +300,7 @@ def _head_in_chunks(setting: Setting, pack: PackShape) -> Part:
     text, b = setting.model.text, setting.value_bytes
     rows, local_vocabulary = _head_rows(setting, pack), text.vocab_size // setting.layout.tp
     whole = setting.local_slots(pack) * text.width * b * _streams(setting)
-    chunk = rows * min(setting.head_columns or 0, local_vocabulary) * (b + (WIDE if b < WIDE else 0))
+    chunk = min(setting.head_logits or 0, rows * local_vocabulary) * (b + (WIDE if b < WIDE else 0))
     hidden = rows * text.width
     return Part(
         "head in chunks",

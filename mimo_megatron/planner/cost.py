@@ -78,6 +78,7 @@ def stage_seconds(
         setting, forward
     ) / depth / shards / text_rate
     head_forward, head_both = (one.head / shards / text_rate for one in (forward, both))
+    head_both += head_forward * (setting.head_logits is not None)  # the logits' product, again
     share = setting.vision_share(pack)
     vision_forward, vision_both = (
         (one.vision_linear + one.vision_attention + one.projector) * share / vision_rate for one in (forward, both)

@@ -81,8 +81,8 @@ class Refusal:
 
 FROZEN = ModuleTraining()
 BALANCED: dict[str, Any] = dict(vision_placement="balanced")
-IN_CHUNKS: dict[str, Any] = dict(head_loss="chunked", head_columns=56)
-"""Several chunks of every share of the vocabulary, the last one narrower."""
+IN_CHUNKS: dict[str, Any] = dict(head_loss="chunked", head_logits=1500)
+"""Chunks of 150 columns for 10 rows, of 16 for 90."""
 ONE = Layout("1 process", 1)
 
 LAYOUTS: tuple[Layout, ...] = (

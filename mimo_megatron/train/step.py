@@ -77,7 +77,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         vision_attention=vision_attention,
         text_attention=text_attention,
         head_loss=train.head_loss,
-        head_columns=train.head_columns,
+        head_logits=train.head_logits,
         fp8=train.fp8,
     )
 

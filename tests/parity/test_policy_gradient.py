@@ -67,7 +67,7 @@ def samples_of(algorithm: AlgorithmConfig) -> list[EncodedSample]:
 
 
 TABLE = Numerics(torch.float64)
-IN_CHUNKS = replace(TABLE, head_loss="chunked", head_columns=100)
+IN_CHUNKS = replace(TABLE, head_loss="chunked", head_logits=1000)
 
 
 def ours(

@@ -49,7 +49,7 @@ def found(
 ) -> Named:  # fmt: skip
     """Losses, entropies and both gradients; ``weight_VD`` is this rank's."""
     hidden_RD, weight_VD = hidden_RD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
-    logits = ImplicitLogits(hidden_RD, weight_VD, Chunking(columns, softmax)).without(EXCLUDED)
+    logits = ImplicitLogits(hidden_RD, weight_VD, Chunking(columns * len(hidden_RD), softmax)).without(EXCLUDED)
     losses_R, entropies_R = token_losses_and_entropies(logits, labels_R, tp)
     d_hidden, d_weight = torch.autograd.grad(losses_R, [hidden_RD, weight_VD], d_losses_R.to(losses_R.dtype))
     return {"losses": losses_R.detach(), "entropies": entropies_R, "d_hidden": d_hidden, "d_weight": d_weight}
@@ -192,7 +192,7 @@ def test_only_the_gradient_that_is_wanted_is_computed(trained: str, monkeypatch:
     monkeypatch.setattr(implicit_logits, forgotten, lambda *_: pytest.fail("was computed"))
     hidden_RD, weight_VD, labels_R, d_losses_R = inputs(torch.float64)
     leaf = {"hidden": hidden_RD, "weight": weight_VD}[trained].requires_grad_()
-    logits = ImplicitLogits(hidden_RD, weight_VD, Chunking(9))
+    logits = ImplicitLogits(hidden_RD, weight_VD, Chunking(9 * ROWS))
     (got,) = torch.autograd.grad(token_losses(logits, labels_R, ONE), leaf, d_losses_R.double())
     assert got.shape == leaf.shape and got.any()
 
@@ -206,12 +206,19 @@ def test_no_more_logits_than_a_chunks_are_ever_live() -> None:
     for name in ("table", "chunks"):
         with TensorMeter() as meter:
             logits = (
-                ImplicitLogits(hidden_RD, weight_VD, Chunking(128)) if name == "chunks" else hidden_RD @ weight_VD.t()
+                ImplicitLogits(hidden_RD, weight_VD, Chunking(128 * rows))
+                if name == "chunks"
+                else hidden_RD @ weight_VD.t()
             )
             token_losses(logits, labels_R, ONE, overwrite=True).sum().backward()
         peaks[name] = meter.peak
     assert peaks["table"] >= 4 * rows * vocabulary
     assert peaks["chunks"] < peaks["table"] / 20
+
+
+def test_fewer_rows_have_wider_chunks() -> None:
+    columns = {rows: Chunking(2**27).columns(rows) for rows in (0, 1000, 16384, 32768, 2**28)}
+    assert columns == {0: 2**27, 1000: 134_144, 16384: 8192, 32768: 4096, 2**28: 1}
 
 
 def test_without_triton_the_kernels_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
