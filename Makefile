@@ -46,7 +46,7 @@ endif
 # mypy (half a minute without its cache) works beside the tests, which seldom want two cores at once.
 test: $(STAMP)  ## lint, types and every CPU test; prints the time it took
 	@start=$$(date +%s); $(MAKE) --no-print-directory style || exit; $(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile; code=$$?; wait $$types || code=1; \
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder; code=$$?; wait $$types || code=1; \
 	echo "make test: $$(( $$(date +%s) - start )) s"; exit $$code
 
 vllm-env: $(VLLM_STAMP)  ## create .vllm-env with vLLM (its CPU build where there is no NVIDIA GPU), for rollout.engine=vllm

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import provenance  # noqa: F401 - the repository on the path
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a script that uses the tests, which are not installed
 
 from tests.vllm.topology import Topology, write_run
 

@@ -115,8 +115,9 @@ def _of_own_share(over_ranks: Any) -> Any:
     )
 
 
-def _without_the_last_chunk(chunks: Any) -> Any:
-    return lambda *args: list(chunks(*args))[:-1]
+def _of_own_maximum(_rescaled: Any) -> Any:
+    """The sums of a chunk are added as they are, whatever maximum they were taken from."""
+    return lambda sums_4R, max_R: (sums_4R[1], sums_4R[2])
 
 
 def _always(_original: Any) -> Any:
@@ -215,9 +216,9 @@ FAULTS: tuple[Fault, ...] = (
         "the forward pass",
     ),
     Fault(
-        "last chunk of the vocabulary dropped",
-        ("mimo_megatron.loss.implicit_logits:_chunks",),
-        _without_the_last_chunk,
+        "sums of chunks not brought to one maximum",
+        ("mimo_megatron.loss.chunk_softmax:rescaled",),
+        _of_own_maximum,
         "dp2 · policy gradient, head in chunks",
         "the forward pass",
     ),
