@@ -49,14 +49,13 @@ def test_an_unknown_fault_and_an_empty_choice_are_refused(capsys: pytest.Capture
     assert main(["prove", "--only", "cp99"]) == 2
 
 
-def test_only_an_encoder_in_fp8_is_refused_with_a_layout_and_only_where_ranks_repeat_its_images() -> None:
-    refused_pairs = {
-        (layout.name, feature.name) for layout in LAYOUTS for feature in FEATURES if refusal(layout, feature)
-    }
-    repeating = {one.name for one in LAYOUTS if one.fields.get("cp", 1) > 1 and "vision_placement" not in one.fields}
-    assert refused_pairs == {
-        (one, f"fp8 {of}") for one in repeating for of in ("of all parts", "of the encoder, delayed")
-    }
+def test_refused_together_are_fp8_tiles_cut_four_ways_and_an_fp8_encoder_on_ranks_that_repeat_images() -> None:
+    found = {(layout.name, feature.name) for layout in LAYOUTS for feature in FEATURES if refusal(layout, feature)}
+    fields = {layout.name: layout.fields for layout in LAYOUTS}
+    repeating = {name for name, one in fields.items() if one.get("cp", 1) > 1 and "vision_placement" not in one}
+    in_four = {name for name, one in fields.items() if 4 in (one.get("tp"), one.get("cp"))}
+    encoder = {(name, f"fp8 of {part}") for name in repeating for part in ("all parts", "the encoder, delayed")}
+    assert found == encoder | {(name, "fp8 blockwise") for name in in_four}
 
 
 def test_what_cannot_be_right_is_refused_by_name() -> None:
