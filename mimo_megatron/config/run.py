@@ -190,7 +190,9 @@ class TrainConfig(Strict):
     )
     precision: Precision = Field("bf16", description="Of weights and activations; updates are in fp32.")
     fp8: Fp8Config | None = Field(
-        None, description="The decoder's linear layers multiply in FP8 (docs/fp8.md); null for `precision` everywhere."
+        None,
+        description="Linear layers multiply in FP8, the decoder's unless `parts` says otherwise (docs/fp8.md); null: "
+        "none do.",
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")
