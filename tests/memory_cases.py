@@ -9,9 +9,9 @@ from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.parallel.mesh import coordinates
-from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.memory import rank_memory
 from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.setting import Setting
 from mimo_megatron.prove.material import Grid
 from mimo_megatron.train.step import build_trainer, train_step
 from mimo_megatron.types import EncodedSample, PackedBatch
