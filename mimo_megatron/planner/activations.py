@@ -47,9 +47,10 @@ def _hidden(setting: Setting, pack: PackShape) -> int:
 
 
 def _received(setting: Setting, pack: PackShape, stage: int) -> Part:
-    """The input of an inner stage, kept until its gradient has been sent; recomputation keeps it anyway."""
+    """The input of an inner stage, kept until its gradient has been sent; recomputation keeps it anyway, as does the
+    first norm on a GPU."""
     num_layers = setting.layout.layers_of_stages(setting.model.text.num_layers)[stage]
-    is_kept_by_layer = setting.recompute == "full" and num_layers > 0
+    is_kept_by_layer = num_layers > 0 and (setting.recompute == "full" or setting.device == "cuda")
     return Part("received", (_streams(setting) - is_kept_by_layer) * _hidden(setting, pack))
 
 
@@ -86,8 +87,8 @@ def _text_layer(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: bool
 
 
 def _norm(setting: Setting, pack: PackShape) -> int:
-    """The normed rows and the inverse root mean squares in 4 bytes, without the norm's output."""
-    return setting.stream_slots(pack) * (setting.model.text.width + 1) * WIDE
+    """Without its output, which is the input of the linear layer behind it."""
+    return setting.norm_bytes(setting.stream_slots(pack), setting.model.text.width)
 
 
 def _if_trained(setting: Setting, num_bytes: int) -> int:
@@ -121,7 +122,7 @@ def _attention_part(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: 
     of_qkv = _of_product(setting, products.qkv, hidden, in_fp8=in_fp8)
     of_projection = _of_product(setting, products.projection, core.has_other_output * queries, in_fp8=in_fp8)
     of_core = core.kept + core.keeps_qkv * qkv
-    wide = hidden // setting.value_bytes * WIDE
+    wide = hidden if setting.device == "cuda" else hidden // setting.value_bytes * WIDE
     forward, backward = 2 * hidden + whole, max(core.backward, whole + 2 * wide + qkv)
     if in_fp8:
         # Later rows of the part are not yet there in the forward, and gone again in the backward, while qkv is made.
@@ -288,7 +289,7 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
     vision, b = setting.model.vision, setting.value_bytes
     assert vision is not None
     row, inner = patches * vision.width * b, patches * vision.ffn_width * b
-    norm = patches * (vision.width * (WIDE + b) + WIDE)
+    norm = setting.norm_bytes(patches, vision.width) + row
     weights = (vision.ffn_width * vision.width) * b
     kept, needed = attention_memory.of_vision(setting, pack, patches, is_full=is_full)
     attention = Part("vision attention", norm + kept, forward=2 * row, backward=needed)
@@ -312,7 +313,7 @@ def _projector(setting: Setting, patches: int, row: int) -> Part:
     vision, text, b = setting.model.vision, setting.model.text, setting.value_bytes
     assert vision is not None
     features = patches // vision.merge_factor * text.width * b
-    norm = patches * (vision.width + 1) * WIDE
+    norm = setting.norm_bytes(patches, vision.width)
     is_trained = "projector" in setting.trained
     merged = vision.width * vision.merge_factor
     gradient = is_trained * merged * merged * b

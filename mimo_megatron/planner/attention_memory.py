@@ -1,10 +1,10 @@
 """Bytes of attention, by what computes it: what it keeps for its own backward, and what that takes beside.
 
 ``sdpa`` is called once for each length of piece, over copies where equal ones are not neighbours. ``triton`` reads the
-product of the encoder's linear layer in place and turns queries itself; ``varlen`` takes q, k and v contiguous. Log-sums
-are kept in 4 bytes by all. tests/distributed/test_memory_model.py counts sdpa and triton on the CPU; varlen runs on
-GPUs alone: what it keeps is read from torch/nn/attention/varlen.py, what its backward takes inside, which no counter of
-tensors sees, from torch's flash_attn/flash_api.cpp, mha_varlen_bwd.
+product of the encoder's linear layer in place and turns queries itself; ``varlen`` takes q, k and v contiguous.
+Log-sums are kept in 4 bytes by all. What is kept is counted in tests/unit/test_planner_attention.py; whole steps, of
+sdpa and triton, in tests/distributed/test_memory_model.py. varlen runs on GPUs alone: what its backward takes inside,
+where no counter of tensors sees it, is by torch's flash_attn/flash_api.cpp, mha_varlen_bwd.
 """
 
 from dataclasses import dataclass

@@ -81,6 +81,11 @@ class Setting:
         """s: slots between layers on this rank."""
         return self.local_slots(pack) // (self.layout.tp if self.layout.sequence_parallel else 1)
 
+    def norm_bytes(self, rows: int, width: int) -> int:
+        """What a norm keeps, without its output: the normed rows in 4 bytes, or on a GPU its input as it came, and one
+        number a row (``ops.py``)."""
+        return rows * (width * (self.value_bytes if self.device == "cuda" else WIDE) + WIDE)
+
     @property
     def shares_vision(self) -> bool:
         """Whether the tp and cp ranks of the first stage share out the images of a microbatch."""

@@ -139,8 +139,8 @@ def at_start(address: RankAddress, config: RunConfig) -> Outcome:
         return outcome(build_trainer(config, mesh), [])
 
 
-SAME = 2e-3
-"""Of four steps' updates; measured: 4e-4. Where a gradient is next to nothing AdamW divides rounding by rounding."""
+SAME = 5e-5
+"""Of four steps' updates; measured: 6e-6."""
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ SAME = 2e-3
 def test_a_run_saved_with_one_resumes_with_another(before, after, saved):
     whole, folder = saved("dp2", before)
     again = resume("dp2", after, folder)
-    assert again[0][0] == pytest.approx(whole[0][0][2:], rel=1e-5)
+    assert again[0][0] == pytest.approx(whole[0][0][2:], rel=1e-6)
     assert apart(whole, again, run_ranks(at_start, 2, recipe("dp2", "plain"))) < SAME
 
 
@@ -166,7 +166,7 @@ def test_a_run_that_forgets_the_count_of_updates_is_found(saved, monkeypatch):
     whole, folder = saved("dp2", "transformer-engine")
     monkeypatch.setattr(adam, "set_step_count", lambda optimizer, count: None)
     again = resume("dp2", "transformer-engine", folder)
-    assert apart(whole, again, run_ranks(at_start, 2, recipe("dp2", "plain"))) > 10 * SAME
+    assert apart(whole, again, run_ranks(at_start, 2, recipe("dp2", "plain"))) > 0.1  # measured: 0.38
 
 
 def empty_groups(address: RankAddress, config: RunConfig, whose: str) -> tuple[int, list[int], int]:

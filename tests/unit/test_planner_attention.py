@@ -31,7 +31,8 @@ from tests.kernel_cases import ON_GPU
 from tests.samples import run_config, tiny_model
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
-RUNS = (40, 24, 40, 24)
+APART, ALONE = (40, 24, 40, 24), (128,)
+"""Segments whose equals are not neighbours, which sdpa copies; and one."""
 GRIDS = ((1, 16, 12), (1, 8, 8))
 BACKENDS = ["sdpa", "varlen", pytest.param("triton", marks=needs_triton)]
 
@@ -70,12 +71,12 @@ def where_it_runs(backend: str) -> Iterator[None]:
     varlen._offsets.cache_clear()
 
 
-def text_attention_keeps(model: ModelConfig, backend: str) -> int:
+def text_attention_keeps(model: ModelConfig, backend: str, runs: tuple[int, ...]) -> int:
     """One layer's core attention over queries, keys and values out of one product, as megatron cuts it."""
-    text, slots = model.text, sum(RUNS)
+    text, slots = model.text, sum(runs)
     groups, heads = text.num_kv_heads, text.num_heads // text.num_kv_heads
     core = PackedCoreAttention(transformer_config(text, ParallelConfig(), Numerics()), 1)
-    bounds = [sum(RUNS[:place]) for place in range(len(RUNS) + 1)]
+    bounds = [sum(runs[:place]) for place in range(len(runs) + 1)]
     with where_it_runs(backend):
         weight, x = torch.randn(groups * (heads + 2) * text.head_width, 8, requires_grad=True), torch.randn(slots, 1, 8)
         angles = torch.randn(slots, 1, text.head_width // 2)
@@ -102,17 +103,19 @@ MODELS = {
 }
 
 
+def text_pack(runs: tuple[int, ...]) -> PackShape:
+    return PackShape("test", sum(runs), runs, (), sum(runs))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("runs", [APART, ALONE], ids=["apart", "alone"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_decoders_attention_keeps_what_the_planner_says(name, backend):
-    model = MODELS[name]
-    pack = PackShape("test", sum(RUNS), RUNS, (), sum(RUNS))
-    setting = setting_of(model, backend)
-    said = attention_memory.of_text(setting, pack, 0)
-    qkv, _queries, _ = attention_memory.text_rows(setting, pack)
-    # Where the output is joined or reordered, what is kept is the parts; else it is the projection's input as well.
-    assert text_attention_keeps(model, backend) == pytest.approx(said.kept + said.keeps_qkv * qkv, rel=0.01)
-    assert said.has_other_output == (backend == "sdpa")
+def test_the_decoders_attention_keeps_what_the_planner_says(name, runs, backend):
+    model, setting = MODELS[name], setting_of(MODELS[name], backend)
+    said = attention_memory.of_text(setting, text_pack(runs), 0)
+    qkv, _queries, _keys = attention_memory.text_rows(setting, text_pack(runs))
+    assert text_attention_keeps(model, backend, runs) == pytest.approx(said.kept + said.keeps_qkv * qkv, rel=0.01)
+    assert said.has_other_output == (backend == "sdpa" and runs == APART)
 
 
 def vision_attention_keeps(model: ModelConfig, backend: str, *, is_full: bool) -> int:
@@ -144,10 +147,10 @@ def test_the_encoders_attention_keeps_what_the_planner_says(backend, is_full):
 
 def test_counting_one_back_end_as_another_is_found():
     """The mistake that was made before: whatever the recipe names is counted as sdpa."""
-    model, pack = MODELS["grouped queries"], PackShape("test", sum(RUNS), RUNS, (), sum(RUNS))
-    as_sdpa = attention_memory.of_text(setting_of(model, "sdpa"), pack, 0)
-    qkv, _, _ = attention_memory.text_rows(setting_of(model, "sdpa"), pack)
-    found = text_attention_keeps(model, "varlen")
+    setting = setting_of(MODELS["grouped queries"], "sdpa")
+    as_sdpa = attention_memory.of_text(setting, text_pack(ALONE), 0)
+    qkv, _queries, _keys = attention_memory.text_rows(setting, text_pack(ALONE))
+    found = text_attention_keeps(MODELS["grouped queries"], "varlen", ALONE)
     with pytest.raises(AssertionError):
         assert found == pytest.approx(as_sdpa.kept + as_sdpa.keeps_qkv * qkv, rel=0.1)
 
