@@ -62,7 +62,7 @@ def _hindrance(name: AdamName) -> str:
 
 
 def _fused_adam(name: AdamName) -> type[Optimizer]:
-    return importlib.import_module(_HOMES[name]).FusedAdam  # type: ignore[no-any-return]
+    return importlib.import_module(_HOMES[name]).FusedAdam
 
 
 def use(own: DistributedOptimizer, settings: OptimizerConfig) -> None:
