@@ -11,6 +11,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported, by whatever module does it first
+
 from provenance import write_rows
 
 from tests.harness import run_ranks
@@ -21,7 +23,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV file (default: results/<machine>-memory_model.csv)")
     out = parser.parse_args().out
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # the ranks import the kernels, where a case has them
     rows = []
     print(f"{'case':40} rank {'state':>15} {'moving':>17} {'error':>7} {'peak':>17} {'error':>7}")
     for case in CASES:

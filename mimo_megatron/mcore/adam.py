@@ -11,7 +11,7 @@ Megatron takes the first of Transformer Engine's, apex's and torch's that can be
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,26 +68,23 @@ def _fused_adam(name: AdamName) -> type[Optimizer]:
 def use(own: DistributedOptimizer, settings: OptimizerConfig) -> None:
     """Make ``own`` update by the recipe's implementation, over the same groups of this rank's shards; before the first
     step, since nothing is carried over. Every rank must call it."""
-    name = chosen(settings)
-    kind: type[Optimizer] = torch.optim.AdamW if name == "torch" else _fused_adam(name)
-    options: dict[str, Any] = {"fused": runs_fused_kernels()} if name == "torch" else {"adam_w_mode": True}
-    is_plain = name == "torch" and not options["fused"]
-    log.once(f"optimizer: AdamW of {name}{'' if is_plain else ', fused'}")
-    before = own.optimizer
+    name, before = chosen(settings), own.optimizer
+    log.once(f"optimizer: AdamW of {name}{', fused' if runs_fused_kernels() else ''}")
     groups = [{key: group[key] for key in group if key not in before.defaults} for group in own.param_groups]
     # Constructors want leaves, and megatron's fp32 shards are views. They also want as many parameters as there will
     # be: some versions of apex keep a list beside each group's, and update as many as it is long.
     leaves = [group | {"params": [param.detach() for param in group["params"]]} for group in groups]
-    own.optimizer = kind(
-        leaves,
-        lr=before.defaults["lr"],
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        **options,
-    )  # type: ignore[call-arg]
+    own.optimizer = make(name, leaves, before.defaults["lr"], settings)
     for new, group in zip(own.optimizer.param_groups, groups, strict=True):
         new["params"] = group["params"]
+
+
+def make(name: AdamName, groups: list[dict[str, Any]], lr: float, settings: OptimizerConfig) -> Optimizer:
+    """That implementation, over parameter groups that may bring their own rates."""
+    kind: Callable[..., Optimizer] = torch.optim.AdamW if name == "torch" else _fused_adam(name)
+    options: dict[str, bool] = {"fused": runs_fused_kernels()} if name == "torch" else {"adam_w_mode": True}
+    decay = settings.weight_decay
+    return kind(groups, lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=decay, **options)
 
 
 def allocate(optimizer: Optimizer) -> None:

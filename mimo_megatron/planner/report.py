@@ -201,12 +201,12 @@ def counted(config: RunConfig, gpu: Gpu) -> Iterator[str]:
         return
     layers = config.model.text.num_layers
     num_fp8 = sum(setting.is_in_fp8(layer) for layer in range(layers))
-    speed = f"their products at {(gpu.fp8_flops or 0) / 1e12:,.0f} TFLOP/s by the data sheet, rounding not timed"
+    products = f"products at {(gpu.fp8_flops or 0) / 1e12:,.0f} TFLOP/s by the data sheet, rounding not timed"
     if setting.engine == "twin":
-        speed = "which multiplies in fp32, slower than without FP8; times are counted as without it"
-    installed = "Transformer Engine's, where it is installed, keep other tensors; "
-    auto = installed if train.fp8.engine == "auto" and setting.engine != "transformer-engine" else ""
-    yield f"FP8 in {num_fp8} of {layers} decoder layers, memory as of {setting.engine}: {auto}{speed}"
+        products = "products in fp32, slower than without FP8; times are counted as without it"
+    is_open = train.fp8.engine == "auto" and setting.engine != "transformer-engine"
+    but = ", not as with Transformer Engine, which auto takes where it is installed" if is_open else ""
+    yield f"FP8 in {num_fp8} of {layers} decoder layers: {products}; memory as with {setting.engine}{but}"
 
 
 def show(parts: Iterable[RenderableType]) -> None:

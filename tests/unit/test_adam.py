@@ -85,7 +85,9 @@ def test_torchs_count_is_beside_every_parameter(fused):
 
 
 def test_the_stand_in_updates_as_torch_does_with_every_rate_and_decay():
-    ours = TransformerEngineAdam([one_parameter(0.1), one_parameter(0.2)], weight_decay=0.3)
+    groups = [one_parameter(0.1), one_parameter(0.2)]
+    with installed(ENGINE):
+        ours = adam.make("transformer-engine", groups, 0.1, OptimizerConfig(betas=(0.9, 0.999), weight_decay=0.3))
     torchs = torch.optim.AdamW([one_parameter(0.1), one_parameter(0.2)], weight_decay=0.3)
     with torch.no_grad():
         for _ in range(3):
@@ -93,3 +95,36 @@ def test_the_stand_in_updates_as_torch_does_with_every_rate_and_decay():
             torchs.step()
     for group, other in zip(ours.param_groups, torchs.param_groups, strict=True):
         torch.testing.assert_close(group["params"][0], other["params"][0], rtol=2e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "transformer-engine", "apex"])
+def test_the_kernels_of_a_gpu_count_and_update_as_torchs_plain_adamw(name):
+    """The real ones, where they are installed: what the stand-ins are taken for."""
+    try:
+        adam.chosen(OptimizerConfig(implementation=name))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    settings = OptimizerConfig(weight_decay=0.3)
+
+    def groups(device: str) -> list[dict[str, object]]:
+        made = [one_parameter(0.1), one_parameter(0.2)]
+        for group in made:
+            (param,) = group["params"]
+            moved = torch.nn.Parameter(param.detach().to(device))
+            moved.grad = param.grad.to(device)
+            group["params"] = [moved]
+        return made
+
+    theirs = adam.make(name, groups("cuda"), 0.1, settings)
+    plain = torch.optim.AdamW(groups("cpu"), betas=settings.betas, eps=settings.eps, weight_decay=0.3)
+    for optimizer in (theirs, plain):
+        adam.allocate(optimizer)
+        with torch.no_grad():
+            optimizer.step()
+            assert adam.step_count(optimizer) == 1
+            adam.set_step_count(optimizer, 7)
+            optimizer.step()
+        assert adam.step_count(optimizer) == 8
+    for group, other in zip(theirs.param_groups, plain.param_groups, strict=True):
+        torch.testing.assert_close(group["params"][0].cpu(), other["params"][0], rtol=2e-6, atol=1e-7)
