@@ -24,9 +24,9 @@ from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
 from mimo_megatron.config.run import Recompute, RunConfig
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.parallel.mesh import Mesh
-from mimo_megatron.planner.activations import Setting as PlannerSetting
 from mimo_megatron.planner.memory import rank_memory
 from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.setting import Setting as PlannerSetting
 from mimo_megatron.train.step import Trainer, build_trainer, local_packs, train_step
 from mimo_megatron.types import PackedBatch
 
