@@ -47,7 +47,7 @@ class Fp8Config(Strict):
 
     def covers(self, layer: int, num_layers: int) -> bool:
         """Whether the decoder layer of that number, from 0, is in FP8."""
-        return self.first_layers <= layer < num_layers - self.last_layers
+        return "text" in self.parts and self.first_layers <= layer < num_layers - self.last_layers
 
     @property
     def encoder_parts(self) -> tuple[Fp8Part, ...]:

@@ -207,6 +207,8 @@ def counted(config: RunConfig, gpu: Gpu) -> Iterator[str]:
     is_open = train.fp8.engine == "auto" and setting.engine != "transformer-engine"
     but = ", not as with Transformer Engine, which auto takes where it is installed" if is_open else ""
     yield f"FP8 in {num_fp8} of {layers} decoder layers: {products}; memory as with {setting.engine}{but}"
+    if parts := " and ".join(train.fp8.encoder_parts):
+        yield f"FP8 of {parts} is not counted: times and memory are those of {train.precision}"
 
 
 def show(parts: Iterable[RenderableType]) -> None:

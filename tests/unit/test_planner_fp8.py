@@ -165,3 +165,6 @@ def test_the_page_says_what_is_counted(capsys, monkeypatch):
     assert "FP8 in 34 of 36 decoder layers: products at 1,979 TFLOP/s" in words and "as with scaled_mm" in words
     assert "varlen of the vision model" in words and "not modelled" not in words
     assert max(map(len, page.splitlines())) <= 120
+    main([*plan, "parallel.vision_placement=replicated", "train.fp8={parts: [vision, projector]}"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "FP8 in 0 of 36 decoder layers" in words and "FP8 of vision and projector is not counted" in words
