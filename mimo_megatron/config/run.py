@@ -229,6 +229,21 @@ class TrainConfig(Strict):
     head_logits: int = Field(
         2**27, gt=0, description="With head_loss in chunks: most logits of a rank that exist at a time."
     )
+    overlap_grad_reduce: bool = Field(
+        False,
+        description="Gradients are reduced over the data-parallel ranks, bucket by bucket, while the backward pass "
+        "goes on (docs/overlap.md). Not run on a GPU yet.",
+    )
+    overlap_param_gather: bool = Field(
+        False,
+        description="With overlap_grad_reduce: updated parameters are gathered while the next forward pass goes on.",
+    )
+    ddp_bucket_size: int | None = Field(
+        None,
+        gt=0,
+        description="With overlap_grad_reduce: parameters that are reduced together; null for megatron's default, "
+        "40 million, or a million for each data-parallel rank where that is more.",
+    )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     collective_timeout_seconds: float = Field(
         1800.0, gt=0, description="A run that stands still for so long is ended, and the ranks that hold it are named."

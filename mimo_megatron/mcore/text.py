@@ -22,6 +22,7 @@ from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec, uses_engine
 from mimo_megatron.mcore.mtp import PredictionLayers
+from mimo_megatron.mcore.overlap import gathered
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
 
@@ -239,11 +240,15 @@ class TextDecoder(GPTModel):
         found = [hidden.squeeze(1).index_select(0, rows_R) for hidden, rows_R in zip(layers, rows, strict=True)]
         hidden_RD = torch.cat(found) if len(found) > 1 else found[0]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.chunking is not None or self.numerics.fp32_head:  # which read it themselves
+            weight = gathered(self.output_layer.weight if weight is None else weight)
         if self.numerics.fp32_head:
             hidden_RD = hidden_RD.to(torch.promote_types(hidden_RD.dtype, torch.float32))
         if self.chunking is not None:
-            return ImplicitLogits(hidden_RD, self.output_layer.weight if weight is None else weight, self.chunking)
+            assert weight is not None
+            return ImplicitLogits(hidden_RD, weight, self.chunking)
         if self.numerics.fp32_head:
-            weight = (self.output_layer.weight if weight is None else weight).to(hidden_RD.dtype)
+            assert weight is not None
+            weight = weight.to(hidden_RD.dtype)
         logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
         return logits_RV

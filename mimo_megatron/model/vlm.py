@@ -48,12 +48,12 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        self.text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics)
+        text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
-        if model.vision is not None and self.text.pre_process:
+        if model.vision is not None and text.pre_process:
             encoder = VisionEncoder(
                 model.vision, backend=numerics.vision_attention, recompute=numerics.recompute_vision
             )
@@ -62,6 +62,8 @@ class VisionLanguageModel(MegatronModule):
             if parallel.vision_placement == "balanced" and mesh.tp_cp.size > 1:
                 self.sharing = VisionSharing(model.vision, model.text.width, mesh.tp_cp)
                 sum_gradients_over_tp([*self.vision.parameters(), *self.projector.parameters()])
+        # Last, so that parameters stand in the order of the forward pass: gradient buckets are cut from its end on.
+        self.text = text
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
         self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
         self.share_embeddings_and_output_weights = model.text.ties_head
