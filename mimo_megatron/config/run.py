@@ -14,6 +14,7 @@ from mimo_megatron.config.rl import RLConfig
 ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Offload = Literal["none", "vision", "text", "all"]
 VisionAttention = Literal["auto", "sdpa", "varlen", "triton"]
 TextAttention = Literal["auto", "sdpa", "varlen", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
@@ -206,6 +207,11 @@ class TrainConfig(Strict):
         None,
         description="Whether the encoder's layers are computed again, whatever the decoder's are; without it, where "
         "recompute is full.",
+    )
+    offload_activations: Offload = Field(
+        "none",
+        description="Whose layers keep in host memory, between forward and backward, what recompute leaves to keep: "
+        "the encoder's, the decoder's, or all (docs/offload.md). Not run on a GPU yet.",
     )
     vision_attention: VisionAttention = Field(
         "sdpa",

@@ -24,6 +24,7 @@ from mimo_megatron.model.local_pack import Lane, LocalPack
 from mimo_megatron.model.projector import Projector
 from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.model.vision_share import VisionSharing
+from mimo_megatron.offload import ActivationOffload
 from mimo_megatron.parallel.collectives import gather_shared
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.types import VisionLayout
@@ -48,14 +49,19 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics)
+        self.offload = ActivationOffload() if numerics.offload != "none" else None
+        of_text = self.offload if numerics.offload in ("text", "all") else None
+        text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics, offload=of_text)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
         if model.vision is not None and text.pre_process:
             encoder = VisionEncoder(
-                model.vision, backend=numerics.vision_attention, recompute=numerics.recompute_vision
+                model.vision,
+                backend=numerics.vision_attention,
+                recompute=numerics.recompute_vision,
+                offload=self.offload if numerics.offload in ("vision", "all") else None,
             )
             self.vision = encoder.to(numerics.dtype)
             self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)
@@ -71,6 +77,8 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = self.text.vp_stage
 
     def forward(self, pack: LocalPack) -> Tensor | ImplicitLogits:
+        if self.offload is not None:
+            self.offload.begin()
         params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
         stream = self._embed(pack) if self.pre_process else None
         return self.text.decode(stream, pack.positions_3S, params, [lane.rows_R for lane in pack.lanes])

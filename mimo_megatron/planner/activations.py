@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from mimo_megatron.config.model import ModelConfig, VisionConfig
-from mimo_megatron.config.run import ModuleName, ParallelConfig, RunConfig
+from mimo_megatron.config.run import ModuleName, Offload, ParallelConfig, RunConfig
 from mimo_megatron.config.vision_flops import frame_flops
 from mimo_megatron.parallel.spread_reference import loads, spread_reference
 from mimo_megatron.planner.packs import Grid, PackShape, text_attention, vision_attention
@@ -44,6 +44,7 @@ class Setting:
     device: Device = "cuda"
     head_logits: int | None = None
     """Most that exist at a time; None for all."""
+    offload: Offload = "none"
 
     @classmethod
     def of(cls, config: RunConfig, device: Device = "cuda") -> "Setting":
@@ -57,6 +58,7 @@ class Setting:
             4 if config.train.precision == "fp32" else 2,
             device,
             config.train.head_logits if config.train.head_loss != "logits" else None,
+            config.train.offload_activations,
         )
 
     @property

@@ -82,6 +82,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         dtype,
         train.recompute,
         train.recomputes_vision,
+        train.offload_activations,
         fp32_head=config.rl is not None,
         vision_attention=vision_attention,
         text_attention=text_attention,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mimo_megatron.planner import memory
+from mimo_megatron.planner.offload import Row
 from tests.harness import run_ranks
 from tests.memory_cases import CASES, Case, compare, measure
 from tests.tensor_meter import TensorMeter
@@ -26,6 +27,7 @@ def assert_close(case: Case) -> None:
         assert row.state == pytest.approx(row.measured_state, rel=0.002), row
         assert row.peak == pytest.approx(row.measured_peak, rel=TOLERANCE), row
         assert row.moving == pytest.approx(row.measured_moving, rel=TOLERANCE), row
+        assert row.host == pytest.approx(row.measured_host, rel=TOLERANCE), row
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -36,7 +38,8 @@ def test_the_predicted_peak_is_the_counted_one(name):
 SLOW = (
     "one process", "frozen vision", "full recompute", "tp2, sequence parallel, bf16", "cp2", "text only",
     "tp2, pp2, sequence parallel, selective", "tp2, balanced vision",
-    "head in chunks, bf16, large vocabulary",
+    "head in chunks, bf16, large vocabulary", "offload, full recompute, bf16", "offload, pp2",
+    "offload of the decoder, pp2, vpp2",
 )  # fmt: skip
 """With the quick ones, of every kind; all of ``CASES`` are run by ``benchmarks/bench_memory_model.py``."""
 
@@ -56,6 +59,13 @@ def test_a_microbatch_in_flight_that_is_forgotten_is_caught(monkeypatch):
     monkeypatch.setattr(memory.schedule, "order", one_after_another)
     with pytest.raises(AssertionError):
         assert_close(by_name("pp2, vpp2"))
+
+
+@pytest.mark.slow
+def test_a_plan_that_forgets_what_offload_frees_is_caught(monkeypatch):
+    monkeypatch.setattr(memory, "Row", lambda parts, _offload: Row(parts, "none"))
+    with pytest.raises(AssertionError):
+        assert_close(by_name("offload, pp2"))
 
 
 def test_the_meter_counts_storages_once_and_forgets_them():

@@ -185,7 +185,8 @@ def test_nothing_is_used_before_it_has_arrived(name: str) -> None:
     case = CASES[name]
     plain = run_ranks(three_steps, case.world_size, case, {})
     late = run_ranks(three_steps, case.world_size, case, OVERLAP)
-    assert late[0] == pytest.approx(plain[0], rel=2e-6) and plain[0][4] < plain[0][0]
+    tolerance = 1e-3 if "bf16" in name else 2e-6  # a norm in another order of summation, rounded with the weights
+    assert late[0] == pytest.approx(plain[0], rel=tolerance) and plain[0][4] < plain[0][0]
     assert all(ranks == late[0] for ranks in late)
 
 
