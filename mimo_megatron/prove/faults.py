@@ -247,14 +247,14 @@ FAULTS: tuple[Fault, ...] = (
         ("mimo_megatron.mcore.overlap:GradReduction._start_next",),
         _without_the_first_bucket,
         "dp2 · overlap",
-        "the backward pass",
+        "embedding and head",
     ),
     Fault(
         "gradients reduced before the last microbatch",
         ("mimo_megatron.mcore.overlap:GradReduction.no_sync",),
         _in_every_microbatch,
         "dp2 · overlap",
-        "the ranks failed: a gradient came to parameters whose reduction has started",
+        "the ranks failed: AssertionError: a gradient came to parameters whose reduction has started",
     ),
     Fault(
         "parameters not gathered after the update",

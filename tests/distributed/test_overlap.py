@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
+from mimo_megatron.config.rl import SyncConfig
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.loss.cross_entropy import Logits, token_losses
@@ -20,6 +21,10 @@ from mimo_megatron.mcore.schedule import run_forward
 from mimo_megatron.model.local_pack import LocalPack
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.prove.material import PACKS
+from mimo_megatron.rl import publish as publish_module
+from mimo_megatron.rl.publish import publish
+from mimo_megatron.rl.sync.buckets import Manifest
+from mimo_megatron.rl.sync.publisher import Publisher
 from mimo_megatron.train.inspection import inspect_step
 from mimo_megatron.train.step import Trainer, build_trainer, local_packs, train_step
 from mimo_megatron.types import PackedBatch
@@ -195,6 +200,32 @@ def test_a_head_that_reads_its_weight_too_early_is_caught() -> None:
     case = CASES["dp2, head in chunks"]
     with pytest.raises(Exception, match="NonFiniteError"):
         run_ranks(three_steps, 2, case, OVERLAP, False)
+
+
+def published_after_a_step(address: RankAddress, waits: bool) -> bool:
+    """Whether every number is finite that the publisher reads, of modules that it was given before the step."""
+    with megatron(ParallelConfig(), address) as mesh:
+        deliver_late()
+        if not waits:
+            publish_module.finish_param_gather = lambda _chunks: None
+        trainer, batches = trainer_and_batches(CASES["dp2"], mesh, OVERLAP)
+        publisher = Publisher(trainer.bare_chunks, trainer.config.model, mesh)
+        train_step(trainer, batches, 1, 1.0)
+        manifest_of, bare, found = publisher.manifest, [chunk.module for chunk in trainer.chunks], []
+
+        def manifest(version: int) -> Manifest:
+            found.append(all(are_finite(chunk) for chunk in bare))
+            return manifest_of(version)
+
+        publisher.manifest = manifest
+        publish(trainer, publisher, None, 1, PACKS["text_only"][0][:1], SyncConfig())
+        return all(found)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_weights_are_published_whole(waits: bool) -> None:
+    """Planted, where it does not wait: what the publisher reads has not arrived."""
+    assert run_ranks(published_after_a_step, 2, waits) == [waits, waits]
 
 
 # ---- passes that are no step -----------------------------------------------------------------------------------------
