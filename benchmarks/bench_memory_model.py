@@ -1,6 +1,6 @@
 """The planner's memory peaks beside counted ones: a training step of tiny models on forked CPU ranks, in tensor bytes.
 
-    python benchmarks/bench_memory_model.py                 # 26 cases, about six minutes on two cores
+    python benchmarks/bench_memory_model.py                 # 35 cases, about eight minutes on two cores
 
 Columns in megabytes: ``state`` is weights, gradient buffers and optimizer state; ``moving`` what the step needs above
 all that stays; ``peak`` everything. The same cases are asserted in tests/distributed/test_memory_model.py.
