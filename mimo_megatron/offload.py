@@ -16,7 +16,7 @@ Source of the idea: vDNN (Rhu et al., 2016, arXiv:1602.08124).
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,9 @@ class ActivationOffload:
         if not torch.is_grad_enabled():
             yield
             return
-        params = list(module.parameters())
-        self._kept, self._device = _storages(kept) | _storages(params), params[0].device
+        stays = [*kept, *module.parameters()]
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in stays}
+        self._device = stays[0].device
         self._is_over_layers = True
         self.next_layer()
         with saved_tensors_hooks(self._pack, self._unpack):
@@ -199,10 +200,6 @@ def _give_up(layer: _Layer) -> None:
         layer.left.synchronize()
     for copy in layer.alive():
         copy.source = None
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _empty_on_host(source: Tensor) -> Tensor:

@@ -136,6 +136,18 @@ def _without_data_parallel_ranks(_parallel_state: Any) -> Any:
     return SimpleNamespace(get_amax_reduction_group=lambda **_: current_mesh().tp_cp.group)
 
 
+def _of_own_queries(_backward: Any) -> Any:
+    """A rank's keys get the gradient of its own queries, and not of the other ranks'."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        exchange.work = SimpleNamespace(wait=lambda: None)
+        by_rank = torch.empty_like(grads[0]).index_copy_(0, exchange.order_S, grads[0])
+        return by_rank.chunk(exchange.axis.size)[exchange.axis.rank], None
+
+    return backward
+
+
 def _without_the_first_bucket(start_next: Any) -> Any:
     def start(reduction: Any) -> None:
         if reduction._num_started:
@@ -241,6 +253,13 @@ FAULTS: tuple[Fault, ...] = (
         _of_own_maximum,
         "dp2 · policy gradient, head in chunks",
         "the forward pass",
+    ),
+    Fault(
+        "gradients of keys and values not summed over cp",
+        ("mimo_megatron.parallel.collectives:_FinishGather.backward",),
+        _of_own_queries,
+        "cp2 · mixed",
+        "the backward pass",
     ),
     Fault(
         "gradients of one bucket not reduced",

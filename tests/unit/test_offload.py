@@ -79,6 +79,17 @@ def test_gradients_are_bit_for_bit_those_without_offload(recompute: bool, in_fli
     assert offloaded.copied_bytes > 0 and offloaded.host_bytes == 0  # all of it was used, and is gone
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_on_a_gpu_gradients_are_bit_for_bit_those_without_offload(recompute: bool) -> None:
+    """Copies on streams of their own. Not run yet."""
+    many = [x.detach().cuda().requires_grad_() for x in inputs(3)]
+    plain, offloaded = gradients(Net(recompute).cuda(), many, None), ActivationOffload()
+    found = gradients(Net(recompute).cuda(), many, offloaded)
+    assert len(found) == LAYERS and all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    assert offloaded.copied_bytes > 0 and offloaded.host_bytes == 0
+
+
 def test_what_leaves_is_counted_and_gone_from_the_device() -> None:
     """Of all layers but the newest ones nothing is left but the copies; then these leave too, as others come."""
     seen: list[weakref.ref[Any]] = []
