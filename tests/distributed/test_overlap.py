@@ -183,7 +183,12 @@ def are_finite(module: torch.nn.Module) -> bool:
     return all(bool(param.isfinite().all()) for param in module.parameters())
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("dp2, head in chunks", "dp2, tied, mtp, full recompute, head in chunks")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_nothing_is_used_before_it_has_arrived(name: str) -> None:
     """Three steps are those without overlap, though every buffer holds no numbers until its collective is waited for;
     and so it is for who reads parameters between steps."""

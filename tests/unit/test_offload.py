@@ -243,7 +243,12 @@ def two_steps(
         return [number for one in results for number in (one.loss, one.grad_norm)], copied, left
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("plain", "pp2, full")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_a_step_is_bit_for_bit_the_one_without_offload(name: str) -> None:
     layout, ranks, train, text = CASES[name]
     plain = run_ranks(two_steps, ranks, layout, train, text, "none")
@@ -255,6 +260,7 @@ def test_a_step_is_bit_for_bit_the_one_without_offload(name: str) -> None:
             assert copied > 0 and left == 0
 
 
+@pytest.mark.slow
 def test_recomputation_leaves_less_to_copy() -> None:
     copied = {
         recompute: run_ranks(two_steps, 1, {}, dict(recompute=recompute), {}, "all")[0][1]
