@@ -172,6 +172,19 @@ def _in_every_microbatch(_no_sync: Any) -> Any:
     return no_sync
 
 
+def _one_copy_late(to_host: Any) -> Any:
+    """The host's memory holds what was copied before."""
+    last: dict[Any, Tensor] = {}
+
+    def copied(offload: Any, source: Tensor) -> Tensor:
+        host = to_host(offload, source)
+        kind = host.shape, host.stride(), host.dtype
+        before, last[kind] = last.get(kind, host), host
+        return before
+
+    return copied
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "tp sum dropped",
@@ -257,6 +270,13 @@ FAULTS: tuple[Fault, ...] = (
         _of_own_maximum,
         "dp2 · policy gradient, head in chunks",
         "the forward pass",
+    ),
+    Fault(
+        "activations read back from the host one copy late",
+        ("mimo_megatron.offload:ActivationOffload._to_host",),
+        _one_copy_late,
+        "dp2 · offload",
+        "the backward pass",
     ),
     Fault(
         "gradients of keys and values not summed over cp",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from mimo_megatron import offload
 from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece, causal_attention
 from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.config.check import TEXT_KERNEL_HEAD_WIDTHS
 from mimo_megatron.config.presets import preset
-from mimo_megatron.config.run import ParallelConfig, Recompute
+from mimo_megatron.config.run import Offload, ParallelConfig, Recompute
 from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore import optimizer, weights
@@ -37,11 +38,18 @@ SLOTS = 64
 
 
 def loss_and_gradients(
-    address: RankAddress, backend: TextBackend, dtype: torch.dtype, cp: int, recompute: Recompute
+    address: RankAddress,
+    backend: TextBackend,
+    dtype: torch.dtype,
+    cp: int,
+    recompute: Recompute,
+    offloads: Offload = "none",
 ) -> dict[str, Tensor]:
     parallel = ParallelConfig(cp=cp)
+    offload.IN_FLIGHT = 0  # in this rank's process: the model is two layers deep
     with megatron(parallel, address) as mesh:
-        chunks = build_chunks(MODEL, parallel, Numerics(dtype, recompute, text_attention=backend), mesh)
+        numerics = Numerics(dtype, recompute, offload=offloads, text_attention=backend)
+        chunks = build_chunks(MODEL, parallel, numerics, mesh)
         weights.draw_weights(chunks, 1, mesh.tp)
         for name, param in weights.global_parameters(chunks):
             if "qkv.weight" in name:
@@ -61,19 +69,22 @@ def with_pytorchs(dtype: torch.dtype) -> dict[str, Tensor]:
     return run_ranks(loss_and_gradients, 1, "sdpa", dtype, 1, "none")[0]
 
 
-def assert_same_decoder(cp: int, recompute: Recompute) -> None:
+def assert_same_decoder(cp: int, recompute: Recompute, offloads: Offload = "none") -> None:
     eager, oracle = with_pytorchs(torch.float32), with_pytorchs(torch.float64)
     assert any("mtp" in name and "qkv" in name for name in oracle)
-    for got in run_ranks(loss_and_gradients, cp, "triton", torch.float32, cp, recompute):
+    for got in run_ranks(loss_and_gradients, cp, "triton", torch.float32, cp, recompute, offloads):
         assert_named_parity(got, eager, oracle, torch.float32)
 
 
 @needs_triton
 @pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
-@pytest.mark.parametrize(("cp", "recompute"), [(1, "none"), (2, "selective")])
-def test_the_decoder_is_the_same_with_the_kernel(cp: int, recompute: Recompute) -> None:
-    """Loss and every gradient, alone and on two context-parallel ranks that compute attention again in the backward."""
-    assert_same_decoder(cp, recompute)
+@pytest.mark.parametrize(
+    ("cp", "recompute", "offloads"), [(1, "none", "none"), (1, "none", "text"), (2, "selective", "none")]
+)
+def test_the_decoder_is_the_same_with_the_kernel(cp: int, recompute: Recompute, offloads: Offload) -> None:
+    """Loss and every gradient, alone, with what it keeps on the host, and on two context-parallel ranks that compute
+    attention again in the backward."""
+    assert_same_decoder(cp, recompute, offloads)
 
 
 @pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
