@@ -90,7 +90,7 @@ TINY = Sizes(
     table_logit_rows=16,
     num_windows=2,
     head_slots=8,
-    head_logits=(1024,),
+    head_logits=(2048,),
     optimizer_layers=1,
 )  # fmt: skip
 
