@@ -44,7 +44,7 @@ from mimo_megatron.data.collate import collate
 from mimo_megatron.data.packing import pack
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.weights import global_parameters
-from mimo_megatron.model.vision import PIXEL_MEAN, PIXEL_STD
+from mimo_megatron.model.patch_embed import PIXEL_MEAN, PIXEL_STD
 from mimo_megatron.train.step import Trainer, backward, build_trainer
 from mimo_megatron.types import EncodedMedia, EncodedSample
 

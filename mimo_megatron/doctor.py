@@ -125,6 +125,8 @@ def judge_fp8(engines: Mapping[str, str], *, on_gpu: bool) -> Finding:
 
 def judge_gpu_package(name: str, use: str, version: str | None, error: str | None) -> Finding:
     """For a machine with a GPU."""
+    if version is None and not use:
+        return Finding("packages", name, "not installed", "ok", "not needed: torch's AdamW is fused, too")
     if version is None:
         return Finding("packages", name, "not installed", "note", f"slower without it: {use}", f"pip install {name}")
     if error is None:
@@ -164,9 +166,10 @@ import json
 from mimo_megatron import platform
 from mimo_megatron import _packing
 from mimo_megatron.config.presets import preset
-from mimo_megatron.config.run import EncodingConfig
+from mimo_megatron.config.run import EncodingConfig, OptimizerConfig
 from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore import adam
 from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 from mimo_megatron.train.attention import device_name, text_choice, vision_choice
 here, model = platform.current(), preset("mimo-vl-7b")
@@ -179,15 +182,16 @@ for scaling in ("current", "delayed", "blockwise"):
         facts["fp8"][scaling] = fp8_engine(Fp8Config(scaling=scaling))
     except ConfigError as error:
         facts["fp8"][scaling] = "none"
+facts["optimizer"] = [adam.chosen(OptimizerConfig()), adam.runs_fused_kernels()]
 facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
 """
-# import name, name in the index, what it speeds up
+# import name, name in the index, what it speeds up; nothing where torch has the like
 _GPU_PACKAGES = (
     ("transformer_engine", "transformer-engine", "fused layers and FP8"),
     ("flash_attn", "flash-attn", "packed attention"),
     ("triton", "triton", "this package's own kernels"),
-    ("apex", "apex", "fused optimizer"),
+    ("apex", "apex", ""),
 )
 
 
@@ -282,6 +286,9 @@ def _backends() -> Iterator[Finding]:
     for name in ("vision attention", "text attention"):
         backend, why = facts[name]
         yield Finding("backends", name, f"auto is {backend}", "ok", f"for mimo-vl-7b in packs of 8K; {why}")
+    optimizer, is_fused = facts["optimizer"]
+    why = "the first of Transformer Engine's, apex's and torch's here" if is_fused else "not fused on the CPU"
+    yield Finding("backends", "optimizer", f"auto is AdamW of {optimizer}", "ok", why)
     yield judge_decoder(facts["decoder"], _version("simplejpeg"))
     yield Finding("backends", "image resize", facts["resize"][0], "ok", "the fastest of " + ", ".join(facts["resize"]))
 

@@ -1,17 +1,19 @@
 """Training steps whose peak memory is measured in forked ranks, by counted tensor bytes; see ``tensor_meter``."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.parallel.mesh import coordinates
-from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.memory import rank_memory
 from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.setting import Setting
 from mimo_megatron.prove.material import Grid
 from mimo_megatron.train.step import build_trainer, train_step
 from mimo_megatron.types import EncodedSample, PackedBatch
@@ -26,6 +28,7 @@ Samples = tuple[tuple[int, tuple[Grid, ...]], ...]
 ONE_IMAGE: Samples = ((260, ((1, 48, 48),)), (180, ()))
 MANY_IMAGES: Samples = ((100, ((1, 20, 14), (1, 6, 34))), (60, ((1, 26, 30),)), (200, ((1, 20, 14),)), (150, ()))
 VIDEO: Samples = ((200, ((4, 16, 20),)), (120, ((1, 28, 24),)))
+FRAMES: Samples = ((60, ((1, 20, 14), (1, 26, 30), (1, 20, 14))),)
 TEXT: Samples = ((300, ()), (90, ()), (400, ()), (90, ()))
 LONG_TEXT: Samples = ((1000, ()),)
 
@@ -38,10 +41,13 @@ class Case:
     packs: tuple[Samples, ...] = (MANY_IMAGES, ONE_IMAGE, VIDEO, MANY_IMAGES)
     train: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> ModelConfig:
-        return tiny_model(**self.text)
+        model = tiny_model(**self.text)
+        assert model.vision is not None
+        return model.model_copy(update={"vision": model.vision.model_copy(update=self.vision)})
 
     @property
     def config(self) -> RunConfig:
@@ -88,6 +94,21 @@ CASES: tuple[Case, ...] = (
     Case("tp2, cp2, sequence parallel, balanced vision",
          dict(tp=2, cp=2, sequence_parallel=True, vision_placement="balanced"), 4),
     Case("multi-token prediction, pp2", dict(pp=2), 2, text=dict(num_mtp_layers=1)),
+    Case("FP8, current", train=dict(fp8=Fp8Config())),
+    Case("FP8, delayed, all layers, text, bf16", packs=(TEXT, LONG_TEXT), text=dict(ffn_width=1024),
+         train=dict(precision="bf16", fp8=Fp8Config(scaling="delayed", history=256, first_layers=0, last_layers=0))),
+    Case("FP8, blockwise, full recompute, text", packs=(TEXT, LONG_TEXT),
+         train=dict(recompute="full", fp8=Fp8Config(scaling="blockwise", first_layers=0))),
+    Case("FP8, current, selective, pp2, text", dict(pp=2), 2, packs=(TEXT, TEXT, LONG_TEXT),
+         train=dict(recompute="selective", fp8=Fp8Config(first_layers=0))),
+    Case("FP8, scaled_mm, tp2, sequence parallel, text", dict(tp=2, sequence_parallel=True), 2, packs=(TEXT, LONG_TEXT),
+         train=dict(precision="bf16", fp8=Fp8Config(engine="scaled_mm"))),
+    Case("triton in the decoder", packs=(TEXT,), text=dict(num_layers=2), train=dict(text_attention="triton")),
+    Case("triton in the decoder, cp2", dict(cp=2), 2, packs=(TEXT,), text=dict(num_layers=1),
+         train=dict(text_attention="triton")),
+    Case("triton in the encoder", packs=(FRAMES,), text=dict(num_layers=1),
+         vision=dict(width=160, num_heads=2, depth=2, full_attention_layers=(1,)),
+         train=dict(vision_attention="triton")),
     # Written after the formulas were settled, which did not change for them.
     Case(
         "tp2, cp2, full recompute, large vocabulary", dict(tp=2, cp=2, sequence_parallel=True), 4,
@@ -127,6 +148,7 @@ def measure(address: RankAddress, case: Case) -> Measured:
             for batch in batches:
                 meter.count(*vars(batch).values(), *(vars(batch.vision).values() if batch.vision else ()))
             train_step(trainer, batches, 0, 1.0)
+            gc.collect()  # Triton's interpreter leaves the last launches' tensors in cycles
             before_step = meter.live
             meter.reset_peak()
             train_step(trainer, batches, 1, 1.0)

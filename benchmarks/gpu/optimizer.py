@@ -13,25 +13,29 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.correctness import is_fatal
-from benchmarks.gpu.peers import MakeOptimizer, Unavailable, optimizers
+from benchmarks.gpu.peers import Unavailable
 from benchmarks.gpu.setting import NO_TIME, Bench, Setting
 from benchmarks.gpu.timing import measure, relative_error
 from benchmarks.gpu.writing import Save
 from mimo_megatron.config.model import ModelConfig
-from mimo_megatron.config.run import OptimizerConfig
+from mimo_megatron.config.run import AdamName, OptimizerConfig
+from mimo_megatron.errors import ConfigError
+from mimo_megatron.mcore import adam
 
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 BYTES = 28
 """Of a parameter: it, its gradient and two moments are read, all but the gradient written, 4 bytes each."""
 STEPS = 3
 MOST_DIFFERENCE = 1e-4
 """Of what ``STEPS`` steps change: the order of operations rounds it otherwise."""
 TRUSTED = "AdamW foreach"
+RATE = 1e-3
 
 
 def section(bench: Bench, save: Save) -> None:
     model: ModelConfig = bench.kept["packs"][0].config.model
     shapes = shapes_of(model, bench.setting.sizes.optimizer_layers)
-    makers = ways(bench.setting.device)
+    makers = ways(OptimizerConfig())
     want, _ = changed_by(makers[TRUSTED], shapes, bench.setting)
     trusted_ms = None
     for way, make in makers.items():
@@ -60,15 +64,24 @@ def shapes_of(model: ModelConfig, num_layers: int) -> list[tuple[int, ...]]:
     return layer * num_layers
 
 
-def ways(device: torch.device) -> dict[str, MakeOptimizer | Unavailable]:
-    def of_torch(params: Any, options: dict[str, Any], **own: bool) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, **options, **own)
-
-    return {
-        TRUSTED: partial(of_torch, foreach=True),
-        "AdamW fused": partial(of_torch, fused=True),
-        **optimizers(device),
+def ways(settings: OptimizerConfig) -> dict[str, MakeOptimizer | Unavailable]:
+    """PyTorch's two; and those of ``mcore/adam.py`` that are others, or why they cannot be used here."""
+    found: dict[str, MakeOptimizer | Unavailable] = {
+        TRUSTED: lambda params: torch.optim.AdamW(params, foreach=True, **options(settings)),
+        "AdamW fused": lambda params: torch.optim.AdamW(params, fused=True, **options(settings)),
     }
+    others: tuple[AdamName, ...] = ("transformer-engine", "apex")
+    for name in others:
+        try:
+            adam.chosen(settings.model_copy(update={"implementation": name}))
+            found[f"{name} FusedAdam"] = partial(_of_name, name, settings)
+        except ConfigError as reason:
+            found[f"{name} FusedAdam"] = Unavailable(str(reason))
+    return found
+
+
+def _of_name(name: AdamName, settings: OptimizerConfig, params: list[Tensor]) -> torch.optim.Optimizer:
+    return adam.make(name, [{"params": params}], RATE, settings)
 
 
 def parameters(shapes: list[tuple[int, ...]], setting: Setting) -> list[Tensor]:
@@ -80,9 +93,8 @@ def parameters(shapes: list[tuple[int, ...]], setting: Setting) -> list[Tensor]:
     return params
 
 
-def options() -> dict[str, Any]:
-    settings = OptimizerConfig()
-    return {"lr": 1e-3, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+def options(settings: OptimizerConfig) -> dict[str, Any]:
+    return {"lr": RATE, "betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
 
 
 def changed_by(
@@ -92,7 +104,7 @@ def changed_by(
     assert not isinstance(make, Unavailable)
     params = parameters(shapes, setting)
     before = [param.detach().clone() for param in params]
-    step = make(params, options()).step
+    step = make(params).step
     for _ in range(STEPS):
         step()
     return [param.detach() - old for param, old in zip(params, before, strict=True)], step

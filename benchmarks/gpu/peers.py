@@ -1,11 +1,11 @@
-"""What other libraries bring for the same work, where they import: norms, the head's loss, the optimizer's step.
+"""What other libraries bring for the same work, where they import: norms, the head's loss.
 
 Each function gives a way to call, or why it cannot run here (``Unavailable``), which the tables print. Names and
 arguments are those of the libraries' public interfaces; none of these has run here on a GPU.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ Norm = Callable[[Tensor, Tensor], Tensor]
 """out [R, D] of x [R, D] and the weight [D]."""
 HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The sum of the rows' losses, from hidden states [R, D], the head's weight [V, D] and labels [R]."""
-MakeOptimizer = Callable[[Iterable[Tensor], dict[str, Any]], torch.optim.Optimizer]
 
 
 class Unavailable(Exception):
@@ -92,31 +91,3 @@ def liger_head_loss() -> HeadLoss:
     needs("liger_kernel")
     module = loaded(load)(reduction="sum")
     return lambda hidden_RD, weight_VD, labels_R: module(weight_VD, hidden_RD, labels_R)
-
-
-def optimizers(device: torch.device) -> dict[str, MakeOptimizer | Unavailable]:
-    """AdamW of the libraries that ``megatron.core.optimizer`` takes it from, where they are installed."""
-    makers = {"transformer-engine FusedAdam": _engine_adam, "apex FusedAdam": _apex_adam}
-    return {name: or_why_not(make, device) for name, make in makers.items()}
-
-
-def _engine_adam() -> MakeOptimizer:
-    def load() -> Any:
-        from transformer_engine.pytorch.optimizers import FusedAdam
-
-        return FusedAdam
-
-    needs("transformer_engine.pytorch")
-    kind = loaded(load)
-    return lambda params, options: kind(params, adam_w_mode=True, **options)
-
-
-def _apex_adam() -> MakeOptimizer:
-    def load() -> Any:
-        from apex.optimizers import FusedAdam
-
-        return FusedAdam
-
-    needs("apex.optimizers")
-    kind = loaded(load)
-    return lambda params, options: kind(params, adam_w_mode=True, **options)

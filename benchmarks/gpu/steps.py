@@ -18,9 +18,9 @@ from benchmarks.gpu.packs import PackClass, flops_of, grids_of
 from benchmarks.gpu.profiling import top_kernels
 from benchmarks.gpu.setting import Bench
 from benchmarks.gpu.variants import Variant, losses_of_tokens
-from mimo_megatron.planner.activations import Setting as PlannerSetting
 from mimo_megatron.planner.memory import rank_memory
 from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.setting import Setting as PlannerSetting
 from mimo_megatron.train.step import Trainer, local_packs, train_step
 from mimo_megatron.types import PackedBatch
 

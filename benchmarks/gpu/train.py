@@ -66,6 +66,7 @@ def compare(bed: "Bed", text: PackClass) -> Ways:
     if best != BASELINE:
         bed.look_into(best)
     bed.measure(best, packs=text)
+    bed.measure(replace(best, fp8="scaled_mm in all parts"))
     for ways in (best, BASELINE):
         bed.measure(replace(ways, fp8="scaled_mm"))
     bed.measure(replace(best, fp8="transformer-engine"))

@@ -7,7 +7,7 @@ Transformer Engine, nothing is changed in place: a trainer is built. Every varia
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,27 +16,34 @@ from benchmarks.gpu.packs import PackClass
 from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
 from mimo_megatron.config.check import check
-from mimo_megatron.config.fp8 import Fp8Config, Fp8Engine
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.run import HeadLoss, Recompute, RunConfig
+from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear
 from mimo_megatron.loss.chunk_softmax import chunk_softmax
 from mimo_megatron.loss.cross_entropy import token_losses
 from mimo_megatron.loss.implicit_logits import Chunking
+from mimo_megatron.mcore import adam
+from mimo_megatron.mcore.boot import current_mesh
 from mimo_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, scaling_of
-from mimo_megatron.mcore.layers import fp8_engine, uses_engine
+from mimo_megatron.mcore.layers import encoder_product, fp8_engine, uses_engine
 from mimo_megatron.model.vlm import VisionLanguageModel
+from mimo_megatron.parallel.mesh import ALONE
 from mimo_megatron.train.step import DTYPES, Trainer, local_packs, numerics_of
 from mimo_megatron.types import PackedBatch
+
+Fp8Way = Literal["scaled_mm", "scaled_mm in all parts", "transformer-engine", "twin", "twin in all parts"]
+_ALL_PARTS = " in all parts"
 
 
 @dataclass(frozen=True)
 class Ways:
-    """Values of the recipe's keys ``train.vision_attention``, ``text_attention``, ``head_loss`` and ``fp8.engine``."""
+    """Values of the recipe's keys ``train.vision_attention``, ``text_attention``, ``head_loss``; and of ``fp8``."""
 
     vision: VisionBackend = "sdpa"
     text: TextBackend = "sdpa"
     head: HeadLoss = "logits"
-    fp8: Fp8Engine | None = None
-    """With current scaling."""
+    fp8: Fp8Way | None = None
+    """Of the decoder, or of encoder and projector too, by that engine; with current scaling."""
 
     @property
     def name(self) -> str:
@@ -68,12 +75,15 @@ class Variant:
     @property
     def config(self) -> RunConfig:
         """``ConfigError`` where the keys do not go together."""
-        train = self.packs.config.train
+        fp8 = None
+        if self.ways.fp8 is not None:
+            parts = ["vision", "projector", "text"] if self.ways.fp8.endswith(_ALL_PARTS) else ["text"]
+            fp8 = Fp8Config.model_validate({"engine": self.ways.fp8.removesuffix(_ALL_PARTS), "parts": parts})
         ways = {
             "vision_attention": self.ways.vision, "text_attention": self.ways.text, "head_loss": self.ways.head,
-            "fp8": None if self.ways.fp8 is None else Fp8Config(engine=self.ways.fp8),
+            "fp8": fp8,
         }  # fmt: skip
-        train = train.model_copy(update={"recompute": self.recompute, **ways})
+        train = self.packs.config.train.model_copy(update={"recompute": self.recompute, **ways})
         config = self.packs.config.model_copy(update={"train": train})
         check(config, 1)
         return config
@@ -113,6 +123,7 @@ def put_into(trainer: Trainer, config: RunConfig) -> Trainer:
     """The trainer as ``build_trainer(config)`` would give it, over the same weights. ``ConfigError`` as there."""
     numerics, fp8 = numerics_of(config, DTYPES[config.train.precision]), config.train.fp8
     product = None if fp8 is None or uses_engine(fp8) else fp8_engine(fp8)
+    encoder = encoder_product(fp8) if fp8 is not None and fp8.encoder_parts else None
     vision = vision_kernel() if numerics.vision_attention == "triton" else None
     text = text_kernel() if numerics.text_attention == "triton" else None
     chunking = None
@@ -127,22 +138,42 @@ def put_into(trainer: Trainer, config: RunConfig) -> Trainer:
         model.text.backend = "sdpa" if text is not None else numerics.text_attention
         if not uses_engine(fp8):
             _put_fp8_into(model, config, product)
+        _put_fp8_into_encoder(model, fp8, encoder)
     return replace(trainer, config=config)
 
 
 def _put_fp8_into(model: VisionLanguageModel, config: RunConfig, product: Any) -> None:
-    """Megatron's linear layers and ours in FP8 differ in their class and in two attributes."""
+    """Megatron's linear layers, and ours in FP8: they differ in their class and in two attributes."""
     fp8, num_layers = config.train.fp8, config.model.text.num_layers
+    axis = current_mesh().tp_cp
     for number, layer in enumerate(model.text.decoder.layers):
         attention, mlp = layer.self_attention, layer.mlp
         for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
             of_fp8 = next(kind for kind in FP8_LINEARS if isinstance(linear, _megatrons(kind)))
             if fp8 is not None and fp8.covers(number, num_layers):
-                linear.__class__ = of_fp8
-                linear.scaling, linear.product = scaling_of(fp8), product
+                _become(linear, of_fp8, scaling_of(fp8, axis), product)
             elif isinstance(linear, of_fp8):
-                linear.__class__ = _megatrons(of_fp8)
-                del linear.scaling, linear.product
+                _become(linear, _megatrons(of_fp8))
+
+
+def _put_fp8_into_encoder(model: VisionLanguageModel, fp8: Fp8Config | None, product: Any) -> None:
+    """PyTorch's linear layers of the blocks, and of the projector."""
+    if model.vision is None or model.projector is None:
+        return
+    for part, layers in (("vision", model.vision.blocks), ("projector", model.projector)):
+        for linear in (one for one in layers.modules() if isinstance(one, torch.nn.Linear)):
+            if fp8 is not None and part in fp8.parts:
+                _become(linear, Fp8Linear, scaling_of(fp8, ALONE), PRODUCTS[product])
+            elif isinstance(linear, Fp8Linear):
+                _become(linear, torch.nn.Linear)
+
+
+def _become(linear: Any, kind: type, scaling: Any = None, product: Any = None) -> None:
+    for name in ("scaling", "product"):
+        vars(linear).pop(name, None)
+    linear.__class__ = kind
+    if scaling is not None:
+        linear.scaling, linear.product = scaling, product
 
 
 def _megatrons(of_fp8: type) -> type:
@@ -171,12 +202,9 @@ class Start:
         trainer.optimizer.reload_model_params()
         for one in trainer.optimizer.chained_optimizers:
             for state in one.optimizer.state.values():
-                for kept in state.values():
-                    if isinstance(kept, Tensor):
-                        kept.zero_()
-            for group in one.optimizer.param_groups:
-                if "step" in group:  # of the fused optimizers of Transformer Engine and apex
-                    group["step"] = 0
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+            adam.set_step_count(one.optimizer, 0)
 
 
 # ---- the same numbers ------------------------------------------------------------------------------------------------
@@ -195,7 +223,7 @@ class Noise:
 
 
 # Through 32 encoder and 8 decoder layers of narrow width, on a CPU, bf16 moves the losses of tokens by 0.018 of their
-# spread, current scaling in 6 of the 8 by 0.083; keys read backwards move them by 0.041 there, and more where weights
+# spread, FP8 in 6 of the 8 by 0.083; keys read backwards move them by 0.041 there, and more where weights
 # are wider: a small fault may hide in the noise, which is why every kernel is checked by itself before.
 NOISE = {"fp32": Noise(1e-5, 1e-3, 1e-3), "bf16": Noise(2e-3, 0.05, 0.02), "fp8": Noise(1e-2, 0.3, 0.1)}
 

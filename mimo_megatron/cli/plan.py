@@ -20,11 +20,12 @@ def _plan(values: Values) -> int:
 
     from mimo_megatron.config.load import load_recipe
     from mimo_megatron.planner import report
-    from mimo_megatron.planner.hardware import Efficiency, efficiency_of, gpu_named
+    from mimo_megatron.planner.hardware import Efficiency, check_fp8, efficiency_of, gpu_named
     from mimo_megatron.planner.packs import assumed_packs
     from mimo_megatron.planner.search import own_layout, require_some, search
 
     config, gpu = load_recipe(values.recipe, values.overrides), gpu_named(values.gpu)
+    check_fp8(gpu, config.train.fp8)
     efficiency: Efficiency = efficiency_of(values.mfu, values.vision_mfu)
     if all((source.path / "index.json").is_file() for source in config.data.sources):
         from mimo_megatron.planner.from_index import packs_of_index  # torch loads with it, which takes seconds

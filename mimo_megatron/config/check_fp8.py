@@ -24,6 +24,8 @@ def fp8_problems(config: RunConfig) -> list[str]:
 
 
 def packs_are_aligned(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
+    if "text" not in fp8.parts:
+        return
     layout, slots = config.parallel, config.data.pack_tokens
     shared = layout.tp if layout.sequence_parallel else 1
     unit, factors = ALIGNMENT * layout.cp * shared, f"{ALIGNMENT} * cp" + (" * tp" if shared > 1 else "")
@@ -39,6 +41,8 @@ def packs_are_aligned(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
 
 def sizes_are_aligned(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
     text, tp = config.model.text, config.parallel.tp
+    if "text" not in fp8.parts:
+        return
     if text.width % ALIGNMENT:
         yield f"model.text.width ({text.width}) % {ALIGNMENT} = {text.width % ALIGNMENT}, must be 0 with train.fp8"
     is_tiled = fp8.scaling == "blockwise" and tp > 1
@@ -64,11 +68,53 @@ def _cut_sizes(text: TextConfig) -> dict[str, int]:
 
 def a_layer_is_in_fp8(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
     layers = config.model.text.num_layers
-    if fp8.first_layers + fp8.last_layers >= layers:
+    if "text" in fp8.parts and fp8.first_layers + fp8.last_layers >= layers:
         yield (
             f"train.fp8.first_layers ({fp8.first_layers}) + last_layers ({fp8.last_layers}) >= model.text.num_layers "
             f"({layers}), so no layer is in FP8: lower them, or leave train.fp8 out"
         )
+
+
+def the_encoders_sizes_are_aligned(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
+    vision = config.model.vision
+    if not fp8.encoder_parts or vision is None:
+        return
+    sizes = {"model.vision.width": vision.width}
+    if "vision" in fp8.parts:
+        sizes["model.vision.ffn_width"] = vision.ffn_width
+    if "projector" in fp8.parts:
+        sizes["model.text.width"] = config.model.text.width
+    for name, size in sizes.items():
+        if size % ALIGNMENT:
+            yield (
+                f"{name} ({size}) % {ALIGNMENT} = {size % ALIGNMENT}, must be 0 with train.fp8.parts "
+                f"{', '.join(fp8.encoder_parts)}: set train.fp8.parts=[text]"
+            )
+
+
+def images_are_encoded_whole(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
+    """A gradient that is still to be summed over cp must not be rounded, and no tile may hold two ranks' patches."""
+    layout, parts = config.parallel, ", ".join(fp8.encoder_parts)
+    if not parts:
+        return
+    if config.model.vision is None:
+        yield f"train.fp8.parts has {parts}, and model.vision is null: set train.fp8.parts=[text]"
+    elif layout.vision_placement == "replicated" and layout.cp > 1:
+        yield (
+            f"train.fp8.parts has {parts}, and with parallel.vision_placement replicated and cp {layout.cp} the "
+            "encoder's gradient is in parts on several ranks: set parallel.vision_placement=balanced, or "
+            "train.fp8.parts=[text]"
+        )
+    elif layout.vision_placement == "balanced" and fp8.scaling == "blockwise":
+        yield (
+            f"train.fp8.scaling blockwise and train.fp8.parts with {parts}: parallel.vision_placement balanced would "
+            f"cut tiles of {TILE} patches: set vision_placement=replicated, train.fp8.scaling=current or parts=[text]"
+        )
+
+
+def parts_are_named_once(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
+    if len(set(fp8.parts)) < len(fp8.parts):
+        yield f"train.fp8.parts ({', '.join(fp8.parts)}) names a part twice: name each once"
 
 
 def only_delayed_scaling_has_a_history(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
@@ -93,6 +139,9 @@ FP8_RULES: tuple[Fp8Rule, ...] = (
     packs_are_aligned,
     sizes_are_aligned,
     a_layer_is_in_fp8,
+    the_encoders_sizes_are_aligned,
+    images_are_encoded_whole,
+    parts_are_named_once,
     only_delayed_scaling_has_a_history,
     a_policy_is_not_in_fp8,
 )

@@ -1,4 +1,4 @@
-"""How the decoder's linear layers are computed in FP8; docs/fp8.md says what each key means for the numbers."""
+"""Which linear layers are computed in FP8, and how; docs/fp8.md says what each key means for the numbers."""
 
 from typing import Literal
 
@@ -9,9 +9,16 @@ from mimo_megatron.config.base import Strict
 Fp8Scaling = Literal["current", "delayed", "blockwise"]
 Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Engine = Literal["transformer-engine", "scaled_mm", "twin"]
+Fp8Part = Literal["vision", "projector", "text"]
 
 
 class Fp8Config(Strict):
+    parts: tuple[Fp8Part, ...] = Field(
+        ("text",),
+        min_length=1,
+        description="Parts of the model whose linear layers are in FP8; the embedding, the head and prediction layers "
+        "never are. vision: all blocks of the encoder, but not its patch embedding.",
+    )
     scaling: Fp8Scaling = Field(
         "current",
         description="What an operand is divided by before it is rounded. current: its own largest value; delayed: the "
@@ -40,4 +47,9 @@ class Fp8Config(Strict):
 
     def covers(self, layer: int, num_layers: int) -> bool:
         """Whether the decoder layer of that number, from 0, is in FP8."""
-        return self.first_layers <= layer < num_layers - self.last_layers
+        return "text" in self.parts and self.first_layers <= layer < num_layers - self.last_layers
+
+    @property
+    def encoder_parts(self) -> tuple[Fp8Part, ...]:
+        """Of ``parts``, those that compute on images: encoder and projector."""
+        return tuple(part for part in self.parts if part != "text")

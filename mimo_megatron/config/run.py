@@ -17,6 +17,7 @@ Recompute = Literal["none", "selective", "full"]
 VisionAttention = Literal["auto", "sdpa", "varlen", "triton"]
 TextAttention = Literal["auto", "sdpa", "varlen", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
+AdamName = Literal["transformer-engine", "apex", "torch"]
 VisionPlacement = Literal["replicated", "balanced"]
 SourceBackend = Literal["indexed", "energon"]
 DecoderName = Literal["turbo", "pillow", "dali"]
@@ -151,6 +152,12 @@ class DataConfig(EncodingConfig):
 
 class OptimizerConfig(Strict):
     name: Literal["adamw"] = Field("adamw", description="AdamW, its state sharded over the data-parallel ranks.")
+    implementation: Literal["auto"] | AdamName = Field(
+        "auto",
+        description="Whose AdamW. torch: PyTorch's, fused on a GPU; transformer-engine, apex: their FusedAdam, which "
+        "needs a GPU; auto: on a GPU the first of Transformer Engine's, apex's and torch's that is installed, else "
+        "torch's. A run that was saved with one resumes with another (docs/optimizer.md).",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="Decay of AdamW's two moving means.")
     eps: float = Field(1e-8, gt=0, description="Added to AdamW's divisor.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled; not applied to biases and norm weights.")
@@ -190,7 +197,9 @@ class TrainConfig(Strict):
     )
     precision: Precision = Field("bf16", description="Of weights and activations; updates are in fp32.")
     fp8: Fp8Config | None = Field(
-        None, description="The decoder's linear layers multiply in FP8 (docs/fp8.md); null for `precision` everywhere."
+        None,
+        description="Linear layers multiply in FP8, the decoder's unless `parts` says otherwise (docs/fp8.md); null: "
+        "none do.",
     )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="One for all parts of the model.")
     schedule: ScheduleConfig = Field(ScheduleConfig(), description="The course of every learning rate.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mimo_megatron.fp8.quantise import Quantised
 from mimo_megatron.fp8.scaling import Scaling
@@ -23,17 +23,29 @@ def twin_product(a_MK: Quantised, b_NK: Quantised, dtype: torch.dtype) -> Tensor
     return (a_MK.dequantised(wide) @ b_NK.dequantised(wide).t()).to(dtype)
 
 
+ALIGNMENT = 16
+"""Of what PyTorch's product sums over."""
+
+
 def scaled_product(a_MK: Quantised, b_NK: Quantised, dtype: torch.dtype) -> Tensor:
     """With one scale for a tensor. Accumulated as exactly as the device can, in all three products."""
     assert a_MK.tile is None and b_NK.tile is None, "tiles are for Transformer Engine or the twin"
     return torch._scaled_mm(
-        a_MK.values_MK.contiguous(),
-        b_NK.values_MK.contiguous().t(),
+        _padded(a_MK.values_MK),
+        _padded(b_NK.values_MK).t(),
         a_MK.inverse,
         b_NK.inverse,
         out_dtype=dtype,
         use_fast_accum=False,
     )
+
+
+def _padded(values_MK: Tensor) -> Tensor:
+    """Rows in succession, with zeros behind K up to the alignment: patches come in any number."""
+    missing = -values_MK.shape[1] % ALIGNMENT
+    if not missing:
+        return values_MK.contiguous()
+    return nn.functional.pad(values_MK.view(torch.uint8), (0, missing)).view(values_MK.dtype)  # the byte 0 is 0.0
 
 
 PRODUCTS: dict[Literal["twin", "scaled_mm"], Product] = {"twin": twin_product, "scaled_mm": scaled_product}
@@ -72,3 +84,15 @@ def fp8_linear(x_TI: Tensor, w_OI: Tensor, scaling: Scaling, product: Product) -
     What is kept for the way back is in FP8. Without gradients nothing is recorded of the magnitudes.
     """
     return _Linear.apply(x_TI, w_OI, scaling, torch.is_grad_enabled(), product)
+
+
+class Fp8Linear(nn.Linear):
+    """PyTorch's linear layer, [..., I] -> [..., O], with FP8 products. The bias is added in the layer's dtype."""
+
+    def __init__(self, inputs: int, outputs: int, *, scaling: Scaling, product: Product) -> None:
+        super().__init__(inputs, outputs)
+        self.scaling, self.product = scaling, product
+
+    def forward(self, x: Tensor) -> Tensor:
+        out_TO = fp8_linear(x.flatten(0, -2), self.weight, self.scaling, self.product)
+        return out_TO.unflatten(0, x.shape[:-1]) + self.bias

@@ -4,12 +4,13 @@ The scale of a tensor is that of the *whole* tensor - all slots of the microbatc
 parts lie: largest magnitudes are agreed over the ranks that share a microbatch and a layer (tp and cp). So a layout
 changes no number. Tiles need no agreement: ``config/check_fp8.py`` refuses layouts that would cut one.
 
-Dims: T rows of x (slots), I, O inputs and outputs of the layer. Operands of the three products: y = x w^T reduces I,
-dx = dy w reduces O, dw = dy^T x reduces T.
+Dims: T rows of x (slots or patches, perhaps none on this rank), I, O inputs and outputs of the layer. Operands of the
+three products: y = x w^T reduces I, dx = dy w reduces O, dw = dy^T x reduces T.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -39,10 +40,15 @@ class Scaling(Protocol):
 
 def shared_amax(tensors: list[Tensor], axis: Axis) -> Tensor:
     """float32 [len(tensors)]: the largest magnitude of each, over all ranks of ``axis``. One collective."""
-    amax = torch.stack([one.detach().abs().amax().float() for one in tensors])
+    amax = torch.stack([_amax(one) for one in tensors])
     if axis.size > 1:
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=axis.group)
     return amax
+
+
+def _amax(x: Tensor) -> Tensor:
+    """float32; 0 where there is nothing."""
+    return x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 def _with_one_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> TwoWays:
@@ -108,6 +114,13 @@ class DelayedScaling(torch.nn.Module):
         self.register_buffer("scale_3", torch.ones(NUM_OPERANDS), persistent=False)
         self.register_buffer("seen_3", torch.zeros(NUM_OPERANDS), persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Buffers move with the model, and stay float32 where it is cast."""
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
+
     def forward_operands(self, x_TI: Tensor, w_OI: Tensor, records: bool) -> tuple[TwoWays, TwoWays]:
         if records:
             self._see(ACTIVATION, x_TI)
@@ -131,7 +144,7 @@ class DelayedScaling(torch.nn.Module):
 
     def _see(self, operand: int, x: Tensor) -> None:
         seen = self.seen_3[operand]
-        seen.copy_(torch.maximum(seen, x.detach().abs().amax().float()))
+        seen.copy_(torch.maximum(seen, _amax(x)))
 
     def _quantise(self, operand: int, x: Tensor) -> TwoWays:
         return _with_one_scale(x, self.scale_3[operand], self.dtypes[operand])

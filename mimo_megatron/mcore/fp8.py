@@ -1,10 +1,10 @@
-"""Megatron's two linear layers with FP8 products of ours, and the state of delayed scaling over a run.
+"""Linear layers with FP8 products of ours, megatron's two and PyTorch's, and the state of delayed scaling over a run.
 
 Communication stays megatron's: slots are gathered and gradients summed in the layer's own dtype, as without FP8.
 Transformer Engine's layers are not here: they bring their own FP8, which ``transformer_config`` switches on.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,26 +23,27 @@ from torch import Tensor
 from torch.nn import Module
 
 from mimo_megatron.config.fp8 import Fp8Config
-from mimo_megatron.fp8.linear import PRODUCTS, fp8_linear
+from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear, fp8_linear
 from mimo_megatron.fp8.quantise import E4M3, E5M2
 from mimo_megatron.fp8.scaling import BlockScaling, CurrentScaling, DelayedScaling, Scaling
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.boot import current_mesh
 from mimo_megatron.mcore.weights import global_parameters
+from mimo_megatron.parallel.mesh import Axis
 
 ProductName = Literal["scaled_mm", "twin"]
 STATE_PREFIX = "fp8."
 """Of delayed scaling's tensors in a checkpoint; behind it the layer's global name."""
 
 
-def scaling_of(fp8: Fp8Config) -> Scaling:
-    """Of one layer, on this rank."""
+def scaling_of(fp8: Fp8Config, axis: Axis) -> Scaling:
+    """Of one layer, on this rank; ``axis``: the ranks that hold parts of its tensors."""
     forward, backward = E4M3, E5M2 if fp8.number_format == "hybrid" else E4M3
     if fp8.scaling == "blockwise":
         return BlockScaling(forward, backward)
     if fp8.scaling == "delayed":
         return DelayedScaling(forward, backward, fp8.history, fp8.margin)
-    return CurrentScaling(forward, backward, current_mesh().tp_cp)
+    return CurrentScaling(forward, backward, axis)
 
 
 class _Fp8Products:
@@ -74,13 +75,18 @@ class _Fp8Products:
 class Fp8ColumnParallelLinear(_Fp8Products, ColumnParallelLinear):
     def __init__(self, *args: Any, fp8: Fp8Config, product: ProductName, **options: Any):
         super().__init__(*args, **options)
-        self.scaling, self.product = scaling_of(fp8), product
+        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp), product
 
 
 class Fp8RowParallelLinear(_Fp8Products, RowParallelLinear):
     def __init__(self, *args: Any, fp8: Fp8Config, product: ProductName, **options: Any):
         super().__init__(*args, **options)
-        self.scaling, self.product = scaling_of(fp8), product
+        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp), product
+
+
+def linear_maker(fp8: Fp8Config, product: ProductName, axis: Axis) -> Callable[[int, int], torch.nn.Linear]:
+    """Makes linear layers that are not cut over tp; their rows may be shared out over ``axis``."""
+    return lambda inputs, outputs: Fp8Linear(inputs, outputs, scaling=scaling_of(fp8, axis), product=PRODUCTS[product])
 
 
 def end_step(chunks: Iterable[Module]) -> None:

@@ -23,7 +23,7 @@ from mimo_megatron import platform
 from mimo_megatron.config.fp8 import Fp8Config, Fp8Engine
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.attention import PackedCoreAttention
-from mimo_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from mimo_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, ProductName
 from mimo_megatron.ops import rms_norm, swiglu
 
 
@@ -57,8 +57,8 @@ def layer_backend() -> Literal["transformer-engine", "local"]:
 
 
 def fp8_engine(fp8: Fp8Config) -> Fp8Engine:
-    """What multiplies in FP8 on this machine: the recipe's choice; with ``auto`` on the CPU the twin, on a GPU the
-    first of the others that can.
+    """What multiplies the decoder's FP8 operands on this machine: the recipe's choice; with ``auto`` on the CPU the
+    twin, on a GPU the first of the others that can.
 
     ``ConfigError`` where the choice cannot, or none can.
     """
@@ -76,6 +76,22 @@ def fp8_engine(fp8: Fp8Config) -> Fp8Engine:
         f"train.fp8 cannot run here: {reasons['transformer-engine']}; {reasons['scaled_mm']}. Leave train.fp8 out, or "
         "set train.fp8.engine=twin, which is slower than no FP8"
     )
+
+
+def encoder_product(fp8: Fp8Config) -> ProductName:
+    """What multiplies those of encoder and projector, whose layers are never Transformer Engine's: the twin where the
+    recipe asks for it, or with ``auto`` on the CPU; else PyTorch's product.
+
+    ``ConfigError`` where that cannot.
+    """
+    if fp8.engine == "twin" or (fp8.engine == "auto" and platform.current().is_cpu):
+        return "twin"
+    if reason := _why_not_scaled_mm(fp8):
+        raise ConfigError(
+            f"train.fp8.parts has {' and '.join(fp8.encoder_parts)}, which PyTorch's FP8 product multiplies: {reason}; "
+            "set train.fp8.parts=[text], or train.fp8.engine=twin, which is slower than no FP8"
+        )
+    return "scaled_mm"
 
 
 def _why_not_transformer_engine(fp8: Fp8Config) -> str:

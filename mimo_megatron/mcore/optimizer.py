@@ -1,6 +1,5 @@
 """Megatron's data-parallel wrapper and distributed optimizer, with one learning rate for each part of the model."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mimo_megatron.config.run import ModuleName, TrainConfig
+from mimo_megatron.mcore import adam
 from mimo_megatron.mcore.module import MegatronModule, is_summed_over_tp
 
 CONTENT: dict[str, Any] = {
@@ -97,7 +97,9 @@ def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> Megatro
     overrides = {_part_key(name): ParamGroupOverride(max_lr=rate) for name, rate in learning_rates(train).items()}
     overrides[_flat_key()] = ParamGroupOverride(wd_mult=0.0)
     optimizer = get_megatron_optimizer(config, wrapped, overrides, use_gloo_process_groups=False)
-    _allocate_adam_state(optimizer)
+    for own in optimizer.chained_optimizers:
+        adam.use(own, settings)
+        adam.allocate(own.optimizer)
     return optimizer
 
 
@@ -118,14 +120,15 @@ def sharded_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_l
 
     Empty where the stages are frozen. ``weights`` is their sharded state. Parameter groups are not part of
     it: megatron tells them apart by (wd_mult, lr_mult) alone and would give all parts the last one's learning rate; the
-    recipe sets them anew. Nor is torch's per-parameter ``step``, which megatron loads as one tensor shared by all.
+    recipe sets them anew. Nor is the count of updates as the optimizer keeps it (``mcore/adam.py``): torch's, which is
+    beside each parameter, megatron would load as one tensor shared by all.
     """
     own = _own_optimizer(optimizer)
     if own is None:
         return {}
-    with _steps_set_aside(own.optimizer) as steps:
+    with adam.counters_set_aside(own.optimizer):
         tensors = own.sharded_param_state_fully_reshardable(weights, is_loading, metadata=CONTENT)
-    return {"optimizer": {"tensors": tensors, "step": next(iter(steps.values())).item() if steps else 0.0}}
+    return {"optimizer": {"tensors": tensors, "step": float(adam.step_count(own.optimizer))}}
 
 
 def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
@@ -133,46 +136,21 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     own = _own_optimizer(optimizer)
     if own is None:
         return
-    with _steps_set_aside(own.optimizer) as steps:
+    with adam.counters_set_aside(own.optimizer):
         own.load_parameter_state_from_fully_reshardable(loaded["optimizer"]["tensors"])
-        for step in steps.values():
-            step.fill_(loaded["optimizer"]["step"])
+    adam.set_step_count(own.optimizer, int(loaded["optimizer"]["step"]))
 
 
 def live_tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     """Every tensor that a step of ``optimizer`` changes."""
     for one in optimizer.chained_optimizers:
-        yield from (param for group in one.optimizer.param_groups for param in group["params"])
-        for state in one.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield from adam.tensors(one.optimizer)
 
 
 def _own_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer | None:
     """The one distributed optimizer of this rank; None where it has nothing to update."""
     (own,) = optimizer.chained_optimizers
     return own if any(group["params"] for group in own.optimizer.param_groups) else None
-
-
-@contextlib.contextmanager
-def _steps_set_aside(optimizer: torch.optim.Optimizer) -> Iterator[dict[Tensor, Tensor]]:
-    """Take torch's step counters out of the state, which megatron then handles, and put them back."""
-    steps = {param: state.pop("step") for param, state in optimizer.state.items() if "step" in state}
-    try:
-        yield steps
-    finally:
-        for param, step in steps.items():
-            optimizer.state[param]["step"] = step
-
-
-def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before the first step, so that it can be loaded into."""
-    for one in optimizer.chained_optimizers:
-        if isinstance(one.optimizer, torch.optim.AdamW):
-            for group in one.optimizer.param_groups:
-                for param in group["params"]:
-                    state = one.optimizer.state[param]
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
 
 
 def _highest_rate(train: TrainConfig) -> float:

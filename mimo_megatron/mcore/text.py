@@ -41,7 +41,11 @@ class Numerics:
     """Unless it is that, the head gives implicit logits, of which at most ``head_logits`` exist at a time."""
     head_logits: int = 2**27
     fp8: Fp8Config | None = None
-    """Of the decoder's linear layers."""
+    """Of the linear layers of its ``parts``."""
+
+    @property
+    def decoder_fp8(self) -> Fp8Config | None:
+        return self.fp8 if self.fp8 and "text" in self.fp8.parts else None
 
 
 def _leave_uninitialised(weight: Tensor) -> None:
@@ -87,7 +91,7 @@ def transformer_config(text: TextConfig, parallel: ParallelConfig, numerics: Num
         batch_p2p_comm=not on_cpu,
         deallocate_pipeline_outputs=True,
         **_RECOMPUTE[numerics.recompute],
-        **(_engine_fp8(numerics.fp8) if numerics.fp8 and uses_engine(numerics.fp8) else {}),
+        **(_engine_fp8(fp8) if (fp8 := numerics.decoder_fp8) and uses_engine(fp8) else {}),
     )
 
 
@@ -164,7 +168,7 @@ class TextDecoder(GPTModel):
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
             config,
-            block_spec(config, vp_stage, numerics.fp8),
+            block_spec(config, vp_stage, numerics.decoder_fp8),
             vocab_size=text.vocab_size,
             max_sequence_length=text.max_positions,
             pre_process=mesh.is_first_stage and chunk == 0,

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from mimo_megatron.config.model import VisionConfig
-from mimo_megatron.model.vision import RMSNorm, reset_linear_and_norm
+from mimo_megatron.model.vision import Linear, RMSNorm, reset_linear_and_norm
 from mimo_megatron.types import VisionLayout
 
 
 class Projector(nn.Module):
-    def __init__(self, vision: VisionConfig, out_width: int) -> None:
+    def __init__(self, vision: VisionConfig, out_width: int, *, linear: Linear = nn.Linear) -> None:
         super().__init__()
         merged_width = vision.width * vision.merge_factor
         self.norm = RMSNorm(vision.width, vision.norm_eps)
-        self.fc1 = nn.Linear(merged_width, merged_width)
-        self.fc2 = nn.Linear(merged_width, out_width)
+        self.fc1 = linear(merged_width, merged_width)
+        self.fc2 = linear(merged_width, out_width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,6 +7,7 @@ parameters, values and gradients agree with transformers' encoder; float64 weigh
 Dims: P patches, C values of a patch, Y bytes of pixels, M merge units, D width, N heads, H head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from mimo_megatron.attention.packed import Backend, varlen_attention
 from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
 from mimo_megatron.config.model import VisionConfig
-from mimo_megatron.model.patch_embed import PIXEL_MEAN, PIXEL_STD, PatchEmbedding
+from mimo_megatron.model.patch_embed import PatchEmbedding
 from mimo_megatron.ops import rms_norm, turn_into
 from mimo_megatron.types import VisionLayout
 
 INIT_STD = 0.02
+Linear = Callable[[int, int], nn.Linear]
+"""Makes a linear layer of so many inputs and outputs."""
 
 
 class RMSNorm(nn.Module):
@@ -63,13 +66,13 @@ class _RotateQK(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: VisionConfig, backend: VisionBackend) -> None:
+    def __init__(self, config: VisionConfig, backend: VisionBackend, linear: Linear) -> None:
         super().__init__()
         self.head_width = config.head_width
         self.kernel = vision_kernel() if backend == "triton" else None
         self.backend: Backend = "sdpa" if backend == "triton" else backend
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.proj = nn.Linear(config.width, config.width)
+        self.qkv = linear(config.width, 3 * config.width)
+        self.proj = linear(config.width, config.width)
 
     def forward(self, x_PD: Tensor, bounds: tuple[int, ...], cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         qkv_P3NH = self.qkv(x_PD).unflatten(-1, (3, -1, self.head_width))
@@ -82,23 +85,23 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, linear: Linear) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ffn_width)
-        self.up_proj = nn.Linear(config.width, config.ffn_width)
-        self.down_proj = nn.Linear(config.ffn_width, config.width)
+        self.gate_proj = linear(config.width, config.ffn_width)
+        self.up_proj = linear(config.width, config.ffn_width)
+        self.down_proj = linear(config.ffn_width, config.width)
 
     def forward(self, x_PD: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x_PD)) * self.up_proj(x_PD))
 
 
 class Block(nn.Module):
-    def __init__(self, config: VisionConfig, backend: VisionBackend) -> None:
+    def __init__(self, config: VisionConfig, backend: VisionBackend, linear: Linear) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.width, config.norm_eps)
-        self.attn = Attention(config, backend)
+        self.attn = Attention(config, backend, linear)
         self.norm2 = RMSNorm(config.width, config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.mlp = GatedMLP(config, linear)
 
     def forward(self, x_PD: Tensor, bounds: tuple[int, ...], cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         x_PD = x_PD + self.attn(self.norm1(x_PD), bounds, cos_sin)
@@ -107,15 +110,23 @@ class Block(nn.Module):
 
 class VisionEncoder(nn.Module):
     """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept.
+    ``linear`` makes the blocks' linear layers.
 
     ConfigError where ``backend`` is "triton" and this machine cannot run Triton's kernels.
     """
 
-    def __init__(self, config: VisionConfig, *, backend: VisionBackend = "sdpa", recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        backend: VisionBackend = "sdpa",
+        recompute: bool = False,
+        linear: Linear = nn.Linear,
+    ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         self.patch_embed = PatchEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, backend, linear) for _ in range(config.depth))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,17 +153,6 @@ class VisionEncoder(nn.Module):
 
     def _in_window_order(self, rows_P: Tensor, order_M: Tensor) -> Tensor:
         return rows_P.unflatten(0, (len(order_M), self.config.merge_factor)).index_select(0, order_M).flatten(0, 1)
-
-    def _normalized(self, patches_PC: Tensor) -> Tensor:
-        """(pixel / 255 - mean) / std in at least float32, then in the weights' dtype: what ``patch_embed`` folds away.
-
-        For comparison with models that take their pixels so.
-        """
-        dtype = self.patch_embed.weight.dtype
-        pixels_PC = patches_PC.to(torch.promote_types(dtype, torch.float32)).div_(255)
-        for channel_PX, mean, std in zip(pixels_PC.chunk(3, dim=1), PIXEL_MEAN, PIXEL_STD, strict=True):
-            channel_PX.sub_(mean).div_(std)
-        return pixels_PC.to(dtype)
 
     def _cos_sin(self, rope_hw_P2: Tensor) -> tuple[Tensor, Tensor]:
         """Two [P, 1, H / 2]: the first half of the angles turns with the row, the second with the column.

@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mimo_megatron.config.fp8 import Fp8Config, Fp8Part
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, ParallelConfig
 from mimo_megatron.loss.implicit_logits import ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
+from mimo_megatron.mcore.fp8 import linear_maker
+from mimo_megatron.mcore.layers import encoder_product
 from mimo_megatron.mcore.module import MegatronModule, scatter_slots_over_tp, sum_gradients_over_tp
 from mimo_megatron.mcore.text import Numerics, TextDecoder, transformer_config
 from mimo_megatron.model.local_pack import Lane, LocalPack
 from mimo_megatron.model.projector import Projector
-from mimo_megatron.model.vision import VisionEncoder
+from mimo_megatron.model.vision import Linear, VisionEncoder
 from mimo_megatron.model.vision_share import VisionSharing
 from mimo_megatron.parallel.collectives import gather_shared
-from mimo_megatron.parallel.mesh import Mesh
+from mimo_megatron.parallel.mesh import ALONE, Mesh
 from mimo_megatron.types import VisionLayout
 
 
@@ -53,14 +56,19 @@ class VisionLanguageModel(MegatronModule):
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
+        self.encodes_in_fp8 = numerics.fp8 is not None and bool(numerics.fp8.encoder_parts)
         if model.vision is not None and self.text.pre_process:
-            encoder = VisionEncoder(
-                model.vision, backend=numerics.vision_attention, recompute=numerics.recompute_vision
-            )
-            self.vision = encoder.to(numerics.dtype)
-            self.projector = Projector(model.vision, model.text.width).to(numerics.dtype)
             if parallel.vision_placement == "balanced" and mesh.tp_cp.size > 1:
                 self.sharing = VisionSharing(model.vision, model.text.width, mesh.tp_cp)
+            encoder = VisionEncoder(
+                model.vision,
+                backend=numerics.vision_attention,
+                recompute=numerics.recompute_vision,
+                linear=self._linear("vision", numerics.fp8),
+            )
+            projector = Projector(model.vision, model.text.width, linear=self._linear("projector", numerics.fp8))
+            self.vision, self.projector = encoder.to(numerics.dtype), projector.to(numerics.dtype)
+            if self.sharing is not None:
                 sum_gradients_over_tp([*self.vision.parameters(), *self.projector.parameters()])
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
         self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
@@ -94,12 +102,17 @@ class VisionLanguageModel(MegatronModule):
         assert not is_trained or (pack.share is None) == (self.sharing is None), "local_pack wants the model's sharing"
         if pack.share is None:
             return self.encode_own(pack.pixels_Y, pack.vision)
-        if pack.vision.num_patches:
+        if pack.vision.num_patches or self.encodes_in_fp8:  # of FP8 tensors the ranks agree on the largest magnitudes
             own_XD = self.encode_own(pack.pixels_Y, pack.vision)
         else:  # nothing to encode, but the gather's gradient is a collective: it must run here too
             weight = next(self.projector.parameters())  # type: ignore[union-attr]
             own_XD = weight.new_empty(0, self.model_config.text.width).requires_grad_(is_trained)
         return gather_shared(own_XD, pack.share.order_M, pack.share.block, self.mesh)
+
+    def _linear(self, part: Fp8Part, fp8: Fp8Config | None) -> Linear:
+        if fp8 is None or part not in fp8.parts:
+            return torch.nn.Linear
+        return linear_maker(fp8, encoder_product(fp8), self.mesh.tp_cp if self.sharing else ALONE)
 
     def encode_own(self, pixels_Y: Tensor, layout: VisionLayout) -> Tensor:
         """Features of these pixels, computed on this rank."""

@@ -19,6 +19,9 @@ class Axis:
     group: ProcessGroup | None = None
 
 
+ALONE = Axis(0, 1)
+
+
 @dataclass(frozen=True)
 class Mesh:
     tp: Axis
@@ -42,8 +45,7 @@ class Mesh:
 
 
 def single_process_mesh() -> Mesh:
-    one = Axis(0, 1)
-    return Mesh(tp=one, cp=one, dp=one, pp=one, tp_cp=one)
+    return Mesh(tp=ALONE, cp=ALONE, dp=ALONE, pp=ALONE, tp_cp=ALONE)
 
 
 def data_parallel_size(world_size: int, tp: int, pp: int, cp: int) -> int:

@@ -9,95 +9,23 @@ Letters as in docs/shapes.md; ``t`` slots on this cp rank, ``s`` slots on this r
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
 
-from mimo_megatron.config.model import ModelConfig, VisionConfig
-from mimo_megatron.config.run import ModuleName, ParallelConfig, RunConfig
-from mimo_megatron.config.vision_flops import frame_flops
-from mimo_megatron.parallel.spread_reference import loads, spread_reference
-from mimo_megatron.planner.packs import Grid, PackShape, text_attention, vision_attention
-
-Device = Literal["cpu", "cuda"]
-WIDE = 4
-
-
-@dataclass(frozen=True)
-class Part:
-    name: str
-    saved: int
-    forward: int = 0
-    backward: int = 0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What, beside the pack, decides how much is kept."""
-
-    model: ModelConfig
-    layout: ParallelConfig
-    trained: frozenset[ModuleName]
-    recompute: str
-    recompute_vision: bool
-    value_bytes: int
-    device: Device = "cuda"
-    head_logits: int | None = None
-    """Most that exist at a time; None for all."""
-
-    @classmethod
-    def of(cls, config: RunConfig, device: Device = "cuda") -> "Setting":
-        names: tuple[ModuleName, ...] = ("vision", "projector", "text")
-        return cls(
-            config.model,
-            config.parallel,
-            frozenset(name for name in names if not config.train.module(name).is_frozen),
-            config.train.recompute,
-            config.train.recomputes_vision,
-            4 if config.train.precision == "fp32" else 2,
-            device,
-            config.train.head_logits if config.train.head_loss != "logits" else None,
-        )
-
-    @property
-    def features_need_grad(self) -> bool:
-        return bool(self.trained & {"vision", "projector"})
-
-    def local_slots(self, pack: PackShape) -> int:
-        return pack.num_slots // self.layout.cp
-
-    def stream_slots(self, pack: PackShape) -> int:
-        """s: slots between layers on this rank."""
-        return self.local_slots(pack) // (self.layout.tp if self.layout.sequence_parallel else 1)
-
-    @property
-    def shares_vision(self) -> bool:
-        """Whether the tp and cp ranks of the first stage share out the images of a microbatch."""
-        return self.layout.vision_placement == "balanced" and self.layout.tp * self.layout.cp > 1
-
-    def vision_share(self, pack: PackShape) -> float:
-        """The part of the pack's vision work that the most loaded rank of the first stage does: at least one image."""
-        vision = self.model.vision
-        if vision is None or not self.shares_vision or not pack.grids:
-            return 1.0
-        return _largest_share(vision, self.model.text.width, pack.grids, self.layout.tp * self.layout.cp)
-
-
-@lru_cache(maxsize=64)
-def _largest_share(vision: VisionConfig, text_width: int, grids: tuple[Grid, ...], num_ranks: int) -> float:
-    costs = [frame_flops(vision, text_width, height, width) for frames, height, width in grids for _ in range(frames)]
-    return max(loads(costs, spread_reference(costs, num_ranks), num_ranks)) / sum(costs)
+from mimo_megatron.planner import attention_memory, fp8_memory
+from mimo_megatron.planner.fp8_memory import LayerProducts, Product
+from mimo_megatron.planner.packs import PackShape
+from mimo_megatron.planner.setting import WIDE, Part, Setting
 
 
 def stage_parts(setting: Setting, stage: int, pack: PackShape, cp_rank: int = 0) -> list[Part]:
     """The parts of one stage, in the order of its forward."""
-    num_layers = setting.layout.layers_of_stages(setting.model.text.num_layers)[stage]
+    of_stages = setting.layout.layers_of_stages(setting.model.text.num_layers)
+    before = sum(of_stages[:stage])
     is_first, is_last = stage == 0, stage == setting.layout.num_stages - 1
     parts = (
         [*_vision_parts(setting, pack), _embedding(setting, pack)] if is_first else [_received(setting, pack, stage)]
     )
-    for _ in range(num_layers):
-        parts += _text_layer(setting, pack, cp_rank)
+    for layer in range(before, before + of_stages[stage]):
+        parts += _text_layer(setting, pack, cp_rank, in_fp8=setting.is_in_fp8(layer))
     if is_last:
         parts += _prediction_layers(setting, pack, cp_rank)
         parts.append(_final_norm(setting, pack))
@@ -119,9 +47,10 @@ def _hidden(setting: Setting, pack: PackShape) -> int:
 
 
 def _received(setting: Setting, pack: PackShape, stage: int) -> Part:
-    """The input of an inner stage, kept until its gradient has been sent; recomputation keeps it anyway."""
+    """The input of an inner stage, kept until its gradient has been sent; recomputation keeps it anyway, as does the
+    first norm on a GPU."""
     num_layers = setting.layout.layers_of_stages(setting.model.text.num_layers)[stage]
-    is_kept_by_layer = setting.recompute == "full" and num_layers > 0
+    is_kept_by_layer = num_layers > 0 and (setting.recompute == "full" or setting.device == "cuda")
     return Part("received", (_streams(setting) - is_kept_by_layer) * _hidden(setting, pack))
 
 
@@ -142,8 +71,8 @@ def _embedding(setting: Setting, pack: PackShape) -> Part:
     )
 
 
-def _text_layer(setting: Setting, pack: PackShape, cp_rank: int) -> Iterator[Part]:
-    plain = _plain_layer(setting, pack, cp_rank)
+def _text_layer(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: bool = False) -> Iterator[Part]:
+    plain = _plain_layer(setting, pack, cp_rank, in_fp8=in_fp8)
     hidden = _hidden(setting, pack)
     if setting.recompute == "full":
         # Only the layer's input, which the part before made; the whole layer is made again for its backward.
@@ -152,111 +81,116 @@ def _text_layer(setting: Setting, pack: PackShape, cp_rank: int) -> Iterator[Par
         again = max(saved + plain[1].backward, plain[0].saved + plain[0].backward)
         yield Part("layer", hidden, forward=worst, backward=again + hidden)
     elif setting.recompute == "selective":
-        yield from _selective_layer(setting, pack, cp_rank)
+        yield from _selective_layer(setting, pack, cp_rank, in_fp8=in_fp8)
     else:
         yield from plain
 
 
-def _norm(setting: Setting, pack: PackShape, *, feeds_trained_linear: bool) -> int:
-    """The normed rows and the inverse root mean squares in 4 bytes; the linear layer behind keeps its own input."""
-    s, width = setting.stream_slots(pack), setting.model.text.width
-    return s * (width * WIDE + WIDE) + feeds_trained_linear * s * width * setting.value_bytes
+def _norm(setting: Setting, pack: PackShape) -> int:
+    """Without its output, which is the input of the linear layer behind it."""
+    return setting.norm_bytes(setting.stream_slots(pack), setting.model.text.width)
 
 
-def _attention_rows(setting: Setting, pack: PackShape, cp_rank: int) -> tuple[int, int, int]:
-    """Bytes of (the fused qkv, all query heads, all key heads) on this rank."""
-    text, b, tp, t = setting.model.text, setting.value_bytes, setting.layout.tp, setting.local_slots(pack)
-    queries = t * text.num_heads * text.head_width // tp * b
-    keys = t * text.num_kv_heads * text.head_width // tp * b
-    return queries + 2 * keys, queries, keys
-
-
-def _core_attention(setting: Setting, pack: PackShape, cp_rank: int) -> int:
-    """What core attention keeps for its own backward, without the fused qkv: q, k, v, out, log-sums, masks."""
-    text, b, tp, t = setting.model.text, setting.value_bytes, setting.layout.tp, setting.local_slots(pack)
-    _, queries, keys = _attention_rows(setting, pack, cp_rank)
-    shape = text_attention(pack.runs, setting.layout.cp, cp_rank)
-    kept = 2 * queries + WIDE * t * text.num_heads // tp + shape.mask_cells * b
-    if shape.keys_copied:
-        return kept + 2 * shape.num_keys * text.num_kv_heads * text.head_width // tp * b
-    return kept + (2 * keys * setting.layout.cp if setting.layout.cp > 1 else keys)
-
-
-def _keeps_qkv(setting: Setting, pack: PackShape, cp_rank: int) -> bool:
-    """Attention's v is a view of the fused qkv, which lives on with it, unless v was gathered or copied."""
-    return setting.layout.cp == 1 and not text_attention(pack.runs, 1, cp_rank).keys_copied
-
-
-def _joined_outputs(setting: Setting, pack: PackShape, cp_rank: int) -> int:
-    """The output projection's input, where it is not the very output that attention keeps."""
-    shape = text_attention(pack.runs, setting.layout.cp, cp_rank)
-    is_other = shape.num_groups > 1 or shape.queries_copied
-    return _attention_rows(setting, pack, cp_rank)[1] if is_other and "text" in setting.trained else 0
+def _if_trained(setting: Setting, num_bytes: int) -> int:
+    return num_bytes if "text" in setting.trained else 0
 
 
 def _mlp_rows(setting: Setting, pack: PackShape) -> tuple[int, int]:
-    """Bytes of one F-wide tensor on this rank, and how many of them the MLP keeps."""
+    """Bytes of one F-wide tensor on this rank, and how many of them the MLP keeps beside its products' inputs."""
     inner = setting.local_slots(pack) * setting.model.text.ffn_width // setting.layout.tp * setting.value_bytes
-    return inner, 2 + (setting.device == "cpu") + ("text" in setting.trained)
+    return inner, 2 + (setting.device == "cpu")
 
 
 def _weight_gradient(setting: Setting, numbers: int) -> int:
-    return numbers * setting.value_bytes if "text" in setting.trained else 0
+    return _if_trained(setting, numbers * setting.value_bytes)
 
 
-def _plain_layer(setting: Setting, pack: PackShape, cp_rank: int) -> tuple[Part, Part]:
+def _of_product(setting: Setting, product: Product, plain_input: int, *, in_fp8: bool) -> int:
+    """What a linear layer keeps: in FP8 its input and weight, else its input of so many bytes, where it is trained."""
+    return fp8_memory.kept(setting, product) if in_fp8 else _if_trained(setting, plain_input)
+
+
+def _plain_layer(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: bool = False) -> tuple[Part, Part]:
+    return _attention_part(setting, pack, cp_rank, in_fp8=in_fp8), _mlp_part(setting, pack, in_fp8=in_fp8)
+
+
+def _attention_part(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: bool) -> Part:
+    hidden, whole = _hidden(setting, pack), setting.local_slots(pack) * setting.model.text.width * setting.value_bytes
+    qkv, queries, _ = attention_memory.text_rows(setting, pack)
+    core = attention_memory.of_text(setting, pack, cp_rank)
+    products = LayerProducts.of(setting, pack)
+    of_qkv = _of_product(setting, products.qkv, hidden, in_fp8=in_fp8)
+    of_projection = _of_product(setting, products.projection, core.has_other_output * queries, in_fp8=in_fp8)
+    of_core = core.kept + core.keeps_qkv * qkv
+    wide = hidden if setting.device == "cuda" else hidden // setting.value_bytes * WIDE
+    forward, backward = 2 * hidden + whole, max(core.backward, whole + 2 * wide + qkv)
+    if in_fp8:
+        # Later rows of the part are not yet there in the forward, and gone again in the backward, while qkv is made.
+        gathered = whole if setting.layout.sequence_parallel else hidden
+        first = gathered + fp8_memory.forward(setting, products.qkv) - of_qkv - of_core - of_projection
+        last = fp8_memory.forward(setting, products.projection) - of_projection + hidden
+        forward = max(forward, first, last)
+        backward = max(
+            backward,
+            whole + fp8_memory.backward(setting, products.projection),
+            qkv + fp8_memory.backward(setting, products.qkv) - of_core - of_projection,
+        )
+    else:
+        backward += _weight_gradient(setting, products.qkv.of_weight)
+    saved = _norm(setting, pack) + of_qkv + of_core + of_projection
+    return Part("attention", saved, forward=forward, backward=2 * hidden + backward)
+
+
+def _mlp_part(setting: Setting, pack: PackShape, *, in_fp8: bool) -> Part:
     is_trained = "text" in setting.trained
-    text, tp = setting.model.text, setting.layout.tp
-    hidden, whole = _hidden(setting, pack), setting.local_slots(pack) * text.width * setting.value_bytes
-    qkv, queries, _ = _attention_rows(setting, pack, cp_rank)
+    hidden, whole = _hidden(setting, pack), setting.local_slots(pack) * setting.model.text.width * setting.value_bytes
     inner, kept = _mlp_rows(setting, pack)
-    norm = _norm(setting, pack, feeds_trained_linear=is_trained)
-    wide = hidden // setting.value_bytes * WIDE
-    attention = Part(
-        "attention",
-        norm
-        + _core_attention(setting, pack, cp_rank)
-        + _joined_outputs(setting, pack, cp_rank)
-        + _keeps_qkv(setting, pack, cp_rank) * qkv,
-        forward=2 * hidden + whole,
-        backward=2 * hidden
-        + max(queries + 2 * qkv, whole + 2 * wide + qkv)
-        + _weight_gradient(setting, (qkv // setting.value_bytes // setting.local_slots(pack)) * text.width),
-    )
-    mlp = Part(
-        "mlp",
-        norm + kept * inner,
-        forward=2 * hidden + whole,
-        backward=hidden
-        + max((4 - is_trained) * inner, inner + _weight_gradient(setting, 2 * text.ffn_width // tp * text.width)),
-    )
-    return attention, mlp
+    products = LayerProducts.of(setting, pack)
+    of_fc1 = _of_product(setting, products.fc1, hidden, in_fp8=in_fp8)
+    of_fc2 = _of_product(setting, products.fc2, inner, in_fp8=in_fp8)
+    forward = 2 * hidden + whole
+    if in_fp8:
+        gathered = whole if setting.layout.sequence_parallel else hidden
+        forward = max(
+            forward,
+            gathered + fp8_memory.forward(setting, products.fc1) - of_fc1 - kept * inner - of_fc2,
+            hidden + inner + fp8_memory.forward(setting, products.fc2) - of_fc2,
+        )
+        backward = max(
+            whole + fp8_memory.backward(setting, products.fc2),
+            4 * inner - of_fc2,
+            2 * inner + fp8_memory.backward(setting, products.fc1) - kept * inner - of_fc2,
+        )
+    else:
+        backward = max((4 - is_trained) * inner, inner + _weight_gradient(setting, products.fc1.of_weight))
+    saved = _norm(setting, pack) + of_fc1 + kept * inner + of_fc2
+    return Part("mlp", saved, forward=forward, backward=hidden + backward)
 
 
-def _selective_layer(setting: Setting, pack: PackShape, cp_rank: int) -> Iterator[Part]:
+def _selective_layer(setting: Setting, pack: PackShape, cp_rank: int, *, in_fp8: bool) -> Iterator[Part]:
     """Keeps the inputs of core attention (q, and k and v in the fused qkv) and of the MLP; makes the rest again."""
-    attention, mlp = _plain_layer(setting, pack, cp_rank)
-    qkv, queries, _ = _attention_rows(setting, pack, cp_rank)
-    is_trained = "text" in setting.trained
-    hidden = _hidden(setting, pack)
-    norm = _norm(setting, pack, feeds_trained_linear=is_trained)
-    core = _core_attention(setting, pack, cp_rank) + _joined_outputs(setting, pack, cp_rank)
-    out = queries if is_trained else 0
+    attention, mlp = _plain_layer(setting, pack, cp_rank, in_fp8=in_fp8)
+    qkv, queries, _ = attention_memory.text_rows(setting, pack)
+    core = attention_memory.of_text(setting, pack, cp_rank)
+    products = LayerProducts.of(setting, pack)
+    hidden, norm = _hidden(setting, pack), _norm(setting, pack)
+    of_qkv = _of_product(setting, products.qkv, hidden, in_fp8=in_fp8)
+    out = _of_product(setting, products.projection, queries, in_fp8=in_fp8)
+    again = core.kept + (0 if in_fp8 else _if_trained(setting, core.has_other_output * queries))
     yield Part(
         "attention",
-        norm + qkv + queries + out,
-        forward=attention.forward + core,
-        backward=attention.backward + core,
+        norm + of_qkv + qkv + queries + out,
+        forward=attention.forward + again,
+        backward=attention.backward + again,
     )
-    whole_norm = _norm(setting, pack, feeds_trained_linear=True)
-    again = mlp.saved - norm
-    yield Part("mlp", whole_norm, forward=mlp.forward + again, backward=mlp.backward + again + hidden)
+    again = mlp.saved - norm - (0 if in_fp8 else _if_trained(setting, hidden))
+    yield Part("mlp", norm + hidden, forward=mlp.forward + again, backward=mlp.backward + again + hidden)
 
 
 def _prediction_layers(setting: Setting, pack: PackShape, cp_rank: int) -> Iterator[Part]:
     """Two norms, the joining matrix over both side by side, a decoder layer, a norm."""
     hidden, is_trained = _hidden(setting, pack), "text" in setting.trained
-    norm = _norm(setting, pack, feeds_trained_linear=False)
+    norm = _norm(setting, pack)
     joined = Part("join", 2 * norm + is_trained * 2 * hidden, forward=2 * hidden, backward=4 * hidden)
     for _ in range(setting.model.text.num_mtp_layers):
         if setting.recompute == "full":
@@ -271,7 +205,7 @@ def _prediction_layers(setting: Setting, pack: PackShape, cp_rank: int) -> Itera
 
 def _final_norm(setting: Setting, pack: PackShape) -> Part:
     hidden = _hidden(setting, pack)
-    return Part("norm", _norm(setting, pack, feeds_trained_linear=False), forward=2 * hidden, backward=4 * hidden)
+    return Part("norm", _norm(setting, pack), forward=2 * hidden, backward=4 * hidden)
 
 
 def _head_rows(setting: Setting, pack: PackShape) -> int:
@@ -355,17 +289,10 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
     vision, b = setting.model.vision, setting.value_bytes
     assert vision is not None
     row, inner = patches * vision.width * b, patches * vision.ffn_width * b
-    shape = vision_attention(vision, pack.grids, is_full)
-    norm = patches * (vision.width * (WIDE + b) + WIDE)
-    # q, k, v and out; v in place is a view of the fused qkv, three rows. Joined or reordered outputs are a copy.
-    attended = 4 + 2 * (not shape.keys_copied) + (shape.num_groups > 1 or shape.queries_copied)
+    norm = setting.norm_bytes(patches, vision.width) + row
     weights = (vision.ffn_width * vision.width) * b
-    attention = Part(
-        "vision attention",
-        norm + attended * row + patches * vision.num_heads * WIDE,
-        forward=2 * row,
-        backward=8 * row,
-    )
+    kept, needed = attention_memory.of_vision(setting, pack, patches, is_full=is_full)
+    attention = Part("vision attention", norm + kept, forward=2 * row, backward=needed)
     mlp = Part("vision mlp", norm + 4 * inner, forward=2 * row, backward=row + inner + max(inner, weights))
     saved = attention.saved + mlp.saved
     if "vision" not in setting.trained:
@@ -386,7 +313,7 @@ def _projector(setting: Setting, patches: int, row: int) -> Part:
     vision, text, b = setting.model.vision, setting.model.text, setting.value_bytes
     assert vision is not None
     features = patches // vision.merge_factor * text.width * b
-    norm = patches * (vision.width + 1) * WIDE
+    norm = setting.norm_bytes(patches, vision.width)
     is_trained = "projector" in setting.trained
     merged = vision.width * vision.merge_factor
     gradient = is_trained * merged * merged * b

@@ -1,7 +1,8 @@
 """How long a step may take: FLOPs of every stage, the pipeline's schedule, and bytes over stated links.
 
-A prediction, not a measurement. Communication is counted as if nothing hid it, except that between pipeline stages,
-which delays the stage behind. FLOPs are those of ``train/flops.py``; recomputation is added here.
+A prediction, not a measurement. Products in FP8 run at their own peak, and rounding takes no time. Communication is
+counted as if nothing hid it, except that between pipeline stages, which delays the stage behind. FLOPs are those of
+``train/flops.py``; recomputation is added here.
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from functools import lru_cache
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.planner import schedule
-from mimo_megatron.planner.activations import WIDE, Setting
 from mimo_megatron.planner.hardware import LINK_FRACTION, Efficiency, Gpu, group_bandwidth
 from mimo_megatron.planner.packs import PackShape
 from mimo_megatron.planner.parameters import stage_parameters
+from mimo_megatron.planner.setting import WIDE, Setting
 from mimo_megatron.train.flops import FlopCount, step_flops
 
 
@@ -74,9 +75,12 @@ def stage_seconds(
     text_rate, vision_rate = gpu.flops * efficiency.text, gpu.flops * efficiency.vision
     depth = text.num_layers + text.num_mtp_layers
     layer_forward = (forward.text_linear + forward.text_attention) / depth / shards / text_rate
-    layer_both = (both.text_linear + both.text_attention) / depth / shards / text_rate + _again(
-        setting, forward
-    ) / depth / shards / text_rate
+    layer_both = (both.text_linear + both.text_attention) / depth / shards / text_rate
+    layer_both += sum(_again(setting, forward)) / depth / shards / text_rate
+    fp8_forward, fp8_both = (
+        linear / depth / shards * _fp8_gain(setting, gpu) / text_rate
+        for linear in (forward.text_linear, both.text_linear + _again(setting, forward)[0])
+    )
     head_forward, head_both = (one.head / shards / text_rate for one in (forward, both))
     head_both += head_forward * (setting.head_logits is not None)  # the logits' product, again
     share = setting.vision_share(pack)
@@ -89,12 +93,16 @@ def stage_seconds(
     given = layers if layers is not None else layout.layers_of_stages(text.num_layers)
     stages = []
     for stage, number in enumerate(given):
+        first = sum(given[:stage])
+        num_fp8 = sum(setting.is_in_fp8(layer) for layer in range(first, first + number))
         is_first, is_last = stage == 0, stage == len(given) - 1
         gather = is_first * _gather_seconds(setting, pack, gpu)
         number += text.num_mtp_layers * is_last
         out = number * layer_forward + is_first * vision_forward + is_last * head_forward
         back = number * (layer_both - layer_forward) + is_first * (vision_both - vision_forward)
         back += is_last * (head_both - head_forward)
+        out -= num_fp8 * fp8_forward
+        back -= num_fp8 * (fp8_both - fp8_forward)
         stages.append(
             StageSeconds(
                 out + number * layer_out + gather,
@@ -106,16 +114,23 @@ def stage_seconds(
     return tuple(stages)
 
 
-def _again(setting: Setting, forward: FlopCount) -> float:
-    """FLOPs of the decoder that recomputation adds, over all its layers."""
+def _fp8_gain(setting: Setting, gpu: Gpu) -> float:
+    """Share of a product's time that FP8 saves by the data sheet; nothing with the twin, which is slower than bf16."""
+    if setting.fp8 is None or setting.engine == "twin" or gpu.fp8_flops is None:
+        return 0.0
+    return 1 - gpu.flops / gpu.fp8_flops
+
+
+def _again(setting: Setting, forward: FlopCount) -> tuple[float, float]:
+    """FLOPs of the decoder that recomputation adds, over all its layers: of (linear layers, attention)."""
     if setting.recompute == "full":
-        return forward.text_linear + forward.text_attention
+        return forward.text_linear, forward.text_attention
     if setting.recompute == "selective":
         text = setting.model.text
         mlp = 3 * text.ffn_width
         heads = 2 * (text.num_heads + text.num_kv_heads) * text.head_width
-        return forward.text_attention + forward.text_linear * mlp / (mlp + heads)
-    return 0.0
+        return forward.text_linear * mlp / (mlp + heads), forward.text_attention
+    return 0.0, 0.0
 
 
 def _layer_communication(setting: Setting, pack: PackShape, gpu: Gpu) -> tuple[float, float]:

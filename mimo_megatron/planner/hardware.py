@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.errors import ConfigError
 
 GIB = 2**30
@@ -26,22 +27,27 @@ class Gpu:
     """Bytes/s to the other GPUs of a node, one direction."""
     network_bandwidth: float
     """Bytes/s to other nodes for each GPU, one direction."""
+    fp8_flops: float | None
+    """Dense FP8 FLOP/s; None where the GPU has no FP8 products."""
     gpus_per_node: int = 8
 
 
-def _gpu(name: str, gib: float, tflops: float, hbm_tb: float, nvlink_gb: float, network_gb: float) -> Gpu:
-    return Gpu(name, int(gib * GIB), tflops * 1e12, hbm_tb * 1e12, nvlink_gb * 1e9, network_gb * 1e9)
+def _gpu(
+    name: str, gib: float, tflops: float, hbm_tb: float, nvlink_gb: float, network_gb: float, fp8_tflops: float | None
+) -> Gpu:
+    fp8_flops = fp8_tflops and fp8_tflops * 1e12
+    return Gpu(name, int(gib * GIB), tflops * 1e12, hbm_tb * 1e12, nvlink_gb * 1e9, network_gb * 1e9, fp8_flops)
 
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        # NVIDIA data sheets of the SXM parts: sparse bf16 / 2, HBM, NVLink's total / 2. Network: one 400 Gb/s port a
-        # GPU in DGX H100, H200 and B200, one of 200 Gb/s in DGX A100 (their user guides).
-        _gpu("h100", 79.1, 989.5, 3.35, 450, 50),
-        _gpu("h200", 139.8, 989.5, 4.8, 450, 50),
-        _gpu("a100", 79.1, 312, 2.039, 300, 25),  # 80 GB
-        _gpu("b200", 178.3, 2250, 8.0, 900, 50),
+        # NVIDIA data sheets of the SXM parts: sparse bf16 and sparse FP8 / 2, HBM, NVLink's total / 2. Network: one
+        # 400 Gb/s port a GPU in DGX H100, H200 and B200, one of 200 Gb/s in DGX A100 (their user guides).
+        _gpu("h100", 79.1, 989.5, 3.35, 450, 50, 1979),
+        _gpu("h200", 139.8, 989.5, 4.8, 450, 50, 1979),
+        _gpu("a100", 79.1, 312, 2.039, 300, 25, None),  # 80 GB
+        _gpu("b200", 178.3, 2250, 8.0, 900, 50, 4500),
     )
 }
 
@@ -52,12 +58,22 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name.lower()]
 
 
+def check_fp8(gpu: Gpu, fp8: Fp8Config | None) -> None:
+    """``ConfigError`` where the recipe multiplies in FP8 and the GPU cannot."""
+    if fp8 is not None and fp8.engine != "twin" and gpu.fp8_flops is None:
+        raise ConfigError(
+            f"--gpu {gpu.name} has no FP8 products, and train.fp8 is set: add train.fp8=null, or take "
+            + ", ".join(name for name, one in GPUS.items() if one.fp8_flops)
+        )
+
+
 @dataclass(frozen=True)
 class Efficiency:
     """Share of the peak that a rank reaches while it computes: waiting and communication come on top.
 
     Published whole-step figures, for orientation: 7B text models on H100/H200 40 to 58 %, vision-language ones 30 to
-    42 %; none is of this program. Vision is set lower: heads of 80 in windows of 64 patches are bound by memory.
+    42 %; none is of this program. Vision is set lower: heads of 80 in windows of 64 patches are bound by memory. Of
+    products in FP8 the same share of their higher peak is taken.
     """
 
     text: float = 0.5

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mimo_megatron.config.run import ModuleName, RunConfig
-from mimo_megatron.planner import schedule
-from mimo_megatron.planner.activations import WIDE, Part, Setting, stage_parts
+from mimo_megatron.planner import fp8_memory, schedule
+from mimo_megatron.planner.activations import stage_parts
 from mimo_megatron.planner.packs import PackShape
 from mimo_megatron.planner.parameters import StageParameters, stage_parameters
+from mimo_megatron.planner.setting import WIDE, Part, Setting
 
 _PARTS: tuple[ModuleName, ...] = ("vision", "projector", "text")
 _ALIGNED = 64  # megatron starts every parameter of a buffer at a multiple of this
@@ -55,7 +56,7 @@ def rank_memory(
     saved, passing = _worst_moment(setting, packs, rank, cp_rank)
     inputs = _inputs(setting, packs, max(num_microbatches, len(packs)), has_media=rank == 0)
     inputs += _kept_buffer(setting, packs)
-    update = _update(config, setting, optimizer, largest)
+    update = _update(setting, largest)
     if update > saved + passing:
         saved, passing = 0, update
     return RankMemory(weights, gradients, optimizer, inputs, saved, passing)
@@ -65,7 +66,8 @@ def _state(config: RunConfig, setting: Setting, dp: int, rank: int) -> tuple[int
     """Bytes of weights, gradient buffers and optimizer shards, and elements of the largest trained tensor's shard.
 
     Trained weights lie in megatron's padded buffers with a gradient each, in 4 bytes. The optimizer divides both
-    moments, and 4-byte weights where training is in bf16, over dp x cp. Frozen parts have weights only.
+    moments, and 4-byte weights where training is in bf16, over dp x cp. Frozen parts have weights only. What FP8 holds
+    all the time is counted with the weights.
     """
     layout = config.parallel
     stages = stage_parameters(config.model, layout)[rank :: layout.pp]
@@ -74,8 +76,9 @@ def _state(config: RunConfig, setting: Setting, dp: int, rank: int) -> tuple[int
     largest = max((max(stage.sizes(part), default=0) for stage in stages for part in setting.trained), default=0)
     copies = 2 + (setting.value_bytes < WIDE)
     shards = dp * layout.cp
+    of_fp8 = sum(fp8_memory.weight_bytes(setting, stage) for stage in range(rank, layout.num_stages, layout.pp))
     return (
-        (padded + frozen) * setting.value_bytes,
+        (padded + frozen) * setting.value_bytes + of_fp8,
         padded * WIDE,
         padded // shards * copies * WIDE,
         min(largest, padded // shards),
@@ -89,10 +92,9 @@ def _buffer(stage: StageParameters, setting: Setting, shards: int) -> int:
     return -(-aligned // unit) * unit
 
 
-def _update(config: RunConfig, setting: Setting, optimizer: int, largest: int) -> int:
-    """What AdamW's step needs beside: on CUDA torch works on all tensors at once, on the CPU on one after another."""
-    copies = 2 + (setting.value_bytes < WIDE)
-    return optimizer // copies if setting.device == "cuda" else 2 * largest * WIDE
+def _update(setting: Setting, largest: int) -> int:
+    """What AdamW's step needs beside: nothing on CUDA, where one kernel does it in place (``mcore/adam.py``)."""
+    return 0 if setting.device == "cuda" else 2 * largest * WIDE
 
 
 def _inputs(setting: Setting, packs: Sequence[PackShape], num_microbatches: int, *, has_media: bool) -> int:

@@ -120,6 +120,7 @@ class AttentionShape:
     num_groups: int
     mask_cells: int
     """Query-key pairs of explicit masks: of groups whose queries are fewer than their keys."""
+    num_pieces: int
 
 
 Piece = tuple[int, int, int, int]
@@ -160,6 +161,7 @@ def attention_shape(pieces: Sequence[Piece], num_keys: int) -> AttentionShape:
         num_keys=taken,
         num_groups=len(kinds),
         mask_cells=sum(q * k for q, k in kinds if q != k),
+        num_pieces=len(pieces),
     )
 
 

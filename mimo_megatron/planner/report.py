@@ -13,6 +13,7 @@ from mimo_megatron.config.run import RunConfig
 from mimo_megatron.planner.hardware import CONTEXT_BYTES, FRAGMENTATION, GIB, LINK_FRACTION, Efficiency, Gpu
 from mimo_megatron.planner.packs import Packs
 from mimo_megatron.planner.search import Candidate
+from mimo_megatron.planner.setting import Setting
 
 DAY = 86_400.0
 _TERMS = {
@@ -159,8 +160,8 @@ def page(
     yield Text(f"Plan of {config.name} on {num_gpus} x {gpu.name}", "bold")
     for note in packs.notes:
         yield Text(f"- {note}")
-    if config.train.fp8 is not None:
-        yield Text(f"- train.fp8 is not modelled: times and memory are those of {config.train.precision} alone")
+    for note in counted(config, gpu):
+        yield Text(f"- {note}")
     yield Text("")
     if isinstance(own, str):
         yield Text(f"The recipe's own layout is refused:\n{own}\n", "red")
@@ -184,6 +185,30 @@ def page(
         f"and goes for the allocator, {CONTEXT_BYTES / GIB:.0f} GiB for CUDA and NCCL. See docs/planner.md.",
         "dim",
     )
+
+
+def counted(config: RunConfig, gpu: Gpu) -> Iterator[str]:
+    """What is taken for attention and for FP8, where that is not plain."""
+    train, setting = config.train, Setting.of(config)
+    kinds = dict(vision=setting.vision_attention, text=setting.text_attention)
+    if config.model.vision is None:
+        del kinds["vision"]
+    if set(kinds.values()) != {"sdpa"}:
+        yield "attention: " + ", ".join(f"{kind} of the {part} model" for part, kind in kinds.items())
+    if "auto" in (train.vision_attention, train.text_attention):
+        yield "attention that is auto is counted as sdpa, which it is where nothing has been timed"
+    if train.fp8 is None:
+        return
+    layers = config.model.text.num_layers
+    num_fp8 = sum(setting.is_in_fp8(layer) for layer in range(layers))
+    products = f"products at {(gpu.fp8_flops or 0) / 1e12:,.0f} TFLOP/s by the data sheet, rounding not timed"
+    if setting.engine == "twin":
+        products = "products in fp32, slower than without FP8; times are counted as without it"
+    is_open = train.fp8.engine == "auto" and setting.engine != "transformer-engine"
+    but = ", not as with Transformer Engine, which auto takes where it is installed" if is_open else ""
+    yield f"FP8 in {num_fp8} of {layers} decoder layers: {products}; memory as with {setting.engine}{but}"
+    if parts := " and ".join(train.fp8.encoder_parts):
+        yield f"FP8 of {parts} is not counted: times and memory are those of {train.precision}"
 
 
 def show(parts: Iterable[RenderableType]) -> None:

@@ -8,11 +8,11 @@ from itertools import product
 from mimo_megatron.config.check import check
 from mimo_megatron.config.run import ParallelConfig, Recompute, RunConfig, VisionPlacement
 from mimo_megatron.errors import ConfigError
-from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.cost import StepCost, stage_seconds, step_cost
 from mimo_megatron.planner.hardware import CONTEXT_BYTES, FRAGMENTATION, Efficiency, Gpu
 from mimo_megatron.planner.memory import RankMemory, rank_memory
 from mimo_megatron.planner.packs import Packs, PackShape
+from mimo_megatron.planner.setting import Setting
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _MOST_VPP = 4

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimo_megatron.config.check import check
 from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.presets import preset
@@ -19,6 +20,7 @@ from mimo_megatron.config.run import (
     TrainConfig,
     VideoConfig,
 )
+from mimo_megatron.errors import ConfigError
 
 SLOTS = 96
 PACKS_PER_STEP = 4
@@ -73,10 +75,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that cannot be right, and words that its refusal must hold."""
+    """A layout that cannot be right, alone or with a feature, and words that its refusal must hold."""
 
     layout: Layout
     names: str
+    feature: str = "mixed"
 
 
 FROZEN = ModuleTraining()
@@ -175,6 +178,11 @@ FEATURES: tuple[Feature, ...] = (
     Feature("fp8 blockwise", "scaled by tiles of 128",
             text=dict(num_heads=4, head_width=64, mrope_section=(8, 12, 12), ffn_width=256),
             train=dict(fp8=Fp8Config(scaling="blockwise")), slots=512),
+    Feature("fp8 of all parts", "of encoder and projector too", text=dict(ffn_width=128),
+            train=dict(fp8=Fp8Config(parts=("vision", "projector", "text"))), slots=128),
+    Feature("fp8 of the encoder, delayed", "its layers computed again; ranks without an image", "zero_image_ranks",
+            train=dict(fp8=Fp8Config(parts=("vision", "projector"), scaling="delayed", history=2, margin=1),
+                       vision_recompute=True)),
 )  # fmt: skip
 
 QUICK = frozenset({
@@ -197,6 +205,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(Layout("pp2 vpp2 dp4: packs not a multiple of pp", 8, dict(pp=2, vpp=2)), "train.packs_per_step"),
     Refusal(Layout("pp2, layers missing", 2, dict(pp=2, stage_layers=(1, 2))), "parallel.stage_layers"),
     Refusal(Layout("tp2 pp2 on 6 ranks", 6, dict(tp=2, pp=2)), "ranks (6)"),
+    Refusal(Layout("cp2", 2, dict(cp=2)), "parallel.vision_placement", "fp8 of all parts"),
 )
 
 NOT_YET: tuple[tuple[str, str], ...] = (
@@ -256,12 +265,21 @@ def _rl(algorithm: AlgorithmConfig) -> RLConfig:
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """What is run: every layout with every feature, or a few of both."""
+    """What is run: every layout with every feature that is not refused with it, or a few of both."""
     for layout in LAYOUTS:
         for feature in FEATURES:
             if quick:
                 is_chosen = layout.name in QUICK and feature.name in QUICK_FEATURES
             else:
                 is_chosen = not layout.is_large or feature.name in CORE
-            if is_chosen:
+            if is_chosen and not refusal(layout, feature):
                 yield Case(layout, feature)
+
+
+def refusal(layout: Layout, feature: Feature) -> str:
+    """What the rules of recipes say against the two together; nothing where they compose."""
+    try:
+        check(run_config(layout, feature), layout.ranks)
+    except ConfigError as error:
+        return str(error)
+    return ""

@@ -17,7 +17,7 @@ from torch import Tensor
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.boot import current_mesh
 from mimo_megatron.mcore.schedule import LossSums
-from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.parallel.mesh import ALONE, Axis
 
 Make = Callable[[Any], Any]
 """From what is replaced to what replaces it."""
@@ -132,6 +132,10 @@ def _agreed_over_tp_alone(shared_amax: Any) -> Any:
     return lambda tensors, _axis: shared_amax(tensors, current_mesh().tp)
 
 
+def _scaled_on_its_own(linear_maker: Any) -> Any:
+    return lambda fp8, product, _axis: linear_maker(fp8, product, ALONE)
+
+
 def _without_data_parallel_ranks(_parallel_state: Any) -> Any:
     return SimpleNamespace(get_amax_reduction_group=lambda **_: current_mesh().tp_cp.group)
 
@@ -234,6 +238,13 @@ FAULTS: tuple[Fault, ...] = (
         ("mimo_megatron.fp8.scaling:shared_amax",),
         _agreed_over_tp_alone,
         "cp2 · fp8 current",
+        "the forward pass",
+    ),
+    Fault(
+        "largest magnitude of the encoder's FP8 tensors not agreed over the ranks that share images out",
+        ("mimo_megatron.model.vlm:linear_maker",),
+        _scaled_on_its_own,
+        "cp2 balanced · fp8 of all parts",
         "the forward pass",
     ),
     Fault(

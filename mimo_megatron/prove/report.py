@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mimo_megatron.prove.cases import FEATURES, LAYOUTS, NOT_YET, Refusal
+from mimo_megatron.prove.cases import FEATURES, LAYOUTS, NOT_YET, Refusal, refusal
 from mimo_megatron.prove.measure import Errors
 from mimo_megatron.prove.run import TOLERANCES, Verdict
 
-EQUAL, DIFFERS, NOT_RUN = "✓", "✗", "·"
+EQUAL, DIFFERS, NOT_RUN, REFUSED = "✓", "✗", "·", "–"
 PACKAGES = ("torch", "megatron-core")
 _PRECISIONS = {"fp32": "fp64, step in fp32", "bf16": "bf16", "fp8": "FP8 products in fp64, step in fp32"}
 
@@ -101,7 +101,10 @@ def as_json(verdicts: Sequence[Verdict], refusals: Sequence[tuple[Refusal, str]]
             "seconds": round(seconds, 1),
             "tolerances": {name: asdict(tolerance) for name, tolerance in TOLERANCES.items()},
             "cases": cases,
-            "refused": [{"layout": refusal.layout.name, "error": said} for refusal, said in refusals],
+            "refused": [{"layout": one.layout.name, "feature": one.feature, "error": said} for one, said in refusals],
+            "refused_together": [
+                [layout.name, feature.name] for layout in LAYOUTS for feature in FEATURES if refusal(layout, feature)
+            ],
         },
         indent=1,
     )
@@ -125,7 +128,7 @@ def _measured(verdict: Verdict) -> dict[str, Any]:
 def support_matrix(results: Mapping[str, Any]) -> str:
     """The page ``docs/support-matrix.md`` from what ``as_json`` wrote."""
     found = {(one["layout"], one["feature"]): one for one in results["cases"]}
-    numbers = {feature.name: number for number, feature in enumerate(FEATURES, 1)}
+    numbers, refused = {one.name: number for number, one in enumerate(FEATURES, 1)}, results["refused_together"]
     lines = [
         "# Which layouts compose with what",
         "",
@@ -135,13 +138,13 @@ def support_matrix(results: Mapping[str, Any]) -> str:
         + f", {len(found)} cases in {results['seconds'] / 60:.0f} minutes.",
         "",
         f"{EQUAL} composes: the loss, every parameter's gradient and the parameters after one SGD step equal those of "
-        f"one process. {DIFFERS} does not. {NOT_RUN} not run.",
+        f"one process. {DIFFERS} does not. {REFUSED} refused by name. {NOT_RUN} not run.",
         "",
         "| layout | ranks | " + " | ".join(str(number) for number in numbers.values()) + " |",
         "|---|---|" + "---|" * len(numbers),
     ]
     for layout in LAYOUTS:
-        marks = [_mark(found.get((layout.name, feature))) for feature in numbers]
+        marks = [_mark(found.get((layout.name, name)), [layout.name, name] in refused) for name in numbers]
         lines.append(f"| {layout.name} | {layout.ranks} | " + " | ".join(marks) + " |")
     lines += ["", "| | feature | what |", "|---|---|---|"]
     lines += [f"| {number} | {feature.name} | {feature.what} |" for number, feature in enumerate(FEATURES, 1)]
@@ -159,16 +162,20 @@ def support_matrix(results: Mapping[str, Any]) -> str:
     ]
     lines += ["", "Tolerances. " + "; ".join(limits) + "."]
     lines += ["", "## Refused by name", "", "| layout | what the user sees |", "|---|---|"]
-    lines += [f"| {one['layout']} | {_second_line(one['error'])} |" for one in results["refused"]]
+    lines += [f"| {_together(one)} | {_second_line(one['error'])} |" for one in results["refused"]]
     lines += ["", "## Not yet", "", "| | |", "|---|---|"]
     lines += [f"| {what} | {instead} |" for what, instead in NOT_YET]
     return "\n".join(lines) + "\n"
 
 
-def _mark(case: Mapping[str, Any] | None) -> str:
+def _mark(case: Mapping[str, Any] | None, is_refused: bool) -> str:
     if case is None:
-        return NOT_RUN
+        return REFUSED if is_refused else NOT_RUN
     return EQUAL if case["equal"] else DIFFERS
+
+
+def _together(one: Mapping[str, Any]) -> str:
+    return str(one["layout"]) if one["feature"] == FEATURES[0].name else f"{one['layout']} with {one['feature']}"
 
 
 def _second_line(error: str) -> str:

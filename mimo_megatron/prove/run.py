@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mimo_megatron.config.check import check
-from mimo_megatron.errors import ConfigError
-from mimo_megatron.prove.cases import FEATURES, ONE, Case, Refusal, run_config
+from mimo_megatron.prove.cases import FEATURES, ONE, Case, Refusal, refusal
 from mimo_megatron.prove.measure import Errors, errors, merged, outcome
 from mimo_megatron.prove.ranks import run_ranks
 
@@ -68,12 +66,10 @@ def prove(cases: Sequence[Case], scratch: Path, fault: str = "") -> Iterator[Ver
 
 def refused(refusals: Sequence[Refusal]) -> Iterator[tuple[Refusal, str]]:
     """The words with which each is refused; empty where it is not, or not by the key that it must name."""
-    for refusal in refusals:
-        try:
-            check(run_config(refusal.layout, FEATURES[0]), refusal.layout.ranks)
-            yield refusal, ""
-        except ConfigError as error:
-            yield refusal, str(error) if refusal.names in str(error) else ""
+    features = {feature.name: feature for feature in FEATURES}
+    for one in refusals:
+        said = refusal(one.layout, features[one.feature])
+        yield one, said if one.names in said else ""
 
 
 def difference(found: Errors, tolerance: Tolerance) -> str:

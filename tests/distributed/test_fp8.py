@@ -17,7 +17,7 @@ from mimo_megatron.mcore import checkpoint, fp8, weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_forward
 from mimo_megatron.prove.cases import proof_model
-from mimo_megatron.prove.material import text_only
+from mimo_megatron.prove.material import text_only, zero_image_ranks
 from mimo_megatron.train.step import Trainer, build_trainer, local_packs, train_step
 from tests.harness import run_ranks
 from tests.samples import run_config
@@ -28,7 +28,8 @@ DELAYED = Fp8Config(scaling="delayed", history=3, margin=1)
 Outcome = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
-MODEL = proof_model(dict(ffn_width=128)).model_copy(update=dict(vision=None))
+WITH_VISION = proof_model(dict(ffn_width=128))
+MODEL = WITH_VISION.model_copy(update=dict(vision=None))
 
 
 def recipe(scaling: Fp8Config | None, layout: Mapping[str, Any] = NOTHING, **train) -> RunConfig:
@@ -37,9 +38,15 @@ def recipe(scaling: Fp8Config | None, layout: Mapping[str, Any] = NOTHING, **tra
     return run_config(MODEL, parallel=ParallelConfig(**layout), **train)
 
 
+def recipe_with_vision(layout: Mapping[str, Any]) -> RunConfig:
+    scaling = DELAYED.model_copy(update=dict(parts=("vision", "projector", "text")))
+    return run_config(WITH_VISION, parallel=ParallelConfig(**layout), fp8=scaling)
+
+
 def batches(trainer: Trainer):
-    mesh = trainer.mesh
-    return [collate(pack, trainer.config.model, SLOTS) for pack in text_only()][mesh.dp.rank :: mesh.dp.size]
+    mesh, model = trainer.mesh, trainer.config.model
+    packs = text_only() if model.vision is None else zero_image_ranks()
+    return [collate(pack, model, SLOTS) for pack in packs][mesh.dp.rank :: mesh.dp.size]
 
 
 def steps(trainer: Trainer, first: int, last: int) -> list[float]:
@@ -70,9 +77,16 @@ def resumed(address: RankAddress, config: RunConfig, folder: Path, forget: bool 
         return outcome(trainer, steps(trainer, 2, 4))
 
 
-@pytest.mark.parametrize("layout", [{}, dict(tp=2, pp=2, sequence_parallel=True)], ids=["one", "tp2 sp pp2"])
-def test_a_resumed_run_with_delayed_scaling_is_the_uninterrupted_one_bit_for_bit(layout, tmp_path):
-    config = recipe(DELAYED, layout)
+@pytest.mark.parametrize(
+    "config",
+    [
+        recipe(DELAYED),
+        recipe(DELAYED, dict(tp=2, pp=2, sequence_parallel=True)),
+        recipe_with_vision(dict(cp=2, vision_placement="balanced")),
+    ],
+    ids=["one", "tp2 sp pp2", "encoder too, cp2 balanced"],
+)
+def test_a_resumed_run_with_delayed_scaling_is_the_uninterrupted_one_bit_for_bit(config, tmp_path):
     ranks = config.parallel.model_ranks
     whole = run_ranks(uninterrupted, ranks, config, tmp_path / "saved")
     again = run_ranks(resumed, ranks, config, tmp_path / "saved")
@@ -168,3 +182,26 @@ def test_training_with_pytorchs_fp8_product_is_training_with_the_twin():
     assert losses["scaled_mm"] == pytest.approx(losses["twin"], rel=1e-4)
     (without,) = run_ranks(train_with, 1, recipe(None))
     assert without != pytest.approx(losses["twin"], rel=1e-6)
+
+
+def layers_in_fp8(address: RankAddress, config: RunConfig) -> set[str]:
+    with megatron(config.parallel, address) as mesh:
+        (chunk,) = build_trainer(config, mesh).bare_chunks
+        return {name for name, module in chunk.named_modules() if hasattr(module, "product")}
+
+
+def test_the_parts_say_which_linear_layers_are_in_fp8():
+    of_part = {
+        "vision": {
+            f"vision.blocks.{block}.{linear}"
+            for block in range(4)
+            for linear in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+        },
+        "projector": {"projector.fc1", "projector.fc2"},
+    }
+    for part, layers in of_part.items():
+        config = run_config(WITH_VISION, fp8=Fp8Config(parts=(part,)))
+        assert run_ranks(layers_in_fp8, 1, config) == [layers]
+    (all_layers,) = run_ranks(layers_in_fp8, 1, recipe_with_vision(NOTHING))
+    assert {name for name in all_layers if not name.startswith("text.")} == set.union(*of_part.values())
+    assert len(all_layers) == 22 + 8

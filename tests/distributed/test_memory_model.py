@@ -3,16 +3,18 @@
 Weights, gradient buffers and optimizer state must agree to the padding of megatron's buffers.
 """
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
-from mimo_megatron.planner import memory
+from mimo_megatron.planner import fp8_memory, memory
 from tests.harness import run_ranks
 from tests.memory_cases import CASES, Case, compare, measure
 from tests.tensor_meter import TensorMeter
 
 TOLERANCE = 0.10
-QUICK = ("one process, bf16", "pp2, vpp2")
+QUICK = ("one process, bf16", "pp2, vpp2", "FP8, current, selective, pp2, text")
 
 
 def by_name(name: str) -> Case:
@@ -28,6 +30,10 @@ def assert_close(case: Case) -> None:
         assert row.moving == pytest.approx(row.measured_moving, rel=TOLERANCE), row
 
 
+TRITON = ("triton in the decoder", "triton in the decoder, cp2", "triton in the encoder")
+"""In Triton's interpreter; of attention alone tests/unit/test_planner_attention.py counts what is kept."""
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_the_predicted_peak_is_the_counted_one(name):
     assert_close(by_name(name))
@@ -36,7 +42,8 @@ def test_the_predicted_peak_is_the_counted_one(name):
 SLOW = (
     "one process", "frozen vision", "full recompute", "tp2, sequence parallel, bf16", "cp2", "text only",
     "tp2, pp2, sequence parallel, selective", "tp2, balanced vision",
-    "head in chunks, bf16, large vocabulary",
+    "head in chunks, bf16, large vocabulary", "FP8, current", "FP8, delayed, all layers, text, bf16",
+    "FP8, blockwise, full recompute, text", "FP8, scaled_mm, tp2, sequence parallel, text",
 )  # fmt: skip
 """With the quick ones, of every kind; all of ``CASES`` are run by ``benchmarks/bench_memory_model.py``."""
 
@@ -45,6 +52,19 @@ SLOW = (
 @pytest.mark.parametrize("name", SLOW)
 def test_the_predicted_peak_is_the_counted_one_with_every_kind_of_layout(name):
     assert_close(by_name(name))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton: pip install triton")
+@pytest.mark.parametrize("name", TRITON)
+def test_the_predicted_peak_is_the_counted_one_with_tritons_kernels(name):
+    assert_close(by_name(name))
+
+
+def test_a_linear_layer_in_fp8_that_is_said_to_keep_its_input_as_it_came_is_caught(monkeypatch):
+    monkeypatch.setattr(fp8_memory, "kept", lambda setting, product: product.of_input * setting.value_bytes)
+    with pytest.raises(AssertionError):
+        assert_close(by_name("FP8, current, selective, pp2, text"))
 
 
 def test_a_microbatch_in_flight_that_is_forgotten_is_caught(monkeypatch):

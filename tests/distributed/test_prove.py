@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from mimo_megatron.cli import main
-from mimo_megatron.config.check import check
 from mimo_megatron.config.run import ParallelConfig
-from mimo_megatron.prove.cases import FEATURES, LAYOUTS, REFUSALS, cases, run_config
+from mimo_megatron.prove.cases import FEATURES, LAYOUTS, REFUSALS, cases, refusal
 from mimo_megatron.prove.faults import FAULTS
 from mimo_megatron.prove.report import support_matrix
 from mimo_megatron.prove.run import prove, refused
@@ -50,13 +49,17 @@ def test_an_unknown_fault_and_an_empty_choice_are_refused(capsys: pytest.Capture
     assert main(["prove", "--only", "cp99"]) == 2
 
 
-def test_no_rule_of_recipes_refuses_a_case() -> None:
-    for case in CASES.values():
-        check(run_config(case.layout, case.feature), case.layout.ranks)
+def test_refused_together_are_fp8_tiles_cut_four_ways_and_an_fp8_encoder_on_ranks_that_repeat_images() -> None:
+    found = {(layout.name, feature.name) for layout in LAYOUTS for feature in FEATURES if refusal(layout, feature)}
+    fields = {layout.name: layout.fields for layout in LAYOUTS}
+    repeating = {name for name, one in fields.items() if one.get("cp", 1) > 1 and "vision_placement" not in one}
+    in_four = {name for name, one in fields.items() if 4 in (one.get("tp"), one.get("cp"))}
+    encoder = {(name, f"fp8 of {part}") for name in repeating for part in ("all parts", "the encoder, delayed")}
+    assert found == encoder | {(name, "fp8 blockwise") for name in in_four}
 
 
 def test_what_cannot_be_right_is_refused_by_name() -> None:
-    assert [refusal.layout.name for refusal, said in refused(REFUSALS) if not said] == []
+    assert [one.layout.name for one, said in refused(REFUSALS) if not said] == []
 
 
 def test_the_matrix_has_every_axis_alone_and_together() -> None:
@@ -68,12 +71,12 @@ def test_the_matrix_has_every_axis_alone_and_together() -> None:
     assert len(CASES) >= 40
 
 
-def test_the_support_matrix_marks_what_differs_and_what_was_not_run() -> None:
+def test_the_support_matrix_marks_what_differs_what_is_refused_and_what_was_not_run() -> None:
     layout, feature, other = LAYOUTS[0].name, FEATURES[0].name, FEATURES[1].name
     row = {"layout": layout, "feature": feature, "equal": False}
     results = {"cases": [row], "refused": [], "date": "", "python": "", "torch": "", "megatron-core": "", "seconds": 60}
-    page = support_matrix(results | {"tolerances": {}})
-    assert f"| {layout} | {LAYOUTS[0].ranks} | ✗ | · |" in page and other in page
+    page = support_matrix(results | {"tolerances": {}, "refused_together": [[layout, FEATURES[2].name]]})
+    assert f"| {layout} | {LAYOUTS[0].ranks} | ✗ | · | – | · |" in page and other in page
 
 
 def test_the_committed_matrix_is_of_the_layouts_and_features_of_today_and_all_compose() -> None:

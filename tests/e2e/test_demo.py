@@ -26,8 +26,8 @@ from mimo_megatron.config.run import VideoConfig
 from mimo_megatron.convert.checkpoint_io import CheckpointReader, CheckpointWriter
 from mimo_megatron.data.image import encode_image
 from mimo_megatron.data.video import encode_video
-from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.types import EncodedMedia
+from tests.pixels import normalized
 from tests.repository import ROOT
 
 SMALL = "model: {preset: tiny-vl, text: {num_layers: 2}, vision: {depth: 2, full_attention_layers: [1]}}"
@@ -198,7 +198,7 @@ def test_the_client_makes_the_pixels_that_the_model_was_trained_on(tmp_path: Pat
 
     def same(patches_PC: torch.Tensor, grid: torch.Tensor, ours: EncodedMedia) -> None:
         assert tuple(grid.tolist()) == ours.grid
-        normal_PC = VisionEncoder(vision)._normalized(torch.from_numpy(ours.patches_PC))
+        normal_PC = normalized(torch.from_numpy(ours.patches_PC))
         assert (patches_PC - normal_PC).abs().max() < 1e-5
 
     for path in (tmp_path / "questions").glob("*.jpg"):

@@ -67,6 +67,7 @@ def assert_steps_are_told(train: dict[str, Any]) -> None:
     """All but varlen, which takes half precision, and Transformer Engine. Which is best is the machine's luck."""
     measured = {row["variant"].removesuffix(", recompute none"): row for row in train["rows"] if "step_seconds" in row}
     single = ("baseline", "vision triton", "text triton", "head triton", "head chunked", "fp8 scaled_mm")
+    assert any("fp8 scaled_mm in all parts" in name for name in measured)
     assert measured.keys() >= {f"8K, {name}" for name in single} | {"32K, baseline"}
     assert len([row for row in measured.values() if row["class"] == "8K text"]) == 1
     left_out = {row["variant"]: row["failed"] for row in train["rows"] if "step_seconds" not in row}

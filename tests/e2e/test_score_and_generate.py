@@ -21,11 +21,11 @@ from mimo_megatron.errors import CheckpointError, ConfigError
 from mimo_megatron.evaluation.answer import AnswerRequest, answer, read_prompts
 from mimo_megatron.evaluation.generate import Sampling
 from mimo_megatron.evaluation.score import ScoreRequest, score
-from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.train.start import read_encoding
 from mimo_megatron.types import EncodedSample
 from tests.data_fixtures import picture, write_tokenizer
 from tests.harness import run_ranks
+from tests.pixels import normalized
 from tests.samples import tiny_model
 
 MODEL = tiny_model()
@@ -87,9 +87,7 @@ def hf_inputs(sample: EncodedSample) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(sample.token_ids_T)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if sample.media:
-        assert MODEL.vision is not None
-        normalise = VisionEncoder(MODEL.vision)._normalized
-        inputs["pixel_values"] = torch.cat([normalise(torch.from_numpy(one.patches_PC)) for one in sample.media])
+        inputs["pixel_values"] = torch.cat([normalized(torch.from_numpy(one.patches_PC)) for one in sample.media])
         inputs["image_grid_thw"] = torch.tensor([one.grid for one in sample.media])
         inputs["mm_token_type_ids"] = (ids == MODEL.tokens.image_pad).int()
     return inputs

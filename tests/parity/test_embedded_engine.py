@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
 from mimo_megatron.convert.hf_config import hf_config
-from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.types import EncodedSample
+from tests.pixels import normalized
 from tests.rl_fixtures import MODEL, ask, engine_with, finished, prompts, random_weights, with_response
 
 WEIGHTS = random_weights(scale=0.15)
@@ -29,14 +29,13 @@ def hf_inputs(sample: EncodedSample) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(sample.token_ids_T)[None]
     kinds = (ids == MODEL.tokens.image_pad).int() + 2 * (ids == MODEL.tokens.video_pad).int()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
-    normalise = VisionEncoder(MODEL.vision)._normalized
     for kind, pixels, grid in (
         ("image", "pixel_values", "image_grid_thw"),
         ("video", "pixel_values_videos", "video_grid_thw"),
     ):
         media = [one for one in sample.media if one.kind == kind]
         if media:
-            inputs[pixels] = torch.cat([normalise(torch.from_numpy(one.patches_PC)) for one in media])
+            inputs[pixels] = torch.cat([normalized(torch.from_numpy(one.patches_PC)) for one in media])
             inputs[grid] = torch.tensor([one.grid for one in media])
     if any(one.kind == "video" for one in sample.media):
         seconds = [one.seconds_per_grid for one in sample.media if one.kind == "video"]

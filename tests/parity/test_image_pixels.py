@@ -14,7 +14,7 @@ from mimo_megatron.config.presets import preset
 from mimo_megatron.data.decode import image_size
 from mimo_megatron.data.image import encode_image
 from mimo_megatron.errors import DataError
-from mimo_megatron.model.vision import PIXEL_MEAN, PIXEL_STD
+from mimo_megatron.model.patch_embed import PIXEL_MEAN, PIXEL_STD
 from mimo_megatron.types import EncodedMedia
 
 VISION = preset("tiny-vl").vision

@@ -20,12 +20,12 @@ from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.schedule import run_forward, run_microbatches
 from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import local_pack
-from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.model.vlm import VisionLanguageModel
 from mimo_megatron.train.step import cross_entropy
 from mimo_megatron.types import EncodedMedia, EncodedSample
 from tests.harness import run_ranks
 from tests.parity_rule import assert_named_parity, relative_error
+from tests.pixels import normalized
 from tests.samples import mixed_packs, random_media, random_sample, tiny_model
 
 SLOTS = 128
@@ -91,9 +91,7 @@ class HfModel:
         }
 
     def _pixels(self, media: Sequence[EncodedMedia]) -> Tensor:
-        assert self.config.vision is not None
-        normalise = VisionEncoder(self.config.vision).to(self.dtype)._normalized
-        return torch.cat([normalise(torch.from_numpy(one.patches_PC)) for one in media])
+        return torch.cat([normalized(torch.from_numpy(one.patches_PC), self.dtype) for one in media])
 
     def mean_loss_gradients(self, samples: Sequence[EncodedSample]) -> Named:
         total, count = torch.zeros((), dtype=self.dtype), 0

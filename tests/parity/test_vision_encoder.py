@@ -17,9 +17,10 @@ from mimo_megatron.config.model import VisionConfig
 from mimo_megatron.config.presets import preset
 from mimo_megatron.data.vision_layout import vision_layout
 from mimo_megatron.model.projector import Projector
-from mimo_megatron.model.vision import PIXEL_MEAN, PIXEL_STD, VisionEncoder
+from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.types import VisionLayout
 from tests.parity_rule import Float64Everywhere, assert_named_parity, relative_error
+from tests.pixels import normalized
 
 Grid = tuple[int, int, int]
 OUT_WIDTH = 24
@@ -118,12 +119,6 @@ def hf_tower(ours: VisionTower, dtype: torch.dtype, run_dtype: torch.dtype) -> Q
 def random_patches(num_patches: int, seed: int = 0) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num_patches, 1176), dtype=torch.uint8, generator=rng)
-
-
-def normalized(patches_PC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixel values as transformers' image processor makes them."""
-    mean, std = (torch.tensor(values, dtype=dtype).repeat_interleave(392) for values in (PIXEL_MEAN, PIXEL_STD))
-    return (patches_PC.to(dtype) / 255 - mean) / std
 
 
 def features_and_gradients(module: nn.Module, features_MD: Tensor) -> dict[str, Tensor]:

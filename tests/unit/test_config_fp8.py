@@ -14,6 +14,8 @@ from mimo_megatron.mcore import layers
 from tests.unit.test_config import RECIPE, failed, rl_recipe, write
 
 BLOCKS = "train.fp8={scaling: blockwise}"
+ALL_PARTS = "train.fp8={parts: [vision, projector, text]}"
+EVEN = "model.vision.ffn_width=352"
 WIDE = "model.text={width: 256, num_heads: 4, num_kv_heads: 2, head_width: 64, mrope_section: [8, 12, 12]}"
 
 
@@ -30,6 +32,16 @@ CASES = [
     ("sizes_are_aligned", 2, ["train.fp8={}", "model.text.ffn_width=336", "parallel={tp: 2}"]),
     ("sizes_are_aligned", 2, [BLOCKS, "parallel={tp: 2}"]),
     ("a_layer_is_in_fp8", 1, ["train.fp8={first_layers: 2, last_layers: 2}"]),
+    ("the_encoders_sizes_are_aligned", 1, ["train.fp8={parts: [vision]}"]),
+    ("the_encoders_sizes_are_aligned", 1, ["train.fp8={parts: [projector]}", "model.text.width=136"]),
+    ("images_are_encoded_whole", 1, ["train.fp8={parts: [projector]}", "model.vision=null"]),
+    ("images_are_encoded_whole", 2, [ALL_PARTS, EVEN, "parallel={cp: 2}"]),
+    (
+        "images_are_encoded_whole",
+        2,
+        ["train.fp8={parts: [vision], scaling: blockwise}", EVEN, "parallel={tp: 2, vision_placement: balanced}"],
+    ),
+    ("parts_are_named_once", 1, ["train.fp8={parts: [text, text]}"]),
     ("only_delayed_scaling_has_a_history", 1, ["train.fp8={margin: 1}"]),
     ("only_delayed_scaling_has_a_history", 1, ["train.fp8={scaling: blockwise, history: 16}"]),
 ]
@@ -59,6 +71,12 @@ def test_what_fits_is_accepted(recipe: Path, scaling: str) -> None:
     check(load_recipe(recipe, [fp8]), 1)
     check(load_recipe(recipe, [fp8, WIDE, "model.text.ffn_width=512", "parallel={tp: 2}"]), 2)
     check(load_recipe(recipe, [fp8, "parallel={cp: 2}"]), 2)
+
+
+def test_an_encoder_in_fp8_goes_with_ranks_that_encode_all_or_share_images_out(recipe: Path) -> None:
+    check(load_recipe(recipe, [ALL_PARTS, EVEN, "parallel={tp: 2}"]), 2)
+    check(load_recipe(recipe, [ALL_PARTS, EVEN, "parallel={cp: 2, vision_placement: balanced}"]), 2)
+    check(load_recipe(recipe, ["train.fp8={parts: [vision], scaling: blockwise}", EVEN, "parallel={tp: 2}"]), 2)
 
 
 def test_the_proposed_pack_fits(recipe: Path) -> None:

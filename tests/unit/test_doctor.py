@@ -9,6 +9,7 @@ import pytest
 from mimo_megatron import doctor, platform
 from mimo_megatron.cli import main
 from mimo_megatron.config.fp8 import Fp8Config
+from mimo_megatron.config.run import OptimizerConfig
 from mimo_megatron.doctor import (
     TOPICS,
     Finding,
@@ -25,6 +26,7 @@ from mimo_megatron.doctor import (
     judge_requirements,
     judge_torchvision,
 )
+from mimo_megatron.mcore import adam
 from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 
 
@@ -42,6 +44,7 @@ def test_backends_are_those_the_package_chooses(findings: list[Finding]) -> None
     here = platform.current()
     assert (found["device"], found["collectives"]) == (here.kind, here.backend)
     assert found["decoder layers"] == layer_backend()
+    assert found["optimizer"] == f"auto is AdamW of {adam.chosen(OptimizerConfig())}"
     assert found["FP8 products"].startswith(f"current: {fp8_engine(Fp8Config())}, delayed: ")
 
 
@@ -81,6 +84,8 @@ def test_a_gpu_package_that_does_not_import_is_a_fault_and_a_missing_one_a_note(
     assert judge_gpu_package("flash-attn", "packed attention", "2.8", "undefined symbol").status == "fault"
     assert judge_gpu_package("flash-attn", "packed attention", None, None).status == "note"
     assert judge_gpu_package("flash-attn", "packed attention", "2.8", None).status == "ok"
+    assert judge_gpu_package("apex", "", None, None).status == "ok"
+    assert judge_gpu_package("apex", "", "0.1", "undefined symbol").status == "fault"
 
 
 def test_little_memory_is_a_note_with_a_remedy() -> None:

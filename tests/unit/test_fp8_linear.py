@@ -3,24 +3,23 @@
 import pytest
 import torch
 
-from mimo_megatron.fp8.linear import PRODUCTS, fp8_linear
+from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear, fp8_linear
 from mimo_megatron.fp8.quantise import E4M3, E5M2
 from mimo_megatron.fp8.scaling import BlockScaling, CurrentScaling, DelayedScaling
-from mimo_megatron.parallel.mesh import Axis
+from mimo_megatron.parallel.mesh import ALONE
 
-ALONE = Axis(0, 1)
 SLOTS, INPUTS, OUTPUTS = 48, 64, 80
 
 
-def operands(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(dtype: torch.dtype = torch.float64, rows: int = SLOTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(7)
-    shapes = (SLOTS, INPUTS), (OUTPUTS, INPUTS), (SLOTS, OUTPUTS)
+    shapes = (rows, INPUTS), (OUTPUTS, INPUTS), (rows, OUTPUTS)
     x, w, dy = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
     return (x * 3).to(dtype).requires_grad_(), (w * 0.02).to(dtype).requires_grad_(), (dy * 1e-3).to(dtype)
 
 
-def run(scaling, dtype=torch.float64, product="twin"):
-    x, w, dy = operands(dtype)
+def run(scaling, dtype=torch.float64, product="twin", rows=SLOTS):
+    x, w, dy = operands(dtype, rows)
     y = fp8_linear(x, w, scaling, PRODUCTS[product])
     y.backward(dy)
     return y.detach(), x.grad, w.grad
@@ -124,10 +123,36 @@ def test_evaluation_records_nothing_and_computing_again_counts_nothing_twice():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backward", [E4M3, E5M2])
-def test_pytorchs_fp8_product_is_the_twins_up_to_the_order_of_sums(dtype, backward):
+@pytest.mark.parametrize("rows", [SLOTS, SLOTS + 4])
+def test_pytorchs_fp8_product_is_the_twins_up_to_the_order_of_sums(dtype, backward, rows):
     scalings = [CurrentScaling(E4M3, backward, ALONE) for _ in range(2)]
-    twin, device = run(scalings[0], dtype, "twin"), run(scalings[1], dtype, "scaled_mm")
+    twin, device = run(scalings[0], dtype, "twin", rows), run(scalings[1], dtype, "scaled_mm", rows)
     rounding = 2**-8 if dtype is torch.bfloat16 else 1e-6
     for ours, theirs in zip(twin, device, strict=True):
         assert ours.dtype is theirs.dtype is dtype
         assert ((ours.double() - theirs.double()).norm() / ours.double().norm()).item() < rounding
+
+
+@pytest.mark.parametrize("make", [lambda: CurrentScaling(E4M3, E5M2, ALONE), lambda: DelayedScaling(E4M3, E5M2, 2, 0)])
+def test_a_rank_without_rows_has_gradients_of_zero(make):
+    layer = Fp8Linear(INPUTS, OUTPUTS, scaling=make(), product=PRODUCTS["twin"])
+    out = layer(torch.zeros(0, INPUTS, requires_grad=True))
+    assert out.shape == (0, OUTPUTS)
+    out.sum().backward()
+    assert layer.weight.grad is not None and not layer.weight.grad.any() and not layer.bias.grad.any()
+
+
+def test_the_layer_is_the_product_and_its_bias_and_takes_any_leading_dims():
+    x, w, _ = (one.detach() for one in operands(torch.float32))
+    layer = Fp8Linear(INPUTS, OUTPUTS, scaling=CurrentScaling(E4M3, E5M2, ALONE), product=PRODUCTS["twin"])
+    with torch.no_grad():
+        layer.weight.copy_(w)
+    want = fp8_linear(x, w, layer.scaling, layer.product) + layer.bias
+    assert torch.equal(layer(x.unflatten(0, (4, -1))).flatten(0, 1), want)
+
+
+def test_histories_stay_in_float32_where_the_model_is_cast():
+    scaling = DelayedScaling(E4M3, E5M2, 2, 0)
+    scaling.scale_3.fill_(1 + 2**-20)
+    layer = Fp8Linear(INPUTS, OUTPUTS, scaling=scaling, product=PRODUCTS["twin"]).to(torch.bfloat16)
+    assert layer.weight.dtype is torch.bfloat16 and layer.scaling.scale_3.tolist() == [1 + 2**-20] * 3

@@ -16,7 +16,7 @@ from benchmarks.gpu.moves import small_moves
 from benchmarks.gpu.peers import Unavailable
 from benchmarks.gpu.setting import REAL, TINY, Bench, Setting
 from mimo_megatron.config.presets import preset
-from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.config.run import OptimizerConfig, ParallelConfig
 from mimo_megatron.loss.implicit_logits import Chunking
 from mimo_megatron.mcore.boot import RankAddress, megatron
 from mimo_megatron.mcore.text import Numerics
@@ -25,6 +25,7 @@ from tests.harness import run_ranks
 from tests.kernel_cases import ON_GPU
 
 SETTING = Setting(torch.device("cpu"), is_rehearsal=True)
+SETTINGS = OptimizerConfig()
 SLOTS, HEAD_LOGITS = 16, 4096
 Losses = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -114,17 +115,18 @@ def test_shapes_are_those_of_the_models_layers() -> None:
 
 def adam(make: Any) -> dict[str, Any]:
     shapes = [(8, 4), (4,)]
-    want, _ = optimizer.changed_by(optimizer.ways(SETTING.device)[optimizer.TRUSTED], shapes, SETTING)
+    want, _ = optimizer.changed_by(optimizer.ways(SETTINGS)[optimizer.TRUSTED], shapes, SETTING)
     return optimizer.row("a way", make, shapes, want, bench())
 
 
 def test_a_step_that_changes_something_else_is_not_timed() -> None:
-    right = adam(lambda params, options: torch.optim.AdamW(params, **options))
+    options = optimizer.options(SETTINGS)
+    right = adam(lambda params: torch.optim.AdamW(params, **options))
     assert right["ms"] > 0 and right["difference"] < 1e-6
     for wrong in (
-        lambda params, options: torch.optim.AdamW(params, **{**options, "weight_decay": 0.0}),
-        lambda params, options: torch.optim.Adam(params, **options),
-        lambda params, options: torch.optim.AdamW(params, **{**options, "lr": 1.001e-3}),
+        lambda params: torch.optim.AdamW(params, **{**options, "weight_decay": 0.0}),
+        lambda params: torch.optim.Adam(params, **options),
+        lambda params: torch.optim.AdamW(params, **{**options, "lr": 1.001e-3}),
     ):
         assert "from that of AdamW foreach" in adam(wrong)["failed"]
     assert adam(Unavailable("not installed"))["absent"] == "not installed"

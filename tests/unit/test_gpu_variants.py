@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +32,13 @@ from benchmarks.gpu.variants import (
     put_into,
     why_wrong,
 )
+from mimo_megatron.attention.packed import Piece, causal_attention
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import RunConfig, VideoConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.ops import turn
 from mimo_megatron.train.step import Trainer, build_trainer, train_step
 from tests.harness import run_ranks
 from tests.kernel_cases import ON_GPU
@@ -51,7 +54,9 @@ def small_model(depth: int = 2, num_layers: int = 3) -> ModelConfig:
     """Heads of 80 in the encoder, as the kernel wants them; one decoder layer at least between first and last."""
     model = tiny_model(num_layers=num_layers)
     assert model.vision is not None
-    vision = model.vision.model_copy(update=dict(depth=depth, width=80, num_heads=1, full_attention_layers=(1,)))
+    vision = model.vision.model_copy(
+        update=dict(depth=depth, width=80, num_heads=1, ffn_width=208, full_attention_layers=(1,))
+    )
     return model.model_copy(update={"vision": vision})
 
 
@@ -87,7 +92,7 @@ def put_and_built(
 ) -> list[tuple[list[str], list[tuple[float, float]]]]:
     """How both compute, and loss and gradient norm of their first steps."""
     packs = packs_of(small_model(), precision=precision)
-    everything = Ways("triton", "triton", "triton", "twin")
+    everything = Ways("triton", "triton", "triton", "twin in all parts")
     with megatron(packs.config.parallel, address) as mesh:
         trainer = build_trainer(Variant(packs, "none", BASELINE).config, mesh)
         start = Start(trainer)
@@ -112,6 +117,7 @@ def config_of(packs: PackClass, ways: Ways) -> RunConfig:
     [
         (BASELINE, 2, "bf16"),
         (Ways(head="chunked", fp8="twin"), 2, "fp32"),
+        (Ways(fp8="twin in all parts"), 1, "fp32"),
         (Ways("triton", "triton", "triton", "scaled_mm"), 0, "fp32"),
     ],
 )
@@ -122,6 +128,7 @@ def test_a_variant_put_into_a_trainer_is_what_its_recipe_builds_to_the_bit(
     ((put, built),) = run_ranks(put_and_built, 1, ways, steps, precision)
     assert put == built
     assert any("Fp8ColumnParallelLinear" in line for line in put[0]) == (ways.fp8 is not None)
+    assert any("attn.qkv: Fp8Linear" in line for line in put[0]) == (ways.fp8 == "twin in all parts")
     assert any("attn: Attention kernel=vision_attention" in line for line in put[0]) == (ways.vision == "triton")
 
 
@@ -147,14 +154,12 @@ def test_what_cannot_run_leaves_the_trainer_as_it_was_and_another_recomputation_
 # ---- the same numbers ------------------------------------------------------------------------------------------------
 
 
-def swap_halves_of_keys(trainer: Trainer) -> None:
-    """A fault in the decoder: keys turned by the angles of other pairs."""
+def keys_read_backwards(trainer: Trainer) -> None:
+    """A fault in the decoder: dims of keys in the other order."""
     (model,) = trainer.bare_chunks
-    attend = put_into(trainer, replace_text(trainer.config)).bare_chunks[0].text.kernel
-    assert attend is not None
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, cos_sin: Any, pieces: Any) -> Tensor:
-        return attend(q, k.flip(-1), v, cos_sin, pieces)
+    def wrong(q: Tensor, k: Tensor, v: Tensor, cos_sin: tuple[Tensor, Tensor], pieces: Sequence[Piece]) -> Tensor:
+        return causal_attention(turn(q, *cos_sin), k.flip(-1), v, pieces)
 
     model.text.kernel = wrong
 
@@ -167,11 +172,7 @@ def windows_that_are_frames(trainer: Trainer) -> None:
     model.vision.config = model.vision.config.model_copy(update={"full_attention_layers": every})
 
 
-def replace_text(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"text_attention": "triton"})})
-
-
-FAULTS = {"none": lambda trainer: None, "keys": swap_halves_of_keys, "windows": windows_that_are_frames}
+FAULTS = {"none": lambda trainer: None, "keys": keys_read_backwards, "windows": windows_that_are_frames}
 
 
 def told_apart(address: RankAddress, fault: str) -> tuple[str, dict[str, float]]:
@@ -221,7 +222,7 @@ def rounding(address: RankAddress, engine: str | None) -> dict[str, float]:
 
 
 @on_cpu
-@pytest.mark.parametrize(("engine", "kind"), [(None, "bf16"), ("twin", "fp8")])
+@pytest.mark.parametrize(("engine", "kind"), [(None, "bf16"), ("twin", "fp8"), ("twin in all parts", "fp8")])
 def test_a_right_step_stays_within_the_noise_it_is_allowed(engine: str | None, kind: str) -> None:
     ((found),) = run_ranks(rounding, 1, engine)
     assert 0 < found["tokens"] < NOISE[kind].tokens / 2, found
@@ -288,7 +289,8 @@ def test_the_section_measures_a_baseline_each_change_the_best_text_alone_and_fp8
     told = {row["variant"]: row.get("failed") or row.get("wrong") for row in found["rows"]}
     assert [name.removesuffix(", recompute none") for name in told] == [
         "8K, baseline", "8K, vision triton", "8K, text varlen", "8K, head triton", "8K, vision varlen",
-        "8K, text triton", "8K, head chunked", "8K text, head chunked", "8K, head chunked, fp8 scaled_mm",
+        "8K, text triton", "8K, head chunked", "8K text, head chunked",
+        "8K, head chunked, fp8 scaled_mm in all parts", "8K, head chunked, fp8 scaled_mm",
         "8K, fp8 scaled_mm", "8K, head chunked, fp8 transformer-engine", "32K, baseline", "32K, head chunked",
     ]  # fmt: skip
     assert told["8K, vision triton, recompute none"] == "RuntimeError: no kernel image"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from mimo_megatron.ops import rms_norm, swiglu, turn
+from mimo_megatron.ops import rms_norm, swiglu, torchs_rms_norm, turn
 from tests.parity_rule import assert_kernel_parity
 
 EPS = 1e-6
@@ -47,6 +47,11 @@ def plain_turn(x: Tensor) -> Tensor:
 # Two leading dims, as megatron's [S, 1, D] has.
 OPS: dict[str, tuple[Op, Op, tuple[Tensor, ...]]] = {
     "rms_norm": (lambda x, weight: rms_norm(x, weight, EPS), plain_rms_norm, (draw(5, 3, 24), draw(24))),
+    "torch's rms_norm": (
+        lambda x, weight: torchs_rms_norm(x, weight, EPS),
+        plain_rms_norm,
+        (draw(5, 3, 24), draw(24)),
+    ),
     "swiglu": (swiglu, plain_swiglu, (draw(5, 3, 22),)),
     "turn": (our_turn, plain_turn, (draw(5, 3, 16),)),
 }
@@ -99,3 +104,12 @@ def test_a_norm_whose_gradient_lacks_the_mean_is_rejected() -> None:
 
     with pytest.raises(AssertionError, match="grad of input 0"):
         assert_kernel_parity(faulty, plain, inputs, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_of_a_gpu_is_torchs_and_keeps_the_rule(dtype: torch.dtype) -> None:
+    inputs = tuple(one.cuda() for one in (draw(300, 1, 1280), draw(1280)))
+    assert_kernel_parity(lambda x, weight: rms_norm(x, weight, EPS), plain_rms_norm, inputs, dtype)
+    x, weight = (one.to(dtype) for one in inputs)
+    assert torch.equal(rms_norm(x, weight, EPS), torchs_rms_norm(x, weight, EPS))

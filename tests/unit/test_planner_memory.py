@@ -13,9 +13,9 @@ from mimo_megatron.data.collate import MAX_PADDING_SEGMENT
 from mimo_megatron.data.vision_layout import vision_layout
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.planner import packs
-from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.memory import RankMemory, rank_memory
 from mimo_megatron.planner.packs import PackShape, assumed_packs
+from mimo_megatron.planner.setting import Setting
 from tests.samples import run_config
 
 FROZEN = ModuleTraining()

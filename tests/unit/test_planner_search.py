@@ -13,11 +13,11 @@ from mimo_megatron.config.check import check
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.run import ParallelConfig
 from mimo_megatron.errors import ConfigError
-from mimo_megatron.planner.activations import Setting
 from mimo_megatron.planner.cost import flop_counts, hop_seconds, stage_seconds, step_cost, update_seconds
 from mimo_megatron.planner.hardware import Efficiency, efficiency_of, gpu_named, group_bandwidth
 from mimo_megatron.planner.packs import assumed_packs
 from mimo_megatron.planner.search import evaluate, layouts, require_some, search, with_layout
+from mimo_megatron.planner.setting import Setting
 from tests.repository import ROOT
 
 STAGE3 = "examples/recipes/mimo_vl_7b/stage3.yaml"
