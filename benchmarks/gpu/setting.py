@@ -78,8 +78,8 @@ TINY = Sizes(
     overrides=(
         *_ONE_RANK, "parallel.pp=1", "parallel.vpp=1", "model.text.num_layers=3", "model.vision.depth=2",
         "model.vision.width=80", "model.vision.num_heads=1", "model.vision.ffn_width=208",
-        "model.vision.full_attention_layers=[1]", "data.pack_tokens=256", "data.pack_patches=128", "data.max_pixels=12544",
-        "data.video.max_total_tokens=16",
+        "model.vision.full_attention_layers=[1]", "data.pack_tokens=256", "data.pack_patches=128",
+        "data.max_pixels=12544", "data.video.max_total_tokens=16",
     ),
     num_packs={"8K": 1, "32K": 1, TEXT: 1},
     num_samples=12,
