@@ -1,6 +1,6 @@
 """The planner's memory peaks beside counted ones: a training step of tiny models on forked CPU ranks, in tensor bytes.
 
-    python benchmarks/bench_memory_model.py                 # 37 cases, those of triton in its interpreter
+    python benchmarks/bench_memory_model.py                 # 43 cases, those of triton in its interpreter
 
 Columns in megabytes: ``state`` is weights, gradient buffers and optimizer state; ``moving`` what the step needs above
 all that stays; ``peak`` everything. The same cases are asserted in tests/distributed/test_memory_model.py.

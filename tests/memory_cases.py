@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
 from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.offload import ActivationOffload
 from mimo_megatron.parallel.mesh import coordinates
 from mimo_megatron.planner.memory import rank_memory
 from mimo_megatron.planner.packs import PackShape
@@ -109,6 +113,12 @@ CASES: tuple[Case, ...] = (
     Case("triton in the encoder", packs=(FRAMES,), text=dict(num_layers=1),
          vision=dict(width=160, num_heads=2, depth=2, full_attention_layers=(1,)),
          train=dict(vision_attention="triton")),
+    Case("offload", train=dict(offload_activations="all")),
+    Case("offload, full recompute, bf16", train=dict(offload_activations="all", recompute="full", precision="bf16")),
+    Case("offload of the encoder, selective", train=dict(offload_activations="vision", recompute="selective")),
+    Case("offload, pp2", dict(pp=2), 2, train=dict(offload_activations="all")),
+    Case("offload of the decoder, pp2, vpp2", dict(pp=2, vpp=2), 2, train=dict(offload_activations="text")),
+    Case("offload, multi-token prediction", train=dict(offload_activations="all"), text=dict(num_mtp_layers=1)),
     # Written after the formulas were settled, which did not change for them.
     Case(
         "tp2, cp2, full recompute, large vocabulary", dict(tp=2, cp=2, sequence_parallel=True), 4,
@@ -134,13 +144,33 @@ class Measured:
     before_step: int
     """Those, what the first step left behind, and this step's packs."""
     peak: int
+    host: int = 0
+    """Most that waited on the host, and is not in the others."""
+
+
+class Host:
+    """``peak`` bytes of offloaded activations of this process, which a meter of the device takes no note of."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        offloads: set[ActivationOffload] = set()
+        to_host = ActivationOffload._to_host
+
+        def uncounted(offload: ActivationOffload, source: Tensor) -> Tensor:
+            offloads.add(offload)
+            with _disable_current_modes():
+                host = to_host(offload, source)
+            self.peak = max(self.peak, host.nbytes + sum(one.host_bytes for one in offloads))
+            return host
+
+        ActivationOffload._to_host = uncounted
 
 
 def measure(address: RankAddress, case: Case) -> Measured:
     """The second of two training steps, the first with all that stays after it."""
     config = case.config
     with megatron(config.parallel, address) as mesh:
-        meter = TensorMeter()
+        meter, host = TensorMeter(), Host()
         with meter:
             trainer = build_trainer(config, mesh)
             after_build = meter.live
@@ -152,7 +182,7 @@ def measure(address: RankAddress, case: Case) -> Measured:
             before_step = meter.live
             meter.reset_peak()
             train_step(trainer, batches, 1, 1.0)
-    return Measured(after_build, before_step, meter.peak)
+    return Measured(after_build, before_step, meter.peak, host.peak)
 
 
 @dataclass(frozen=True)
@@ -167,6 +197,8 @@ class Row:
     measured_moving: int
     peak: int
     measured_peak: int
+    host: int
+    measured_host: int
 
 
 def compare(case: Case, measured: Sequence[Measured]) -> list[Row]:
@@ -191,6 +223,8 @@ def compare(case: Case, measured: Sequence[Measured]) -> list[Row]:
                 found.peak - found.before_step,
                 predicted.total,
                 found.peak,
+                predicted.host,
+                found.host,
             )
         )
     if layout.vision_placement == "balanced":

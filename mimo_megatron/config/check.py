@@ -274,6 +274,22 @@ def varlen_attention_is_possible(config: RunConfig, world_size: int) -> Iterator
         )
 
 
+def overlap_has_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
+    train = config.train
+    if train.overlap_grad_reduce:
+        return
+    if train.overlap_param_gather:
+        yield (
+            "train.overlap_param_gather is true but overlap_grad_reduce is false, which leaves all parameters in one "
+            "bucket, so that the first module would wait for the last one's: set train.overlap_grad_reduce=true"
+        )
+    if train.ddp_bucket_size is not None:
+        yield (
+            f"train.ddp_bucket_size is {train.ddp_bucket_size} but overlap_grad_reduce is false, which leaves all "
+            "parameters in one bucket: set train.overlap_grad_reduce=true, or leave ddp_bucket_size out"
+        )
+
+
 def special_tokens_differ(config: RunConfig, world_size: int) -> Iterator[str]:
     names: dict[int, str] = {}
     for name, token in config.model.tokens.model_dump().items():
@@ -307,4 +323,5 @@ RULES: tuple[Rule, ...] = (
     the_chunked_head_has_a_vocabulary,
     the_text_kernel_has_heads_of_its_widths,
     varlen_attention_is_possible,
+    overlap_has_buckets,
 )

@@ -14,6 +14,7 @@ from mimo_megatron.config.rl import RLConfig
 ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Offload = Literal["none", "vision", "text", "all"]
 VisionAttention = Literal["auto", "sdpa", "varlen", "triton"]
 TextAttention = Literal["auto", "sdpa", "varlen", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
@@ -216,6 +217,11 @@ class TrainConfig(Strict):
         description="Whether the encoder's layers are computed again, whatever the decoder's are; without it, where "
         "recompute is full.",
     )
+    offload_activations: Offload = Field(
+        "none",
+        description="Whose layers keep in host memory, between forward and backward, what recompute leaves to keep: "
+        "the encoder's, the decoder's, or all (docs/offload.md). Not run on a GPU yet.",
+    )
     vision_attention: VisionAttention = Field(
         "sdpa",
         description="Attention of the vision encoder. sdpa: PyTorch's, segments of one length in one call; varlen: "
@@ -237,6 +243,21 @@ class TrainConfig(Strict):
     )
     head_logits: int = Field(
         2**27, gt=0, description="With head_loss in chunks: most logits of a rank that exist at a time."
+    )
+    overlap_grad_reduce: bool = Field(
+        False,
+        description="Gradients are reduced over the data-parallel ranks, bucket by bucket, while the backward pass "
+        "goes on (docs/overlap.md). Not run on a GPU yet.",
+    )
+    overlap_param_gather: bool = Field(
+        False,
+        description="With overlap_grad_reduce: updated parameters are gathered while the next forward pass goes on.",
+    )
+    ddp_bucket_size: int | None = Field(
+        None,
+        gt=0,
+        description="With overlap_grad_reduce: parameters that are reduced together; null for megatron's default, "
+        "40 million, or a million for each data-parallel rank where that is more.",
     )
     log_every: int = Field(1, ge=1, description="Steps between log lines.")
     collective_timeout_seconds: float = Field(

@@ -17,7 +17,7 @@ from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Backend, Piece, causal_attention
 from mimo_megatron.attention.text_kernel import TextKernel
 from mimo_megatron.ops import turn
-from mimo_megatron.parallel.collectives import gather_slots
+from mimo_megatron.parallel.collectives import start_gather_slots
 from mimo_megatron.parallel.mesh import Axis
 
 
@@ -65,18 +65,18 @@ class PackedCoreAttention(MegatronModule):
         assert isinstance(packed_seq_params, PackParams), "packed attention needs the pack's layout"
         assert packed_seq_params.cos_sin is not None, "the decoder computes the rotary angles"
         cos, sin = packed_seq_params.cos_sin
+        cache, kernel, cp = packed_seq_params.cache, packed_seq_params.kernel, packed_seq_params.cp
         q_TNH, k_TKH, v_TKH = query.squeeze(1), turn(key.squeeze(1), cos, sin), value.squeeze(1)
-        if packed_seq_params.cp.size > 1:
+        if cp.size > 1:
             assert packed_seq_params.merge_order_S is not None
-            kv_T2KH = gather_slots(
-                torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, packed_seq_params.cp
-            )
-            k_TKH, v_TKH = kv_T2KH.unbind(1)
-        cache, kernel = packed_seq_params.cache, packed_seq_params.kernel
-        if kernel is not None and cache is None:
+            gathered = start_gather_slots(torch.stack((k_TKH, v_TKH), 1), packed_seq_params.merge_order_S, cp)
+        if kernel is None or cache is not None:
+            q_TNH = turn(q_TNH, cos, sin)  # beside the gather
+        if cp.size > 1:
+            k_TKH, v_TKH = gathered().unbind(1)
+        if kernel is not None and cache is None:  # which turns queries itself
             out_TNH = kernel(q_TNH, k_TKH, v_TKH, packed_seq_params.cos_sin, packed_seq_params.pieces)
             return out_TNH.flatten(1).unsqueeze(1)
-        q_TNH = turn(q_TNH, cos, sin)
         if cache is not None and cache.holds(self.layer_number):
             return cache.attend(self.layer_number, q_TNH, k_TKH, v_TKH).flatten(1).unsqueeze(1)
         if cache is not None:

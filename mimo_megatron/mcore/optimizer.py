@@ -1,12 +1,13 @@
 """Megatron's data-parallel wrapper and distributed optimizer, with one learning rate for each part of the model."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -17,6 +18,7 @@ from torch.nn import Parameter
 from mimo_megatron.config.run import ModuleName, TrainConfig
 from mimo_megatron.mcore import adam
 from mimo_megatron.mcore.module import MegatronModule, is_summed_over_tp
+from mimo_megatron.mcore.overlap import NO_OVERLAP, GradReduction, Overlap, finish_param_gather
 
 CONTENT: dict[str, Any] = {
     "non_homogeneous_layers": True,  # one tensor for each layer, named by its global number
@@ -30,23 +32,35 @@ BUCKET_ELEMENTS = 2**25
 MODULES: tuple[ModuleName, ...] = ("vision", "projector", "text")
 
 
-def wrap(chunks: Sequence[MegatronModule], dtype_is_bf16: bool) -> list[DistributedDataParallel]:
+def wrap(
+    chunks: Sequence[MegatronModule], dtype_is_bf16: bool, overlap: Overlap = NO_OVERLAP
+) -> list[DistributedDataParallel]:
     """``chunks`` with gradient buffers that are summed over dp x cp and sharded for the distributed optimizer.
 
     The wrapper sums and never averages: the schedule divides once by the global count of trained tokens.
     Gradients of bf16 parameters are accumulated in fp32.
     """
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=dtype_is_bf16, use_distributed_optimizer=True, overlap_grad_reduce=False
-    )
+    wrapped = overlap.wrap(chunks, grad_reduce_in_fp32=dtype_is_bf16)
+    reduction = GradReduction(wrapped) if overlap.grad_reduce else None
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = _finalize
-    return [DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk) for chunk in chunks]
+        chunk.config.finalize_model_grads_func = partial(_finalize, reduction)
+        chunk.config.no_sync_func = reduction.no_sync if reduction else None
+    return wrapped
 
 
-def _finalize(wrapped: list[DistributedDataParallel], num_tokens: Tensor | None = None, **options: Any) -> None:
+def _finalize(
+    reduction: GradReduction | None,
+    wrapped: list[DistributedDataParallel],
+    num_tokens: Tensor | None = None,
+    **options: Any,
+) -> None:
     """Megatron's sums and its division by the global count; then, for marked parameters, the sum over tp."""
+    finish_param_gather(wrapped)  # of what no microbatch used
+    if reduction:
+        reduction.start_rest()
     finalize_model_grads(wrapped, num_tokens, **options)
+    if reduction:
+        reduction.reset()
     sum_marked_over_tp(wrapped)
 
 
@@ -93,6 +107,7 @@ def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> Megatro
         clip_grad=settings.clip_grad,
         bf16=train.precision == "bf16",
         use_distributed_optimizer=True,
+        overlap_param_gather=train.overlap_param_gather,
     )
     overrides = {_part_key(name): ParamGroupOverride(max_lr=rate) for name, rate in learning_rates(train).items()}
     overrides[_flat_key()] = ParamGroupOverride(wd_mult=0.0)

@@ -4,6 +4,7 @@ The step's gradient is sum(loss) / sum(trained tokens) over every microbatch, dp
 once by the global count.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,14 +87,8 @@ def run_alone(
         sums = loss(given, pack)
         return replace(sums, objective=sums.objective / repeats)  # gradients add up over the repeats
 
-    finalize = [chunk.config.finalize_model_grads_func for chunk in chunks]
-    for chunk in chunks:
-        chunk.config.finalize_model_grads_func = None
-    try:
+    with _without(chunks, "finalize_model_grads_func", "no_sync_func"):
         rows = _rows(chunks, [pack] * repeats, num_slots, shared_loss, _as_it_is, False)
-    finally:
-        for chunk, function in zip(chunks, finalize, strict=True):
-            chunk.config.finalize_model_grads_func = function
     if not rows:
         return None
     sums = _sums(rows[0])
@@ -121,16 +116,33 @@ def _rows(
 
         return stage(pack), reduce_loss
 
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(packs) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(packs),
-        seq_length=num_slots,
-        micro_batch_size=1,
-        forward_only=False,
-        force_all_reduce=whole_gradients,
-    )
+    with contextlib.ExitStack() as stack:
+        for chunk in chunks:
+            chunk.force_all_reduce = whole_gradients
+            stack.enter_context(chunk.no_sync())  # megatron's own start of reductions; ours is ``GradReduction``
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(packs) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(packs),
+            seq_length=num_slots,
+            micro_batch_size=1,
+            forward_only=False,
+            force_all_reduce=whole_gradients,
+        )
+
+
+@contextlib.contextmanager
+def _without(chunks: Sequence[Any], *names: str) -> Iterator[None]:
+    """The chunks' configurations have none of these functions of the schedule while the block lasts."""
+    kept = [(chunk.config, name, getattr(chunk.config, name)) for chunk in chunks for name in names]
+    for config, name, _ in kept:
+        setattr(config, name, None)
+    try:
+        yield
+    finally:
+        for config, name, function in kept:
+            setattr(config, name, function)
 
 
 def run_forward(
@@ -145,7 +157,7 @@ def run_forward(
         pack = next(pending)
         return stage(pack), lambda given, non_loss_data=False: use(given, pack)
 
-    with torch.no_grad():
+    with torch.no_grad(), _without(chunks, "no_sync_func"):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(filled) for _ in chunks],

@@ -1,6 +1,7 @@
 """The decoder: megatron's GPTModel with packed attention and a head that sees only the slots it is asked about."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +17,14 @@ from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.attention.vision_kernel import VisionBackend
 from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.config.model import TextConfig
-from mimo_megatron.config.run import HeadLoss, ParallelConfig, Recompute
+from mimo_megatron.config.run import HeadLoss, Offload, ParallelConfig, Recompute
 from mimo_megatron.loss.chunk_softmax import chunk_softmax
 from mimo_megatron.loss.implicit_logits import Chunking, ImplicitLogits
 from mimo_megatron.mcore.attention import PackParams
 from mimo_megatron.mcore.layers import block_spec, uses_engine
 from mimo_megatron.mcore.mtp import PredictionLayers
+from mimo_megatron.mcore.overlap import gathered
+from mimo_megatron.offload import ActivationOffload
 from mimo_megatron.parallel import zigzag
 from mimo_megatron.parallel.mesh import Mesh
 
@@ -33,6 +36,8 @@ class Numerics:
     dtype: torch.dtype = torch.float32
     recompute: Recompute = "none"
     recompute_vision: bool = False
+    offload: Offload = "none"
+    """Whose layers' activations wait on the host for the backward pass."""
     fp32_head: bool = False
     """Logits are computed in at least fp32: a policy is compared with an engine by its log-probabilities."""
     vision_attention: VisionBackend = "sdpa"
@@ -163,7 +168,16 @@ class TextDecoder(GPTModel):
     ConfigError where ``numerics`` ask for Triton kernels and this machine cannot run Triton's kernels.
     """
 
-    def __init__(self, text: TextConfig, config: TransformerConfig, mesh: Mesh, chunk: int = 0, *, numerics: Numerics):
+    def __init__(
+        self,
+        text: TextConfig,
+        config: TransformerConfig,
+        mesh: Mesh,
+        chunk: int = 0,
+        *,
+        numerics: Numerics,
+        offload: ActivationOffload | None = None,
+    ):
         stages_of_rank = config.virtual_pipeline_model_parallel_size
         vp_stage = chunk if stages_of_rank else None
         super().__init__(
@@ -198,6 +212,11 @@ class TextDecoder(GPTModel):
                 kernels = chunk_softmax("triton" if numerics.head_loss == "triton" else "torch")
                 self.chunking = Chunking(numerics.head_logits, kernels)
 
+        self.offload = offload
+        if offload is not None:
+            for layer in (*self.decoder.layers, *(self.mtp.layers if self.mtp is not None else ())):
+                layer.register_forward_pre_hook(offload.next_layer)
+
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """[S, 1, D] embeddings of this rank's slots, whole on every tp rank."""
         return self.embedding(input_ids=token_ids_S.unsqueeze(0), position_ids=None)
@@ -215,18 +234,20 @@ class TextDecoder(GPTModel):
         ranges = zigzag.local_ranges(positions_3S.shape[1], params.cp.rank, params.cp.size)
         local_positions_3S = torch.cat([positions_3S[:, start:end] for start, end in ranges], dim=1)
         cos_sin = rotary_cos_sin(self.text_config, local_positions_3S, self.config.params_dtype)
+        received = () if stream is not None or self._received is None else (self._received,)
         stream = self._received if stream is None else stream
         assert stream is not None, "megatron's schedule sets the input of inner stages"
         hidden_S1D, *ahead = stream.chunk(len(rows))
         params = replace(params, cos_sin=cos_sin, kernel=self.kernel, backend=self.backend)
         self.decoder.set_input_tensor(hidden_S1D)
-        hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
+        # What inner stages receive stays: the schedule holds it until its gradient is sent.
+        with self.offload.over(self, *cos_sin, *received) if self.offload is not None else nullcontext():
+            hidden_S1D = self.decoder(hidden_S1D, attention_mask=None, packed_seq_params=params)
+            layers = [hidden_S1D]
+            if self.mtp is not None and ahead:
+                layers += self.mtp(hidden_S1D, ahead, params)
         if not self.post_process:
             return torch.cat([hidden_S1D, *ahead]) if ahead else hidden_S1D
-        layers = [hidden_S1D]
-        if ahead:
-            assert self.mtp is not None
-            layers += self.mtp(hidden_S1D, ahead, params)
         return self._logits(layers, rows)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None] | None) -> None:
@@ -243,11 +264,15 @@ class TextDecoder(GPTModel):
         found = [hidden.squeeze(1).index_select(0, rows_R) for hidden, rows_R in zip(layers, rows, strict=True)]
         hidden_RD = torch.cat(found) if len(found) > 1 else found[0]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.chunking is not None or self.numerics.fp32_head:  # which read it themselves
+            weight = gathered(self.output_layer.weight if weight is None else weight)
         if self.numerics.fp32_head:
             hidden_RD = hidden_RD.to(torch.promote_types(hidden_RD.dtype, torch.float32))
         if self.chunking is not None:
-            return ImplicitLogits(hidden_RD, self.output_layer.weight if weight is None else weight, self.chunking)
+            assert weight is not None
+            return ImplicitLogits(hidden_RD, weight, self.chunking)
         if self.numerics.fp32_head:
-            weight = (self.output_layer.weight if weight is None else weight).to(hidden_RD.dtype)
+            assert weight is not None
+            weight = weight.to(hidden_RD.dtype)
         logits_RV, _bias = self.output_layer(hidden_RD, weight=weight)
         return logits_RV

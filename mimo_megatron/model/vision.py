@@ -8,6 +8,7 @@ Dims: P patches, C values of a patch, Y bytes of pixels, M merge units, D width,
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mimo_megatron.attention.packed import Backend, varlen_attention
 from mimo_megatron.attention.vision_kernel import VisionBackend, vision_kernel
 from mimo_megatron.config.model import VisionConfig
 from mimo_megatron.model.patch_embed import PatchEmbedding
+from mimo_megatron.offload import ActivationOffload
 from mimo_megatron.ops import rms_norm, turn_into
 from mimo_megatron.types import VisionLayout
 
@@ -66,7 +68,7 @@ class _RotateQK(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: VisionConfig, backend: VisionBackend, linear: Linear) -> None:
+    def __init__(self, config: VisionConfig, backend: VisionBackend, linear: Linear = nn.Linear) -> None:
         super().__init__()
         self.head_width = config.head_width
         self.kernel = vision_kernel() if backend == "triton" else None
@@ -109,8 +111,8 @@ class Block(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept.
-    ``linear`` makes the blocks' linear layers.
+    """``recompute``: the blocks are computed again in the backward pass, so that only their inputs are kept. With
+    ``offload``, what they keep waits on the host. ``linear`` makes their linear layers.
 
     ConfigError where ``backend`` is "triton" and this machine cannot run Triton's kernels.
     """
@@ -122,9 +124,10 @@ class VisionEncoder(nn.Module):
         backend: VisionBackend = "sdpa",
         recompute: bool = False,
         linear: Linear = nn.Linear,
+        offload: ActivationOffload | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.offload = config, recompute, offload
         self.patch_embed = PatchEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, backend, linear) for _ in range(config.depth))
         self.reset_parameters()
@@ -142,13 +145,16 @@ class VisionEncoder(nn.Module):
         rope_hw_P2 = layout.rope_hw_P2.to(pixels_Y.device, non_blocking=True)
         x_PD = self._in_window_order(self.patch_embed(pixels_Y.flatten(), layout.pixel_runs), order_M)
         cos_sin = self._cos_sin(self._in_window_order(rope_hw_P2, order_M))
-        for number, block in enumerate(self.blocks):
-            is_full = number in self.config.full_attention_layers
-            bounds = layout.frame_bounds if is_full else layout.window_bounds
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x_PD = checkpoint(block, x_PD, bounds, cos_sin, use_reentrant=False)
-            else:
-                x_PD = block(x_PD, bounds, cos_sin)
+        with self.offload.over(self, *cos_sin) if self.offload is not None else nullcontext():
+            for number, block in enumerate(self.blocks):
+                if self.offload is not None:
+                    self.offload.next_layer()
+                is_full = number in self.config.full_attention_layers
+                bounds = layout.frame_bounds if is_full else layout.window_bounds
+                if self.recompute and self.training and torch.is_grad_enabled():
+                    x_PD = checkpoint(block, x_PD, bounds, cos_sin, use_reentrant=False)
+                else:
+                    x_PD = block(x_PD, bounds, cos_sin)
         return x_PD
 
     def _in_window_order(self, rows_P: Tensor, order_M: Tensor) -> Tensor:

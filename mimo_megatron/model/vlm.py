@@ -27,6 +27,7 @@ from mimo_megatron.model.local_pack import Lane, LocalPack
 from mimo_megatron.model.projector import Projector
 from mimo_megatron.model.vision import Linear, VisionEncoder
 from mimo_megatron.model.vision_share import VisionSharing
+from mimo_megatron.offload import ActivationOffload
 from mimo_megatron.parallel.collectives import gather_shared
 from mimo_megatron.parallel.mesh import ALONE, Mesh
 from mimo_megatron.types import VisionLayout
@@ -51,25 +52,30 @@ class VisionLanguageModel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.mesh = mesh
-        self.text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics)
+        self.offload = ActivationOffload() if numerics.offload != "none" else None
+        of_text = self.offload if numerics.offload in ("text", "all") else None
+        text = TextDecoder(model.text, config, mesh, chunk, numerics=numerics, offload=of_text)
         self.vision: VisionEncoder | None = None
         self.projector: Projector | None = None
         self.sharing: VisionSharing | None = None
         """For ``local_pack``, always so in training; None in replicated placement and beyond the first stage."""
         self.encodes_in_fp8 = numerics.fp8 is not None and bool(numerics.fp8.encoder_parts)
-        if model.vision is not None and self.text.pre_process:
+        if model.vision is not None and text.pre_process:
             if parallel.vision_placement == "balanced" and mesh.tp_cp.size > 1:
                 self.sharing = VisionSharing(model.vision, model.text.width, mesh.tp_cp)
             encoder = VisionEncoder(
                 model.vision,
                 backend=numerics.vision_attention,
                 recompute=numerics.recompute_vision,
+                offload=self.offload if numerics.offload in ("vision", "all") else None,
                 linear=self._linear("vision", numerics.fp8),
             )
             projector = Projector(model.vision, model.text.width, linear=self._linear("projector", numerics.fp8))
             self.vision, self.projector = encoder.to(numerics.dtype), projector.to(numerics.dtype)
             if self.sharing is not None:
                 sum_gradients_over_tp([*self.vision.parameters(), *self.projector.parameters()])
+        # Last, so that parameters stand in the order of the forward pass: gradient buckets are cut from its end on.
+        self.text = text
         # Names by which megatron's schedule, gradient finalisation and embedding tying look for these.
         self.pre_process, self.post_process = self.text.pre_process, self.text.post_process
         self.share_embeddings_and_output_weights = model.text.ties_head
@@ -77,6 +83,8 @@ class VisionLanguageModel(MegatronModule):
         self.vp_stage = self.text.vp_stage
 
     def forward(self, pack: LocalPack) -> Tensor | ImplicitLogits:
+        if self.offload is not None:
+            self.offload.begin()
         params = PackParams(pieces=pack.pieces, cp=self.mesh.cp, merge_order_S=pack.merge_order_S, cache=pack.cache)
         stream = self._embed(pack) if self.pre_process else None
         return self.text.decode(stream, pack.positions_3S, params, [lane.rows_R for lane in pack.lanes])

@@ -1,6 +1,7 @@
 """Collectives with stated gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,30 +13,71 @@ from mimo_megatron.parallel.mesh import Axis, Mesh
 Thing = TypeVar("Thing")
 
 
-class _GatherSlots(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local_x: Tensor, order_S: Tensor, axis: Axis) -> Tensor:
-        ctx.order_S, ctx.axis = order_S, axis
-        parts = [torch.empty_like(local_x) for _ in range(axis.size)]
-        dist.all_gather(parts, local_x.contiguous(), group=axis.group)
-        return torch.cat(parts).index_select(0, order_S)
+@dataclass
+class _Exchange:
+    """A gather of slots on its way, or the sum of its gradients."""
+
+    order_S: Tensor
+    axis: Axis
+    by_rank: Tensor | None = None
+    """All ranks' slices, rank after rank."""
+    work: dist.Work | None = None
+
+    def wait(self) -> None:
+        assert self.work is not None
+        self.work.wait()
+        self.by_rank = self.work = None
+
+
+class _StartGather(torch.autograd.Function):
+    """Forward: the gather starts. Backward: the sum of the gradients is waited for."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (d_x,) = grads
-        gathered = torch.empty_like(d_x).index_copy_(0, ctx.order_S, d_x)
-        dist.all_reduce(gathered, group=ctx.axis.group)
-        return gathered.chunk(ctx.axis.size)[ctx.axis.rank].contiguous(), None, None
+    def forward(ctx: Any, local_x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        local_x = local_x.contiguous()
+        exchange.by_rank = local_x.new_empty(exchange.axis.size * len(local_x), *local_x.shape[1:])
+        exchange.work = dist.all_gather_into_tensor(exchange.by_rank, local_x, group=exchange.axis.group, async_op=True)
+        return local_x.view_as(local_x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.wait()
+        return grads[0], None
 
 
-def gather_slots(local_x: Tensor, order_S: Tensor, axis: Axis) -> Tensor:
-    """All ranks' slices of dim 0, put into the order of ``order_S`` (see ``zigzag.merge_order``).
+class _FinishGather(torch.autograd.Function):
+    """Forward: the gather is waited for. Backward: the sum of the gradients starts."""
 
-    Gradient: the sum over the axis of the output's gradients, of which each rank keeps its own slice.
+    @staticmethod
+    def forward(ctx: Any, local_x: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        by_rank = exchange.by_rank
+        assert by_rank is not None
+        exchange.wait()
+        return by_rank.index_select(0, exchange.order_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange, (d_x,) = ctx.exchange, grads
+        exchange.by_rank = d_x.new_empty(d_x.shape).index_copy_(0, exchange.order_S, d_x)
+        d_local_x = d_x.new_empty(len(d_x) // exchange.axis.size, *d_x.shape[1:])
+        exchange.work = dist.reduce_scatter_tensor(
+            d_local_x, exchange.by_rank, group=exchange.axis.group, async_op=True
+        )
+        return d_local_x, None
+
+
+def start_gather_slots(local_x: Tensor, order_S: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """A function that gives all ranks' slices of dim 0 in the order of ``order_S`` (see ``zigzag.merge_order``), and
+    waits for them. What is computed before it is called runs beside the gather, and what belongs to it in the backward
+    pass beside the sum of the gradients.
+
+    Gradient: the sum over the axis of the output's gradients, of which each rank gets its own slice.
     """
-    if axis.size == 1:
-        return local_x
-    return _GatherSlots.apply(local_x, order_S, axis)
+    exchange = _Exchange(order_S, axis)
+    started_x = _StartGather.apply(local_x, exchange)
+    return lambda: _FinishGather.apply(started_x, exchange)
 
 
 class _GatherShared(torch.autograd.Function):

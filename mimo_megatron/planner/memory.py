@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from mimo_megatron.config.run import ModuleName, RunConfig
 from mimo_megatron.planner import fp8_memory, schedule
 from mimo_megatron.planner.activations import stage_parts
+from mimo_megatron.planner.offload import Moment, Row
 from mimo_megatron.planner.packs import PackShape
 from mimo_megatron.planner.parameters import StageParameters, stage_parameters
-from mimo_megatron.planner.setting import WIDE, Part, Setting
+from mimo_megatron.planner.setting import WIDE, Setting
 
 _PARTS: tuple[ModuleName, ...] = ("vision", "projector", "text")
 _ALIGNED = 64  # megatron starts every parameter of a buffer at a multiple of this
@@ -28,6 +28,8 @@ class RankMemory:
     """Saved by microbatches in flight, at the moment of the peak."""
     passing: int
     """What the operation at the peak needs beside, gradients of activations and of single weights above all."""
+    host: int = 0
+    """At most, of activations that wait on the host; not part of the device's peak."""
 
     @property
     def total(self) -> int:
@@ -35,7 +37,8 @@ class RankMemory:
 
     @property
     def by_name(self) -> dict[str, int]:
-        return dict(vars(self))
+        """What ``total`` is the sum of."""
+        return {name: value for name, value in vars(self).items() if name != "host"}
 
 
 def rank_memory(
@@ -53,13 +56,13 @@ def rank_memory(
     ``num_microbatches`` where there are more of them, alike: what is in flight does not grow with them, the inputs do.
     """
     weights, gradients, optimizer, largest = _state(config, setting, dp, rank)
-    saved, passing = _worst_moment(setting, packs, rank, cp_rank)
+    (saved, passing), host = _worst_moment(setting, packs, rank, cp_rank)
     inputs = _inputs(setting, packs, max(num_microbatches, len(packs)), has_media=rank == 0)
     inputs += _kept_buffer(setting, packs)
     update = _update(setting, largest)
     if update > saved + passing:
         saved, passing = 0, update
-    return RankMemory(weights, gradients, optimizer, inputs, saved, passing)
+    return RankMemory(weights, gradients, optimizer, inputs, saved, passing, host)
 
 
 def _state(config: RunConfig, setting: Setting, dp: int, rank: int) -> tuple[int, int, int, int]:
@@ -123,31 +126,38 @@ def _kept_buffer(setting: Setting, packs: Sequence[PackShape]) -> int:
     return max(setting.local_slots(pack) for pack in packs) * setting.model.text.width * setting.value_bytes
 
 
-def _worst_moment(setting: Setting, packs: Sequence[PackShape], rank: int, cp_rank: int) -> tuple[int, int]:
-    """(saved by other microbatches and this one, needed beside) when their sum is largest over the schedule."""
+def _worst_moment(setting: Setting, packs: Sequence[PackShape], rank: int, cp_rank: int) -> tuple[Moment, int]:
+    """(saved by other microbatches and this one, needed beside) when their sum is largest over the schedule; and the
+    most that waits on the host."""
     layout = setting.layout
-    parts = {
-        (pack, chunk): stage_parts(setting, chunk * layout.pp + rank, pack, cp_rank)
+    rows = {
+        (pack, chunk): Row(tuple(stage_parts(setting, chunk * layout.pp + rank, pack, cp_rank)), setting.offload)
         for pack in set(packs)
         for chunk in range(layout.vpp)
     }
-    held, worst = 0, (0, 0)
+    held = host = most_on_host = 0
+    worst: Moment = (0, 0)
+    newest: dict[int, tuple[int, list[int]]] = {}
+    """By chunk: the last microbatch to run forward, and its newest layers, which are still on the device."""
     for kind, microbatch, chunk in schedule.order(layout.pp, layout.vpp, rank, len(packs)):
-        row = parts[packs[microbatch], chunk]
-        own = sum(part.saved for part in row)
-        if kind == "backward":
-            held -= own
-        saved, passing = _peak(row, kind == "forward")
-        worst = max(worst, (held + saved, passing), key=sum)
+        row, (last, leaving) = rows[packs[microbatch], chunk], newest.get(chunk, (-1, []))
+        others = sum(sum(sizes) for other, (_, sizes) in newest.items() if other != chunk)
         if kind == "forward":
-            held += own
-    return worst
-
-
-def _peak(parts: Sequence[Part], is_forward: bool) -> tuple[int, int]:
-    saved = accumulate(part.saved for part in parts)
-    return max(
-        ((total, part.forward if is_forward else part.backward) for total, part in zip(saved, parts, strict=True)),
-        key=sum,
-        default=(0, 0),
-    )
+            moments = row.forward(leaving)
+            newest[chunk] = microbatch, row.leaving_after(leaving)
+            host += row.on_host
+        else:
+            held -= row.stays
+            is_newest = last == microbatch
+            others += 0 if is_newest else sum(leaving)
+            moments = row.backward(leaving if is_newest else ())
+            if is_newest:
+                newest[chunk] = -1, []
+        for saved, passing in moments:
+            worst = max(worst, (held + others + saved, passing), key=sum)
+        most_on_host = max(most_on_host, host)
+        if kind == "forward":
+            held += row.stays
+        else:
+            host -= row.on_host
+    return worst, most_on_host

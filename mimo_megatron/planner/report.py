@@ -162,6 +162,8 @@ def page(
         yield Text(f"- {note}")
     for note in counted(config, gpu):
         yield Text(f"- {note}")
+    if config.train.offload_activations != "none":
+        yield Text("- the time of the copies of train.offload_activations is not modelled")
     yield Text("")
     if isinstance(own, str):
         yield Text(f"The recipe's own layout is refused:\n{own}\n", "red")
@@ -170,6 +172,8 @@ def page(
         yield Text(verdict(own), "green" if own.fits else "bold red")
         yield Text("")
         yield memory_table(own)
+        if host := max(rank.host for rank in own.ranks):
+            yield Text(f"On the host, for each GPU: {host / GIB:.1f} GiB of activations (train.offload_activations)")
         yield Text("\n" + prediction(own) + "\n")
     if best:
         yield best_table(best)
@@ -225,7 +229,7 @@ def as_json(candidate: Candidate) -> dict[str, Any]:
         "fits": candidate.fits,
         "gpu_memory_bytes": candidate.gpu.memory_bytes,
         "ranks": [
-            {**memory.by_name, "tensor_bytes": memory.total, "gpu_bytes": peak}
+            {**memory.by_name, "tensor_bytes": memory.total, "gpu_bytes": peak, "host_bytes": memory.host}
             for memory, peak in zip(candidate.ranks, candidate.peaks, strict=True)
         ],
         "predicted": {

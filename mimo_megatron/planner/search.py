@@ -1,8 +1,8 @@
 """Every layout of N GPUs that the rules allow, with its memory and predicted step time, best first."""
 
 import heapq
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 
 from mimo_megatron.config.check import check
@@ -59,19 +59,20 @@ def evaluate(config: RunConfig, num_gpus: int, packs: Packs, gpu: Gpu, efficienc
     shown = min(num_microbatches, config.parallel.pp * (3 if config.parallel.vpp > 1 else 1) + 1)
     shown -= shown % config.parallel.pp if config.parallel.vpp > 1 else 0  # whole groups
     ranks = tuple(
-        max(
-            (
-                rank_memory(
-                    config, setting, dp, [pack] * shown, rank, cp_rank=cp_rank, num_microbatches=num_microbatches
-                )
-                for pack in packs.worst
-                for cp_rank in {0, config.parallel.cp - 1}
-            ),
-            key=lambda one: one.total,
+        _worst(
+            rank_memory(config, setting, dp, [pack] * shown, rank, cp_rank=cp_rank, num_microbatches=num_microbatches)
+            for pack in packs.worst
+            for cp_rank in {0, config.parallel.cp - 1}
         )
         for rank in range(config.parallel.pp)
     )
     return Candidate(config, dp, ranks, step_cost(config, setting, dp, packs.typical, gpu, efficiency), gpu)
+
+
+def _worst(peaks: Iterable[RankMemory]) -> RankMemory:
+    """That of the device, and of the host, which may be of another pack."""
+    found = list(peaks)
+    return replace(max(found, key=lambda one: one.total), host=max(one.host for one in found))
 
 
 def with_layout(config: RunConfig, layout: ParallelConfig, recompute: Recompute) -> RunConfig:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mimo_megatron.config.fp8 import Fp8Config, Fp8Engine
 from mimo_megatron.config.model import ModelConfig, VisionConfig
-from mimo_megatron.config.run import ModuleName, ParallelConfig, RunConfig
+from mimo_megatron.config.run import ModuleName, Offload, ParallelConfig, RunConfig
 from mimo_megatron.config.vision_flops import frame_flops
 from mimo_megatron.parallel.spread_reference import loads, spread_reference
 from mimo_megatron.planner.packs import Grid, PackShape
@@ -43,6 +43,7 @@ class Setting:
     fp8: Fp8Config | None = None
     engine: Fp8Engine = "scaled_mm"
     """What is taken to multiply where there is FP8."""
+    offload: Offload = "none"
 
     @classmethod
     def of(cls, config: RunConfig, device: Device = "cuda") -> "Setting":
@@ -64,6 +65,7 @@ class Setting:
             text,
             train.fp8,
             engine_taken(train.fp8, device) if train.fp8 else "scaled_mm",
+            train.offload_activations,
         )
 
     @property

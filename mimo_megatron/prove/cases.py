@@ -84,6 +84,8 @@ class Refusal:
 
 FROZEN = ModuleTraining()
 BALANCED: dict[str, Any] = dict(vision_placement="balanced")
+OVERLAPPED: dict[str, Any] = dict(steps=2, overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=20_000)
+"""Several buckets; what the second step computes, the first step's update has had gathered."""
 IN_CHUNKS: dict[str, Any] = dict(head_loss="chunked", head_logits=1500)
 """Chunks of 150 columns for 10 rows, of 16 for 90."""
 ONE = Layout("1 process", 1)
@@ -137,7 +139,7 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 CORE = frozenset({
     "mixed", "zero-image ranks", "odd segments", "only projector", "mtp, tied, full recompute", "reward model",
-    "policy gradient", "head in chunks", "bf16", "fp8 current",
+    "policy gradient", "head in chunks", "overlap", "bf16", "fp8 current",
 })  # fmt: skip
 """Features that the largest layouts are run with; the others with all."""
 
@@ -169,6 +171,15 @@ FEATURES: tuple[Feature, ...] = (
             train=IN_CHUNKS),
     Feature("policy gradient, head in chunks", "clipped, with a KL term, no table of logits", "rollouts",
             policy=AlgorithmConfig(name="grpo", kl_weight=0.1), train=IN_CHUNKS),
+    Feature("offload", "the encoder's activations and the decoder's inputs of layers on the host; mtp, tied",
+            "several_images", text=dict(num_mtp_layers=1, tie_embeddings=True),
+            train=dict(offload_activations="all", recompute="full", vision_recompute=False)),
+    Feature("overlap", "of data-parallel communication; every other pack has no image", "zero_image_ranks",
+            train=OVERLAPPED),
+    Feature("overlap, only projector", "whole stages without a gradient", "giant_image",
+            train=OVERLAPPED | dict(vision=FROZEN, text=FROZEN)),
+    Feature("overlap, mtp, tied, full recompute, head in chunks", "together",
+            text=dict(num_mtp_layers=1, tie_embeddings=True), train=OVERLAPPED | IN_CHUNKS | dict(recompute="full")),
     Feature("bf16", "bf16 weights, fp32 masters and gradients", train=dict(precision="bf16")),
     Feature("fp8 current", "FP8 products, scaled by the tensors themselves", text=dict(ffn_width=128),
             train=dict(fp8=Fp8Config(scaling="current")), slots=128),

@@ -140,6 +140,38 @@ def _without_data_parallel_ranks(_parallel_state: Any) -> Any:
     return SimpleNamespace(get_amax_reduction_group=lambda **_: current_mesh().tp_cp.group)
 
 
+def _of_own_queries(_backward: Any) -> Any:
+    """A rank's keys get the gradient of its own queries, and not of the other ranks'."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        exchange.work = SimpleNamespace(wait=lambda: None)
+        by_rank = torch.empty_like(grads[0]).index_copy_(0, exchange.order_S, grads[0])
+        return by_rank.chunk(exchange.axis.size)[exchange.axis.rank], None
+
+    return backward
+
+
+def _without_the_first_bucket(start_next: Any) -> Any:
+    def start(reduction: Any) -> None:
+        if reduction._num_started:
+            start_next(reduction)
+            return
+        reduction._num_started = 1
+        reduction._order[0][1].grad_reduce_handle = SimpleNamespace(wait=lambda: None)
+
+    return start
+
+
+def _in_every_microbatch(_no_sync: Any) -> Any:
+    @contextlib.contextmanager
+    def no_sync(reduction: Any) -> Iterator[None]:
+        reduction._is_last_microbatch = True
+        yield
+
+    return no_sync
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         "tp sum dropped",
@@ -225,6 +257,34 @@ FAULTS: tuple[Fault, ...] = (
         _of_own_maximum,
         "dp2 · policy gradient, head in chunks",
         "the forward pass",
+    ),
+    Fault(
+        "gradients of keys and values not summed over cp",
+        ("mimo_megatron.parallel.collectives:_FinishGather.backward",),
+        _of_own_queries,
+        "cp2 · mixed",
+        "the backward pass",
+    ),
+    Fault(
+        "gradients of one bucket not reduced",
+        ("mimo_megatron.mcore.overlap:GradReduction._start_next",),
+        _without_the_first_bucket,
+        "dp2 · overlap",
+        "embedding and head",
+    ),
+    Fault(
+        "gradients reduced before the last microbatch",
+        ("mimo_megatron.mcore.overlap:GradReduction.no_sync",),
+        _in_every_microbatch,
+        "dp2 · overlap",
+        "the ranks failed: AssertionError: a gradient came to parameters whose reduction has started",
+    ),
+    Fault(
+        "parameters not gathered after the update",
+        ("mimo_megatron.train.step:start_param_gather",),
+        _nothing,
+        "dp2 · overlap",
+        "what the gradient norm counts",
     ),
     Fault(
         "largest magnitude of an FP8 tensor not agreed over tp",

@@ -20,6 +20,7 @@ from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.collate import collate
 from mimo_megatron.mcore import fp8, optimizer, weights
 from mimo_megatron.mcore.boot import RankAddress, megatron
+from mimo_megatron.mcore.overlap import Overlap
 from mimo_megatron.mcore.schedule import run_microbatches
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
@@ -145,7 +146,7 @@ def gradients(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tupl
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
         chunk.freeze({name for name in optimizer.MODULES if train.module(name).is_frozen})
-    wrapped = optimizer.wrap(chunks, dtype_is_bf16=dtype is torch.bfloat16)
+    wrapped = optimizer.wrap(chunks, dtype is torch.bfloat16, Overlap.of(train))
     packs = local_packs(text, mesh, chunks, batches)
     loss = _loss(config, mesh, next(chunks[0].parameters()).device)
     if train.fp8 is not None and train.fp8.scaling == "delayed":
@@ -167,7 +168,8 @@ def _loss(config: RunConfig, mesh: Mesh, device: torch.device) -> Loss:
 def _step(config: RunConfig, mesh: Mesh, batches: list[PackedBatch]) -> tuple[Named, Named, float]:
     trainer = build_trainer(config, mesh)
     before = _parameters(trainer.bare_chunks, mesh)
-    result = train_step(trainer, batches, 1, 1.0, loss=_loss(config, mesh, trainer.device))
+    for step in range(1, config.train.steps + 1):
+        result = train_step(trainer, batches, step, 1.0, loss=_loss(config, mesh, trainer.device))
     return before, _parameters(trainer.bare_chunks, mesh), result.grad_norm
 
 

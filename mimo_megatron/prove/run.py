@@ -12,7 +12,10 @@ from mimo_megatron.prove.cases import FEATURES, ONE, Case, Refusal, refusal
 from mimo_megatron.prove.measure import Errors, errors, merged, outcome
 from mimo_megatron.prove.ranks import run_ranks
 
-_ANOTHER_WAY = ("recompute", "vision_recompute", "head_loss", "head_logits")
+_ANOTHER_WAY = (
+    "recompute", "vision_recompute", "offload_activations", "head_loss", "head_logits", "overlap_grad_reduce",
+    "overlap_param_gather", "ddp_bucket_size",
+)  # fmt: skip
 """Keys of ``train`` that change how a step is computed, and nothing of its result."""
 
 

@@ -13,6 +13,7 @@ from mimo_megatron.config.rl import SyncConfig
 from mimo_megatron.errors import EngineError, EngineLostError, SyncError
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.boot import world
+from mimo_megatron.mcore.overlap import finish_param_gather
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.rl.engine.protocol import RolloutEngine
 from mimo_megatron.rl.engine.several import SeveralEngines
@@ -44,6 +45,7 @@ def publish(
 ) -> Published:
     """Bring policy ``version`` into this rank's ``engines``. A collective over all ranks."""
     began = time.perf_counter()
+    finish_param_gather(trainer.chunks)  # the publisher reads parameters, of modules that it was given at the start
     current: list[RolloutEngine] = []
     num_refused = 0
     for _ in range(_MOST_ATTEMPTS):

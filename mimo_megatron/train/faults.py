@@ -79,7 +79,7 @@ def keep_fault(
 
 def _with_all_pixels(batch: PackedBatch, trainer: Trainer) -> PackedBatch:
     """The pack with the pixels that the other ranks of its stage decoded. A collective over them."""
-    sharing, pixels_Y = trainer.bare_chunks[0].sharing, batch.pixels_Y
+    sharing, pixels_Y = trainer.sharing, batch.pixels_Y
     if batch.pieces_held is None or sharing is None:
         return batch
     if batch.vision is not None:

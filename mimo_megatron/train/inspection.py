@@ -12,6 +12,7 @@ from mimo_megatron.config.run import RunConfig
 from mimo_megatron.mcore import weights
 from mimo_megatron.mcore.boot import world
 from mimo_megatron.mcore.optimizer import DistributedDataParallel
+from mimo_megatron.mcore.overlap import finish_param_gather
 from mimo_megatron.mcore.schedule import run_alone
 from mimo_megatron.parallel.collectives import gather_objects
 from mimo_megatron.parallel.mesh import Mesh
@@ -75,6 +76,7 @@ def inspect_step(
     """Run ``batches`` one by one. A collective over all ranks; the gradient buffers are empty afterwards."""
     text = config.model.text
     loss = loss_of(text, mesh)
+    finish_param_gather(chunks)
     parameters = list(weights.global_parameters(chunk.module for chunk in chunks))
     own: list[MicrobatchView] = []
     packs = local_packs(text, mesh, [chunk.module for chunk in chunks], batches)

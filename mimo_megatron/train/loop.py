@@ -180,7 +180,7 @@ def _totals(trainer: Trainer, batches: Sequence[PackedBatch]) -> list[int]:
     """Tokens, slots, patches, images, samples, squares of segments and of frames, model FLOPs, and of the encoder's
     ranks the heaviest's and all ranks' predicted FLOPs, of the step, over all data-parallel ranks."""
     own = [0] * 10
-    sharing = trainer.bare_chunks[0].sharing
+    sharing = trainer.sharing
     for batch in batches:
         grids = batch.vision.grids_I3 if batch.vision else ()
         trained = tuple(learning_rates(trainer.config.train))

@@ -23,9 +23,11 @@ from mimo_megatron.mcore import fp8, weights
 from mimo_megatron.mcore import optimizer as mcore_optimizer
 from mimo_megatron.mcore.layers import encoder_product, fp8_engine
 from mimo_megatron.mcore.optimizer import DistributedDataParallel, MegatronOptimizer
+from mimo_megatron.mcore.overlap import Overlap, finish_param_gather, start_param_gather
 from mimo_megatron.mcore.schedule import LossSums, StepSums, run_microbatches
 from mimo_megatron.mcore.text import Numerics
 from mimo_megatron.model.local_pack import LocalPack, local_pack
+from mimo_megatron.model.vision_share import VisionSharing
 from mimo_megatron.model.vlm import VisionLanguageModel, build_chunks
 from mimo_megatron.parallel.mesh import Mesh
 from mimo_megatron.train.attention import chosen
@@ -49,7 +51,14 @@ class Trainer:
 
     @property
     def bare_chunks(self) -> list[VisionLanguageModel]:
+        """For all that is not a step: parameters that are still being gathered are waited for."""
+        finish_param_gather(self.chunks)
         return [chunk.module for chunk in self.chunks]
+
+    @property
+    def sharing(self) -> VisionSharing | None:
+        """How the ranks of the first stage share images out; None on the others, and where all encode all."""
+        return self.chunks[0].module.sharing
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ def numerics_of(config: RunConfig, dtype: torch.dtype) -> Numerics:
         dtype,
         train.recompute,
         train.recomputes_vision,
+        train.offload_activations,
         fp32_head=config.rl is not None,
         vision_attention=vision_attention,
         text_attention=text_attention,
@@ -100,7 +110,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
 def build_trainer(config: RunConfig, mesh: Mesh, local_rank: int = 0) -> Trainer:
     device = platform.current().device(local_rank)
     chunks = build_model(config, mesh, device)
-    wrapped = mcore_optimizer.wrap(chunks, config.train.precision == "bf16")
+    wrapped = mcore_optimizer.wrap(chunks, config.train.precision == "bf16", Overlap.of(config.train))
     return Trainer(config, mesh, device, wrapped, mcore_optimizer.build(wrapped, config.train))
 
 
@@ -139,7 +149,7 @@ def backward(trainer: Trainer, batches: Sequence[PackedBatch], loss: Loss | None
     """The sums of all ranks; the gradient buffers then hold d(objective sum / trained tokens). Without a ``loss`` it is
     what the model's head is trained by."""
     text = trainer.config.model.text
-    packs = local_packs(text, trainer.mesh, trainer.bare_chunks, batches)
+    packs = local_packs(text, trainer.mesh, [chunk.module for chunk in trainer.chunks], batches)
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
@@ -189,6 +199,7 @@ def train_step(
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the {what} is {value}, before the optimizer")
     _updated, grad_norm, _zeros = trainer.optimizer.step()
+    start_param_gather(trainer.chunks)
     fp8.end_step(trainer.chunks)
     text = trainer.config.model.text
     weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0

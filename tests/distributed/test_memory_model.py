@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mimo_megatron.planner import fp8_memory, memory
+from mimo_megatron.planner.offload import Row
 from tests.harness import run_ranks
 from tests.memory_cases import CASES, Case, compare, measure
 from tests.tensor_meter import TensorMeter
@@ -28,6 +29,7 @@ def assert_close(case: Case) -> None:
         assert row.state == pytest.approx(row.measured_state, rel=0.002), row
         assert row.peak == pytest.approx(row.measured_peak, rel=TOLERANCE), row
         assert row.moving == pytest.approx(row.measured_moving, rel=TOLERANCE), row
+        assert row.host == pytest.approx(row.measured_host, rel=TOLERANCE), row
 
 
 TRITON = ("triton in the decoder", "triton in the decoder, cp2", "triton in the encoder")
@@ -44,6 +46,7 @@ SLOW = (
     "tp2, pp2, sequence parallel, selective", "tp2, balanced vision",
     "head in chunks, bf16, large vocabulary", "FP8, current", "FP8, delayed, all layers, text, bf16",
     "FP8, blockwise, full recompute, text", "FP8, scaled_mm, tp2, sequence parallel, text",
+    "offload, full recompute, bf16", "offload, pp2", "offload of the decoder, pp2, vpp2",
 )  # fmt: skip
 """With the quick ones, of every kind; all of ``CASES`` are run by ``benchmarks/bench_memory_model.py``."""
 
@@ -76,6 +79,13 @@ def test_a_microbatch_in_flight_that_is_forgotten_is_caught(monkeypatch):
     monkeypatch.setattr(memory.schedule, "order", one_after_another)
     with pytest.raises(AssertionError):
         assert_close(by_name("pp2, vpp2"))
+
+
+@pytest.mark.slow
+def test_a_plan_that_forgets_what_offload_frees_is_caught(monkeypatch):
+    monkeypatch.setattr(memory, "Row", lambda parts, _offload: Row(parts, "none"))
+    with pytest.raises(AssertionError):
+        assert_close(by_name("offload, pp2"))
 
 
 def test_the_meter_counts_storages_once_and_forgets_them():

@@ -25,12 +25,20 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["dp2", "tp2"])
-def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(layout, data, tmp_path):
+OVERLAPPED = dict(
+    overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=50_000, offload_activations="all"
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "train"), [({}, {}), ({"tp": 2}, {}), ({}, OVERLAPPED)], ids=["dp2", "tp2", "dp2, overlapped, offloaded"]
+)
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(layout, train, data, tmp_path):
+    """Checkpoints are taken while parameters are still being gathered, where that is overlapped."""
     parallel = ParallelConfig(**layout)
-    whole = run_of(data, tmp_path / "whole", parallel=parallel)
+    whole = run_of(data, tmp_path / "whole", parallel=parallel, **train)
     finish(whole, 2)
-    killed = run_of(data, tmp_path / "killed", parallel=parallel)
+    killed = run_of(data, tmp_path / "killed", parallel=parallel, **train)
     kill_after_step(3, killed)
     finish(killed, 2)
     assert_same_run(killed, whole)

@@ -296,6 +296,8 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
             ["train.text_attention=triton", "model.text.head_width=48", "model.text.mrope_section=[8, 8, 8]"],
         ),
         ("varlen_attention_is_possible", 1, ["train.text_attention=varlen", "train.precision=fp32"]),
+        ("overlap_has_buckets", 1, ["train.overlap_param_gather=true"]),
+        ("overlap_has_buckets", 1, ["train.ddp_bucket_size=1000"]),
     ],
 )
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:

@@ -11,7 +11,9 @@ from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
 from mimo_megatron.data.collate import MAX_PADDING_SEGMENT
 from mimo_megatron.data.vision_layout import vision_layout
+from mimo_megatron.offload import IN_FLIGHT
 from mimo_megatron.parallel import zigzag
+from mimo_megatron.planner import offload as planner_offload
 from mimo_megatron.planner import packs
 from mimo_megatron.planner.memory import RankMemory, rank_memory
 from mimo_megatron.planner.packs import PackShape, assumed_packs
@@ -52,6 +54,21 @@ def test_more_data_parallel_ranks_never_raise_the_optimizers_memory(layout, powe
 def test_recomputing_more_never_keeps_more(layout):
     kept = [need(layout, recompute=recompute).activations for recompute in ("full", "selective", "none")]
     assert kept == sorted(kept)
+
+
+@settings(max_examples=10, deadline=None)
+@given(LAYOUTS, st.sampled_from(("none", "selective", "full")))
+def test_offload_takes_from_the_device_and_gives_to_the_host(layout, recompute):
+    none, vision, text, both = (
+        need(layout, recompute=recompute, offload_activations=whose) for whose in ("none", "vision", "text", "all")
+    )
+    assert none.host == 0 and both.host == vision.host + text.host > vision.host > 0
+    assert both.total <= min(vision.total, text.total) and max(vision.total, text.total) <= none.total
+    assert none.total - both.total <= both.host
+
+
+def test_planner_and_offload_agree_on_what_is_in_flight():
+    assert planner_offload.IN_FLIGHT == IN_FLIGHT
 
 
 @settings(max_examples=10, deadline=None)
