@@ -62,8 +62,8 @@ def calls(dtype: torch.dtype, capability: int) -> dict[str, Call]:
 
 
 def useful_of_issued(name: str, call: Call, compiled: Compiled) -> str:
-    """Blank for a kernel without products."""
-    if not PRODUCTS.get(name):
+    """Blank for a kernel without products, or without matrix instructions: in fp32."""
+    if not PRODUCTS.get(name) or not compiled.issued_flops:
         return ""
     width = call.constants.get("H", vision_attention.HEAD_WIDTH)
     parts = 2 if width == vision_attention.HEAD_WIDTH else 1  # of a product: 80 is one of 64 and one of 16

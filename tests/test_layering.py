@@ -88,6 +88,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "benchmarks/bench_images.py": ("nvidia.dali",),
     "benchmarks/gpu/attention.py": ("flash_attn", "flash_attn_interface", "transformer_engine"),
     "benchmarks/gpu/fp8.py": ("transformer_engine",),
+    "benchmarks/gpu/peers.py": ("transformer_engine", "apex", "liger_kernel"),
     "benchmarks/bench_packing.py": ("lightbinpack", "trl"),
     "examples/vllm_env/mimo_torchvision_schemas.py": ("torch",),
 }

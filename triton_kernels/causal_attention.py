@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mimo_triton_kernels.causal_tiles import Piece, key_tiling, query_tiling
-from mimo_triton_kernels.launching import Blocks, capability, check_device, launch
+from mimo_triton_kernels.launching import Blocks, capability, check_device, interprets, launch
 from mimo_triton_kernels.rows import load_rows, load_turned, store_rows, store_turned_back, tile_of_program
 
 HEAD_WIDTHS = (16, 32, 64, 128)
@@ -58,6 +58,13 @@ HOPPER = Plan(
 )
 # With the next queries on their way: 255 registers and 264 bytes of stack (408 with tiles of 64 keys).
 BLACKWELL = replace(HOPPER, backward_kv=Blocks(128, 32, num_warps=8, num_stages=1))
+# In fp32 products are exact, by fused multiply-adds whose operands all lie in registers: tiles as above take thousands
+# of bytes of stack. Forward, tiles of 32 queries in 4 warps: 255 registers and 304 bytes.
+EXACT = Plan(
+    Blocks(32, 16, num_warps=8, num_stages=2),
+    Blocks(32, 16, num_warps=4, num_stages=2),
+    Blocks(32, 16, num_warps=4, num_stages=2),
+)
 # Products over or into a head that stand in a kernel's code, which has a loop without a mask and one with it.
 PRODUCTS = dict(causal_forward=2 * 2, causal_backward_q=2 * 3, causal_backward_kv=2 * 4)
 
@@ -254,7 +261,7 @@ class _CausalAttention(torch.autograd.Function):
         ctx: Any, q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, cos_TE: Tensor, sin_TE: Tensor, pieces: tuple[Piece, ...]
     ) -> Tensor:
         num_rows, num_heads, width = q_TNH.shape
-        ctx.pieces, ctx.plan = pieces, _plan(capability(q_TNH.device))
+        ctx.pieces, ctx.plan = pieces, _plan(capability(q_TNH.device), q_TNH.dtype)
         out_TNH, log_sum_NT = q_TNH.new_empty(q_TNH.shape), q_TNH.new_empty(num_heads, num_rows, dtype=torch.float32)
         blocks = ctx.plan.forward
         tiles = query_tiling(pieces, blocks.rows, blocks.step, q_TNH.device)
@@ -295,7 +302,10 @@ class _CausalAttention(torch.autograd.Function):
         return d_q_TNH, d_k_SKH, d_v_SKH, None, None, None
 
 
-def _plan(capability: int) -> Plan:
+def _plan(capability: int, dtype: torch.dtype) -> Plan:
+    """The interpreter takes large tiles in any dtype: it is slow by the step."""
+    if dtype == torch.float32 and not interprets():
+        return EXACT
     return BEFORE_HOPPER if capability < 90 else HOPPER if capability < 100 else BLACKWELL
 
 

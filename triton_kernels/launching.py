@@ -65,6 +65,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def interprets() -> bool:
+    """Whether a launch runs in Triton's interpreter, which is slow by the step and knows no registers."""
+    return _recorded is None and triton.knobs.runtime.interpret
+
+
 def can_run() -> bool:
     """Whether there is a device for kernels, or their interpreter was asked for."""
     return triton.knobs.runtime.interpret or torch.cuda.is_available()

@@ -4,7 +4,6 @@
 ``Unavailable`` with the reason, which the tables print. Dims: T rows, N query heads, K key heads, H head width.
 """
 
-import importlib.util
 import inspect
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.gpu.peers import Unavailable, loaded, needs
 from mimo_megatron.attention import varlen
 from mimo_megatron.attention.packed import Piece, causal_attention, varlen_attention
 from mimo_megatron.attention.reference import reference_attention
@@ -23,10 +23,6 @@ from mimo_megatron.attention.reference import reference_attention
 Packed = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], bool], Tensor]
 _MOST_SCORES = 2**32
 """Of the reference, in one segment: 16 GiB in float32, and as much again for its softmax."""
-
-
-class Unavailable(Exception):
-    """Why a way cannot run here."""
 
 
 def packed_ways(device: torch.device) -> dict[str, Packed | Unavailable]:
@@ -109,30 +105,14 @@ def _varlen() -> Packed:
     return lambda q, k, v, bounds, causal: varlen.flash_varlen(q, k, v, bounds, causal=causal)
 
 
-def _needs(module: str) -> None:
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise Unavailable(f"{module} is not installed")
-
-
-def _loaded(load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except Exception as error:  # a build for another torch or GPU: whatever it raises is the row's reason
-        raise Unavailable(f"does not import: {type(error).__name__}: {error}") from error
-
-
 def _flash_2() -> Packed:
     def load() -> Any:
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func
 
-    _needs("flash_attn.flash_attn_interface")
-    attend = _loaded(load)
+    needs("flash_attn.flash_attn_interface")
+    attend = loaded(load)
 
     def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
         offsets, longest = _offsets(bounds, q_TNH.device)
@@ -147,8 +127,8 @@ def _flash_3() -> Packed:
 
         return flash_attn_varlen_func
 
-    _needs("flash_attn_interface")
-    attend = _loaded(load)
+    needs("flash_attn_interface")
+    attend = loaded(load)
 
     def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
         offsets, longest = _offsets(bounds, q_TNH.device)
@@ -163,8 +143,8 @@ def _flash_4() -> Packed:
 
         return flash_attn_varlen_func
 
-    _needs("flash_attn.cute")
-    attend = _loaded(load)
+    needs("flash_attn.cute")
+    attend = loaded(load)
     takes = inspect.signature(attend).parameters
 
     def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
@@ -186,8 +166,8 @@ def _transformer_engine() -> Packed:
 
         return DotProductAttention
 
-    _needs("transformer_engine.pytorch")
-    kind = _loaded(load)
+    needs("transformer_engine.pytorch")
+    kind = loaded(load)
 
     @cache
     def module(heads: int, key_heads: int, width: int, causal: bool) -> Any:

@@ -1,21 +1,23 @@
-"""What is checked and timed: each operation with its definition, the ways to compute it and the work it asks for.
+"""What is checked and timed: attention and the operations on rows; the two lists of all cases.
 
 A new kernel of ``triton_kernels/`` gets a function here and a line in ``small_cases`` and ``table_cases``.
 Work is what the mathematics asks for, as in ``train/flops.py``: attention's backward is twice its forward, and a byte
 is counted once for each tensor that must be read or written. Dims: T or R rows, N heads, K key heads, H head width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu import head_cases, moves
 from benchmarks.gpu.attention import Packed, Unavailable, packed_ways, reference, sdpa
+from benchmarks.gpu.case import COMPILED_FLASH, FACTOR, FULL_WINDOWS, LIBRARY, Case, Key, Way, Work, compiled
 from benchmarks.gpu.packs import PackClass
+from benchmarks.gpu.peers import norms
 from benchmarks.gpu.setting import Setting
 from mimo_megatron import ops
 from mimo_megatron.config.model import ModelConfig
@@ -25,76 +27,37 @@ from mimo_megatron.parallel.mesh import Axis
 from mimo_triton_kernels.causal_attention import causal_attention as causal_kernel
 from mimo_triton_kernels.vision_attention import vision_attention, vision_attention_reference
 
-Way = Callable[..., Tensor]
-Key = tuple[str, int, int]
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs and fewest bytes of the forward, and of forward and backward together."""
-
-    forward_flops: float
-    train_flops: float
-    forward_bytes: float
-    train_bytes: float
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    shape: str
-    draw: Callable[[], list[Tensor]]
-    """The inputs that get gradients, drawn anew from the seed."""
-    definition: Way
-    """In any dtype: in float64 it is the oracle, in the measured dtype what eager code gets."""
-    ways: Mapping[str, Way | Unavailable]
-    judged: Mapping[str, float]
-    """Ways that the package trains with, and how many times as far from float64 as the definition they may be; of
-    others the error is only told."""
-    trusted: str
-    """The way whose output others are compared with where the sizes are too large for an oracle."""
-    work: Work
-    key: Key | None = None
-    """Of what ``auto`` chooses by: operation, head width, slots of the pack."""
-
-
-FACTOR = 1.5
-"""That of tests/parity_rule.py."""
-LIBRARY = {"sdpa": 3.0, "varlen": 3.0}
-"""PyTorch's kernels round weights to bf16 where the definition does not; a wrong mask is off by orders of magnitude."""
-LATE = ("flex", "reference")
-"""Ways that take long to compile or to run: after all others, so that a section whose time is over has the rest."""
-
-
-def in_order(cases: Sequence[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:
-    """Every case with some of its ways, the late ones of all cases last."""
-    for late in (None, *LATE):
-        for case in cases:
-            names = tuple(name for name in case.ways if (name == late if late else name not in LATE))
-            if names:
-                yield case, names
+WINDOW = 64
+"""Patches of a window that no image border cuts."""
 
 
 def small_cases(setting: Setting) -> list[Case]:
     """Odd sizes that take every path of every kernel, small enough for the definition in float64."""
+    others = [head_cases.small_head(setting), *moves.small_moves(setting)]
     if setting.is_rehearsal:
         return [
             vision_case(setting, "windows", bounds_of((20, 4, 1, 9)), 1),
             vision_case(setting, "frames", bounds_of((5, 0, 66)), 1),
             text_case(setting, bounds_of((17, 70, 33)), 4, 1, 128),
+            *others,
             *row_cases(setting, 37, 96, 136, 8, 1003),
         ]
     return [
         vision_case(setting, "windows", bounds_of((64, 16, 4, 1, 30, 33) * 20), 16),
         vision_case(setting, "frames", bounds_of((5, 0, 1370, 3, 610, 4096)), 16),
         text_case(setting, bounds_of((17, 700, 1, 2049)), 32, 8, 128),
+        *others,
         *row_cases(setting, 1021, 4096, 11_008, 8, 151_680),
     ]
 
 
 def table_cases(setting: Setting, packs: Sequence[PackClass]) -> list[Case]:
-    """The sizes of training: segments, windows and frames of real packs, rows as wide as the 7B model's."""
+    """The sizes of training: full windows, then segments, windows and frames of real packs, rows as wide as the 7B
+    model's. In the order in which they matter."""
     cases = []
+    if (vision := packs[0].config.model.vision) is not None:
+        bounds = bounds_of((WINDOW,) * setting.sizes.num_windows)
+        cases.append(vision_case(setting, FULL_WINDOWS, bounds, vision.num_heads, vision.head_width))
     for one in packs:
         batch, model, slots = one.batches[0], one.config.model, one.config.data.pack_tokens
         if batch.vision is not None and model.vision is not None:
@@ -107,8 +70,7 @@ def table_cases(setting: Setting, packs: Sequence[PackClass]) -> list[Case]:
         cases.append(
             text_case(setting, batch.segment_bounds, text.num_heads, text.num_kv_heads, text.head_width, name, key)
         )
-    model = packs[0].config.model
-    return cases + _row_cases_of(setting, model)
+    return [*cases, *_row_cases_of(setting, packs[0].config.model), *moves.table_moves(setting, packs[0])]
 
 
 def _row_cases_of(setting: Setting, model: ModelConfig) -> list[Case]:
@@ -150,26 +112,29 @@ def vision_case(
 
     compiled_turn = compiled(setting, _plain_turn)
 
-    def compiled_and_sdpa(qkv_T3NH: Tensor) -> Tensor:
-        q, k, v = qkv_T3NH.unbind(1)
-        cos, sin = cos_TE.unsqueeze(1), sin_TE.unsqueeze(1)
-        return sdpa(compiled_turn(q, cos, sin), compiled_turn(k, cos, sin), v, bounds, False)
+    def turned_by_compiler(attend: Packed) -> Way:
+        def run(qkv_T3NH: Tensor) -> Tensor:
+            q, k, v = qkv_T3NH.unbind(1)
+            cos, sin = cos_TE.unsqueeze(1), sin_TE.unsqueeze(1)
+            return attend(compiled_turn(q, cos, sin), compiled_turn(k, cos, sin), v, bounds, False)
 
-    peers = {
-        way: attend if isinstance(attend, Unavailable) else turned(attend)
-        for way, attend in packed_ways(setting.device).items()
-    }
+        return run
+
+    packed = packed_ways(setting.device)
+    flash = packed["varlen"] if isinstance(packed["flash-attn-2"], Unavailable) else packed["flash-attn-2"]
+    peers = {way: attend if isinstance(attend, Unavailable) else turned(attend) for way, attend in packed.items()}
     ways = {
         "triton": lambda qkv_T3NH: vision_attention(qkv_T3NH, cos_TE, sin_TE, bounds),
         **peers,
-        "torch.compile of the turn, sdpa": compiled_and_sdpa,
+        COMPILED_FLASH: flash if isinstance(flash, Unavailable) else turned_by_compiler(flash),
+        "torch.compile of the turn, sdpa": turned_by_compiler(sdpa),
     }
     squares = sum((end - start) ** 2 for start, end in pairwise(bounds))
     return Case(
         "vision attention", f"{name}: {rows:,} rows in {len(bounds) - 1:,} segments, {heads} heads of {width}",
         lambda: [setting.normal(rows, 3, heads, width, generator=setting.generator())],
         definition, ways, {"triton": FACTOR, **LIBRARY}, "sdpa",
-        _attention_work(setting, squares, heads, width, rows * heads * width, read=3, write=1), key,
+        _attention_work(setting, squares, heads, width, rows * heads * width, read=3, write=1), key, name,
     )  # fmt: skip
 
 
@@ -206,7 +171,7 @@ def text_case(
         "text attention",
         f"{name}: {rows:,} rows in {len(bounds) - 1:,} segments, {heads} heads of {width} on {key_heads}",
         draw, way(reference), ways, {"triton": FACTOR, **LIBRARY}, "sdpa",
-        _attention_work(setting, squares, heads, width, unit, read=1 + 2 * key_heads / heads, write=1), key,
+        _attention_work(setting, squares, heads, width, unit, read=1 + 2 * key_heads / heads, write=1), key, name,
     )  # fmt: skip
 
 
@@ -230,7 +195,11 @@ def row_cases(
     return [
         _row_case(
             setting, "RMSNorm", (rows, width), lambda x, w: ops.rms_norm(x, w, 1e-5), _plain_norm, passes=(2, 5),
-            weight=True, torch_way=lambda x, w: functional.rms_norm(x, (width,), w, 1e-5),
+            weight=True,
+            others={
+                "torch": lambda x, w: functional.rms_norm(x, (width,), w, 1e-5),
+                **norms(setting.device, setting.dtype, width, 1e-5),
+            },
         ),
         _row_case(setting, "SwiGLU", (rows, 2 * inner), ops.swiglu, _plain_swiglu, passes=(1.5, 4)),
         _turn_case(setting, rows, heads, 128),
@@ -247,7 +216,7 @@ def _row_case(
     *,
     passes: tuple[float, float],
     weight: bool = False,
-    torch_way: Way | None = None,
+    others: Mapping[str, Way | Unavailable] = MappingProxyType({}),
 ) -> Case:
     """``passes``: over a tensor of ``shape``, of the forward and of both."""
 
@@ -257,9 +226,7 @@ def _row_case(
         return [*drawn, setting.normal(shape[-1], generator=generator)] if weight else drawn
 
     num_bytes = shape[0] * shape[1] * setting.dtype.itemsize
-    ways = {"ops": ours, "eager": plain, "torch.compile": compiled(setting, plain)}
-    if torch_way is not None:
-        ways["torch"] = torch_way
+    ways = {"ops": ours, "eager": plain, "torch.compile": compiled(setting, plain), **others}
     return Case(
         op, " x ".join(f"{size:,}" for size in shape), draw, plain, ways, {"ops": FACTOR}, "eager",
         Work(0, 0, passes[0] * num_bytes, passes[1] * num_bytes),
@@ -306,12 +273,6 @@ def _loss_case(setting: Setting, rows: int, vocabulary: int) -> Case:
         lambda: [setting.normal(rows, vocabulary, generator=setting.generator())],
         plain, ways, {"ops": FACTOR}, "eager", Work(0, 0, num_bytes, 3 * num_bytes),
     )  # fmt: skip
-
-
-def compiled(setting: Setting, function: Way) -> Way:
-    """By Inductor on a GPU; in a rehearsal only traced, which takes no C++ compiler."""
-    compile_it: Any = torch.compile
-    return compile_it(function, dynamic=False, backend="inductor" if setting.on_gpu else "eager")
 
 
 def _plain_turn(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

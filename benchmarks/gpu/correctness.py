@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.attention import Unavailable
-from benchmarks.gpu.cases import FACTOR, Case, Way, in_order, small_cases
-from benchmarks.gpu.setting import Bench
+from benchmarks.gpu.case import FACTOR, Case, Way, in_order
+from benchmarks.gpu.cases import small_cases
+from benchmarks.gpu.peers import Unavailable
+from benchmarks.gpu.setting import NO_TIME, Bench
 from benchmarks.gpu.timing import relative_error
 from benchmarks.gpu.writing import Save
 
@@ -32,6 +33,11 @@ def section(bench: Bench, save: Save) -> None:
     """One row for each way of each operation; ``WrongResult`` at the end, all rows kept, where one of ours fails."""
     wrong, measured = [], bench.setting.dtype
     for case, names in in_order(small_cases(bench.setting)):
+        if bench.seconds_left() <= 0:
+            rows = [{"op": case.op, "shape": case.shape, "way": name, "absent": NO_TIME} for name in names]
+            wrong += [f"{case.op} by {name}: {NO_TIME}" for name in names if name in case.judged]
+            save(rows=rows)
+            continue
         oracle = run(case.definition, case, torch.float64, measured)
         eager = run(case.definition, case, measured, measured)
         for name in names:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import compiled
+from benchmarks.gpu.case import compiled
 from benchmarks.gpu.correctness import is_fatal
-from benchmarks.gpu.setting import Bench, Setting
+from benchmarks.gpu.setting import NO_TIME, Bench, Setting
 from benchmarks.gpu.timing import measure, relative_error
 from benchmarks.gpu.writing import Save
 from mimo_megatron.config.model import ModelConfig
@@ -27,6 +27,9 @@ LARGEST = torch.finfo(FP8).max
 def section(bench: Bench, save: Save) -> None:
     model: ModelConfig = bench.kept["packs"][0].config.model
     for name, inputs, outputs in islice(linears(model), bench.setting.sizes.num_linears):
+        if bench.seconds_left() <= 0:
+            save(skipped=[f"{name}: {NO_TIME}"])
+            continue
         save(rows=[row(name, bench.setting.sizes.fp8_rows, inputs, outputs, bench)])
 
 

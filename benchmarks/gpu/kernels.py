@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.attention import Unavailable
-from benchmarks.gpu.cases import Case, Way, in_order, table_cases
+from benchmarks.gpu.case import Case, Way, in_order
+from benchmarks.gpu.cases import table_cases
 from benchmarks.gpu.correctness import is_fatal
-from benchmarks.gpu.setting import Bench
+from benchmarks.gpu.peers import Unavailable
+from benchmarks.gpu.setting import NO_TIME, Bench
 from benchmarks.gpu.timing import Timing, measure, relative_error
 from benchmarks.gpu.writing import Save
 
@@ -22,6 +23,9 @@ MOST_DIFFERENCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 def section(bench: Bench, save: Save) -> None:
     for case, names in in_order(table_cases(bench.setting, bench.kept["packs"])):
+        if bench.seconds_left() <= 0:
+            save(rows=[{"op": case.op, "shape": case.shape, "way": name, "absent": NO_TIME} for name in names])
+            continue
         inputs = [x.requires_grad_() for x in case.draw()]
         trusted = case.ways[case.trusted]
         assert not isinstance(trusted, Unavailable)
@@ -38,6 +42,7 @@ def timed(
     case: Case, name: str, way: Way | Unavailable, inputs: list[Tensor], want: Tensor, d_out: Tensor, bench: Bench
 ) -> dict[str, Any]:
     head: dict[str, Any] = {"op": case.op, "shape": case.shape, "way": name, "ours": name in case.judged}
+    head["case"] = case.name
     if case.key is not None:
         head["key"] = list(case.key)
     if isinstance(way, Unavailable):
@@ -70,10 +75,12 @@ def timed(
 
 
 def rates(timing: Timing, flops: float, num_bytes: float, ceilings: dict[str, float]) -> dict[str, Any]:
-    """TFLOP/s and GB/s of the work asked for, and the larger of its fractions of the two ceilings."""
+    """TFLOP/s and GB/s of the work asked for, its fraction of the copy's bytes, and the larger of its fractions of the
+    two ceilings."""
     found: dict[str, Any] = timing.row()
     fractions = {"bytes": num_bytes / timing.seconds / ceilings["bytes_per_second"]}
     found["gbytes_per_second"] = round(num_bytes / timing.seconds / 1e9, 3)
+    found["of_copy"] = round(fractions["bytes"], 4)
     if flops:
         fractions["flops"] = flops / timing.seconds / ceilings["flops_per_second"]
         found["tflops"] = round(flops / timing.seconds / 1e12, 3)

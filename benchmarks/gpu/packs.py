@@ -21,8 +21,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from benchmarks.gpu.pictures import Scale, corpus_text, samples
-from benchmarks.gpu.setting import Bench, Setting
+from benchmarks.gpu.pictures import REHEARSAL, Scale, corpus_text, samples
+from benchmarks.gpu.setting import TEXT, Bench, Setting
 from benchmarks.gpu.writing import Save
 from benchmarks.provenance import ROOT
 from mimo_megatron.config.check import check
@@ -41,6 +41,7 @@ from mimo_megatron.types import PackedBatch
 
 LARGEST_VOCABULARY = 16_384
 KEPT = "packs.pickle"
+TEXT_SOURCE = "source-text"
 TRAINED = ("vision", "projector", "text")
 
 
@@ -54,33 +55,38 @@ class PackClass:
 
 
 def section(bench: Bench, save: Save, folder: Path) -> None:
-    """Leaves ``bench.kept["packs"]``, and says what is in them."""
+    """Leaves ``bench.kept["packs"]``, a class for each recipe, and ``["text packs"]``, and says what is in them."""
     setting = bench.setting
-    scale = Scale(1 / 12, 1 / 30, 112) if setting.is_rehearsal else Scale()
+    scale = REHEARSAL if setting.is_rehearsal else Scale()
     began = time.perf_counter()
     stored = {one.key: one for one in samples(setting.sizes.num_samples, setting.seed, scale)}
     write_shards(stored.values(), folder / "source", 64)
     save(made={"samples": len(stored), "jpegs": _num_images(stored), "seconds": round(time.perf_counter() - began, 2)})
-    classes = []
+    found: dict[str, Any] = {"packs": []}
     for name in setting.sizes.recipes:
-        made = pack_class(name, setting, stored, folder)
-        classes.append(made)
+        found["packs"].append(made := pack_class(name, setting, stored, folder))
         save(packs=[_row(name, batch, made.config.model) for batch in made.batches])
-    (folder / KEPT).write_bytes(pickle.dumps(classes))
-    bench.kept["packs"] = classes
+    texts = {one.key: one for one in samples(setting.sizes.num_samples, setting.seed, scale, text_alone=True)}
+    write_shards(texts.values(), folder / TEXT_SOURCE, 64)
+    found["text packs"] = made = pack_class(TEXT, setting, texts, folder, TEXT_SOURCE)
+    save(packs=[_row(TEXT, batch, made.config.model) for batch in made.batches])
+    (folder / KEPT).write_bytes(pickle.dumps(found))
+    bench.kept |= found
 
 
-def made_before(folder: Path) -> list[PackClass]:
+def made_before(folder: Path) -> dict[str, Any]:
     """What ``section`` left in ``folder``, in another process."""
     return pickle.loads((folder / KEPT).read_bytes())
 
 
-def pack_class(name: str, setting: Setting, stored: Mapping[str, ShardSample], folder: Path) -> PackClass:
+def pack_class(
+    name: str, setting: Setting, stored: Mapping[str, ShardSample], folder: Path, source: str = "source"
+) -> PackClass:
     config = recipe(name, setting, folder)
     if not (config.data.tokenizer / "tokenizer.json").exists():
         save_tokenizer(config.data.tokenizer, config.model)
     tokenizer = load_tokenizer(config.data.tokenizer, config.model.tokens, config.model.text.vocab_size)
-    build_index(folder / "source", tokenizer, config.model, config.data, out=config.data.sources[0].path)
+    build_index(folder / source, tokenizer, config.model, config.data, out=config.data.sources[0].path)
     loader = PackLoader(config.data, config.model, packs_per_step=1, seed=setting.seed)
     loader.steps_to_come = setting.sizes.num_packs[name]
     batches = tuple(loader.next_step()[0] for _ in range(setting.sizes.num_packs[name]))
@@ -91,15 +97,17 @@ def pack_class(name: str, setting: Setting, stored: Mapping[str, ShardSample], f
 
 
 def recipe(name: str, setting: Setting, folder: Path) -> RunConfig:
-    """The recipe of this pack class, at reduced depth, on one rank, over the suite's own data."""
-    sizes = setting.sizes
+    """The recipe of this pack class, at reduced depth, on one rank, over the suite's own data. Packs of text alone are
+    those of the 8K class's recipe."""
+    sizes, stem = setting.sizes, "8K" if name == TEXT else name
+    index = folder / f"index-{name.replace(' ', '-')}"
     own = [
         f"dir={folder / 'run'}",
         f"data.tokenizer={folder / 'tokenizer'}",
-        f"data.sources=[{{path: {folder / f'index-{name}'}}}]",
+        f"data.sources=[{{path: {index}}}]",
         f"train.precision={'bf16' if setting.on_gpu else 'fp32'}",
     ]
-    config = load_recipe(ROOT / "examples" / "recipes" / sizes.recipes[name], [*sizes.overrides, *own])
+    config = load_recipe(ROOT / "examples" / "recipes" / sizes.recipes[stem], [*sizes.overrides, *own])
     check(config, 1)
     return config
 

@@ -33,8 +33,8 @@ SIZES = (
     (640, 480, 6), (480, 640, 3), (500, 375, 3), (1024, 683, 3), (1280, 720, 2), (1920, 1080, 2), (1170, 2532, 1),
     (1275, 1650, 3), (1654, 2339, 1), (850, 600, 3), (336, 336, 2), (4032, 3024, 1),
 )  # fmt: skip
-IMAGES, SHORT, LONG = 0.6, 0.25, 0.15
-"""Shares of samples: a question about an image, a short text, a long one."""
+SHARES = {"image": 0.6, "short": 0.25, "long": 0.15}
+"""Of samples: a question about an image, a short text, a long one."""
 LETTERS_PER_TOKEN = 3.5
 """Of the suite's tokenizer on its own text, about."""
 
@@ -48,11 +48,16 @@ class Scale:
     largest_side: int = 4096
 
 
-def samples(count: int, seed: int, scale: Scale) -> Iterator[ShardSample]:
-    """``count`` conversations, their JPEGs with them."""
+REHEARSAL = Scale(1 / 12, 1 / 60, 112)
+
+
+def samples(count: int, seed: int, scale: Scale, *, text_alone: bool = False) -> Iterator[ShardSample]:
+    """``count`` conversations, their JPEGs with them; of the same text, without any, where it is to be alone."""
     draw = np.random.default_rng(seed)
+    kinds = [kind for kind in SHARES if not (text_alone and kind == "image")]
+    weights = np.array([SHARES[kind] for kind in kinds])
     for number in range(count):
-        kind = ("image", "short", "long")[draw.choice(3, p=(IMAGES, SHORT, LONG))]
+        kind = kinds[draw.choice(len(kinds), p=weights / weights.sum())]
         key = f"{kind}-{number:05d}"
         if kind == "image":
             question: list[dict[str, str]] = [

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from benchmarks.gpu.targets import targets
+
 Tree = dict[str, Any]
 
 
 def markdown(tree: Tree) -> str:
     """The whole page."""
-    parts = [_head(tree)]
+    parts = [_head(tree), f"## Targets\n{_targets(tree)}"]
     for name, section in tree["sections"].items():
         if section["status"] == "not asked for":
             continue
@@ -20,7 +22,7 @@ def markdown(tree: Tree) -> str:
 
 
 def summary(tree: Tree) -> str:
-    """A few lines for a terminal: the state of each section, and the rates of the training steps."""
+    """A few lines for a terminal: the state of each section, the rates of the training steps, the targets."""
     kind = "rehearsal, no measurement: " if tree["rehearsal"] else ""
     kind = "rehearsal, no measurement: " if tree["rehearsal"] else ""
     lines = [kind + str(tree.get("device", {}).get("name", "no device"))]
@@ -28,10 +30,21 @@ def summary(tree: Tree) -> str:
         error = f": {section['error']}" if section.get("error") else ""
         lines.append(f"  {name:12} {section['status']:14} {section.get('seconds', '')}{error[:300]}")
     for row in tree["sections"]["train"].get("data", {}).get("rows", []):
-        if "failed" not in row:
+        if "tokens_per_second" in row:
             rate, share = f"{row['tokens_per_second']:,.0f} tokens/s", f"{row['mfu_of_gemm']:.1%}"
-            lines.append(f"  {row['variant']}: {rate}, {share} of the measured matrix product")
+            wrong = f"; WRONG: {row['wrong']}" if row["wrong"] else ""
+            lines.append(f"  {row['variant']}: {rate}, {share} of the measured matrix product{wrong}")
+    for one in targets(tree):
+        value = "" if one["value"] is None else f"{one['value']:.4g}, "
+        lines.append(f"  {one['verdict']:12} {one['target']}: {value}aim {one['aim']} ({one['why']})")
     return "\n".join(lines)
+
+
+def _targets(tree: Tree) -> str:
+    return table(
+        ["target", "value", "aim", "", "of"],
+        ([one["target"], one["value"], one["aim"], one["verdict"], one["why"]] for one in targets(tree)),
+    )
 
 
 def _head(tree: Tree) -> str:
@@ -94,7 +107,12 @@ def _ceilings(data: Tree) -> str:
 def _present(data: Tree) -> tuple[list[Tree], str]:
     """Rows of ways that were there, and a line that names the others."""
     rows = data.get("rows", [])
-    absent = dict.fromkeys(f"{one['op']} by {one['way']} ({one['absent']})" for one in rows if one.get("absent"))
+    names = [
+        f"{one['op']} by {one['way']} ({one['absent']})" if "op" in one else f"{one['way']} ({one['absent']})"
+        for one in rows
+        if one.get("absent")
+    ]
+    absent = dict.fromkeys(names)
     return [one for one in rows if not one.get("absent")], f"\nAbsent: {'; '.join(absent)}." if absent else ""
 
 
@@ -138,25 +156,37 @@ def _packs(data: Tree) -> str:
 
 def _train(data: Tree) -> str:
     def row(one: Tree) -> list[Any]:
-        if "failed" in one:
-            return [one["variant"], *[None] * 10, one["failed"]]
+        if "tokens_per_second" not in one:
+            return [one["variant"], *[None] * 10, one.get("failed") or one["skipped"]]
         peak = one["peak_bytes"]["allocated"] / 2**30 if one["peak_bytes"] else None
-        flops = one["flops"]
+        flops, moved = one["flops"], one["differences"]
+        said = f"loss {sum(one['first_losses']) / one['packs']:.3f} to {sum(one['last_losses']) / one['packs']:.3f}"
+        said += f"; of {one['compared_with']}: " if one["compared_with"] != one["variant"] else ""
+        said += ", ".join(f"{name} {value:.1e}" for name, value in moved.items()) if any(moved.values()) else ""
         return [
             one["variant"], one["tokens_per_second"], one["step_seconds"], one["encoder_seconds"],
             flops["vision"] / one["packs"] / 1e12, flops["text"] / one["packs"] / 1e12, one["tflops"],
             one["mfu_of_gemm"], one["mfu_of_sheet"], peak, one["planned_bytes"] / 2**30,
-            f"loss {sum(one['first_losses']) / one['packs']:.3f} to {sum(one['last_losses']) / one['packs']:.3f}",
+            f"**wrong: {one['wrong']}** {said}" if one["wrong"] else said,
         ]  # fmt: skip
 
     columns = ["variant", "tokens/s", "s a step", "s encoder alone", "TFLOP encoder", "TFLOP decoder", "TFLOP/s",
                "MFU of measured product", "MFU of data sheet", "GiB peak", "GiB planned", ""]  # fmt: skip
-    parts = [table(columns, map(row, data.get("rows", [])))]
+    text = (
+        "Baseline: attention of encoder and decoder by sdpa, logits in a table, bf16. Behind a variant's losses: how "
+        "far it is from the baseline, from the same weights on the same packs.\n\n"
+    )
+    parts = [text + table(columns, map(row, data.get("rows", [])))]
     refused = [one for one in data.get("attempts", []) if "failed" in one or "skipped" in one]
     for one in refused:
         parts.append(f"{one['class']}, recompute {one['recompute']}: {one.get('failed') or one['skipped']}")
+    for one in data.get("encoder", []):
+        parts.append(
+            f"Encoder, forward and backward, {one['variant']}: {one['host_ms']:.4g} ms of the host, "
+            f"{one['device_ms']:.4g} ms of kernels"
+        )
     for one in data.get("profiles", []):
-        title = f"Top kernels, {one['class']}, recompute {one['recompute']}: {one['device_ms']:.1f} ms of device time"
+        title = f"Top kernels, {one['variant']}: {one['device_ms']:.1f} ms of device time"
         kernels = table(
             ["kernel", "calls", "ms", "share"],
             ([f"`{k['name']}`", k["calls"], k["ms"], k["share"]] for k in one["kernels"]),
@@ -190,6 +220,44 @@ def _kernels(data: Tree) -> str:
     return table(columns, map(row, rows)) + absent
 
 
+def _head_loss(data: Tree) -> str:
+    rows, absent = _present(data)
+    whole = {(one["way"], one["head_logits"]): one.get("ms") for one in rows if one["fraction"] == 1}
+
+    def row(one: Tree) -> list[Any]:
+        key = (one["way"], one["head_logits"])
+        if "failed" in one:
+            return [*key, one["fraction"], *[None] * 5, f"**{one['failed']}**"]
+        per_row = one["ms"] / one["fraction"] / whole[key] if whole.get(key) else None
+        counted, allocated = one["logits_bytes"], one["beside_gradients_bytes"]
+        return [
+            *key, one["fraction"], one["ms"], per_row,
+            counted / one["table_bytes"] if counted is not None else None,
+            allocated / one["table_bytes"] if allocated is not None else None, one["difference"], None,
+        ]  # fmt: skip
+
+    text = (
+        "Forward and backward, from hidden states to both gradients. Memory over that of the logits of all rows in "
+        "the measured dtype: logits as they were counted, and all that was allocated beside both gradients.\n\n"
+    )
+    columns = ["way", "head_logits", "slots trained", "ms", "a row's time, of all trained", "logits", "allocated",
+               "difference from the table", ""]  # fmt: skip
+    return text + table(columns, map(row, rows)) + absent
+
+
+def _optimizer(data: Tree) -> str:
+    rows, absent = _present(data)
+    columns = ["way", "parameters", "ms", "times as fast", "GB/s", "of the copy", "difference of changes", ""]
+    return table(
+        columns,
+        (
+            [one["way"], one["parameters"], one.get("ms"), one.get("times_as_fast"), one.get("gbytes_per_second"),
+             one.get("of_copy"), one.get("difference"), one.get("failed")]
+            for one in rows
+        ),
+    ) + absent  # fmt: skip
+
+
 def _fp8(data: Tree) -> str:
     def row(one: Tree) -> list[Any]:
         plain, ours, engine = one["bf16"], one["fp8"], one["transformer_engine_fp8"]
@@ -211,14 +279,17 @@ def _fp8(data: Tree) -> str:
 
     columns = ["linear", "rows, inputs, outputs", "bf16 ms", "FP8 times as fast, products", "with casts",
                "Transformer Engine", "worst error", ""]  # fmt: skip
-    return table(columns, map(row, data.get("rows", [])))
+    skipped = data.get("skipped", [])
+    return table(columns, map(row, data.get("rows", []))) + (f"\nSkipped: {'; '.join(skipped)}." if skipped else "")
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Tree], str]]] = {
     "ceilings": ("Ceilings", _ceilings),
     "correctness": ("Correctness", _correctness),
     "packs": ("Packs", _packs),
-    "train": ("Training step, 7B shape at reduced depth", _train),
+    "train": ("Training steps, 7B shape at reduced depth", _train),
     "kernels": ("Kernels", _kernels),
+    "head": ("The head's loss", _head_loss),
+    "optimizer": ("The optimizer's step", _optimizer),
     "fp8": ("FP8 against bf16, forward and backward", _fp8),
 }

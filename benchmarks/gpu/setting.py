@@ -1,11 +1,17 @@
 """How a run of the suite is set: the real one on a GPU, and its rehearsal, the same code at tiny size on a CPU."""
 
+import math
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch._dynamo  # not loaded with torch
+
+NO_TIME = "no time was left"
+TEXT = "8K text"
+"""The class of packs that have the slots of 8K and no images."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Sizes:
     """Of every recipe: the 7B shape at reduced depth."""
     num_packs: dict[str, int]
     num_samples: int
+    """Of conversations with and without images; packs of text alone have as many of their own."""
     time_budget_ms: float
     """Of one measurement, beside its warm-up."""
     fp8_rows: int
@@ -29,6 +36,14 @@ class Sizes:
     table_rows: int
     """Of the row operations in the kernel table."""
     table_logit_rows: int
+    num_windows: int
+    """Of the case whose windows are all full."""
+    head_slots: int
+    """Of a pack, of which some or all are trained, in the section of the head's loss."""
+    head_logits: tuple[int, ...]
+    """``train.head_logits`` that are tried. None makes a chunk as wide as the model: logits are told by their shape."""
+    optimizer_layers: int
+    """Of the decoder, and as many of the encoder, whose parameters an optimizer's step is timed on."""
 
 
 _ONE_RANK = (
@@ -42,32 +57,41 @@ REAL = Sizes(
     gemm=8192,
     recipes={"8K": "mimo_vl_7b/stage3.yaml", "32K": "mimo_vl_7b/stage4.yaml"},
     overrides=(*_ONE_RANK, "model.text.num_layers=8"),
-    num_packs={"8K": 4, "32K": 2},
+    num_packs={"8K": 3, "32K": 1, TEXT: 2},
     num_samples=112,
     time_budget_ms=150.0,
     fp8_rows=8192,
     num_linears=6,
     table_rows=32_768,
     table_logit_rows=8192,
+    num_windows=512,
+    head_slots=8192,
+    head_logits=(2**24, 2**27),
+    optimizer_layers=2,
 )
-# Heads of 80, as the kernel wants them; two layers; grids of a few patches, which the interpreter takes in seconds.
+# Heads of 80, as the kernel wants them; as few layers as leave one in FP8; grids of a few patches, which the
+# interpreter takes in seconds.
 TINY = Sizes(
     copy_bytes=2**20,
     gemm=128,
     recipes={"8K": "tiny/stage3.yaml", "32K": "tiny/stage4.yaml"},
     overrides=(
-        *_ONE_RANK, "parallel.pp=1", "parallel.vpp=1", "model.text.num_layers=2", "model.vision.depth=2",
-        "model.vision.width=80", "model.vision.num_heads=1", "model.vision.full_attention_layers=[1]",
-        "data.pack_tokens=640", "data.pack_patches=128", "data.max_pixels=12544",
-        "data.video.max_total_tokens=16",
+        *_ONE_RANK, "parallel.pp=1", "parallel.vpp=1", "model.text.num_layers=3", "model.vision.depth=2",
+        "model.vision.width=80", "model.vision.num_heads=1", "model.vision.ffn_width=208",
+        "model.vision.full_attention_layers=[1]", "data.pack_tokens=256", "data.pack_patches=128",
+        "data.max_pixels=12544", "data.video.max_total_tokens=16",
     ),
-    num_packs={"8K": 2, "32K": 1},
+    num_packs={"8K": 1, "32K": 1, TEXT: 1},
     num_samples=12,
     time_budget_ms=0.0,
     fp8_rows=16,
     num_linears=1,  # the CPU's FP8 product takes a second
     table_rows=32,
     table_logit_rows=16,
+    num_windows=2,
+    head_slots=8,
+    head_logits=(2048,),
+    optimizer_layers=1,
 )  # fmt: skip
 
 
@@ -137,4 +161,12 @@ class Bench:
     ceilings: dict[str, float] = field(default_factory=dict)
     """FLOP/s and bytes/s measured in this process."""
     kept: dict[str, Any] = field(default_factory=dict)
-    """What one section leaves for later ones: trainers and packs."""
+    """What one section leaves for later ones: packs."""
+    ends: float = math.inf
+    """When, by ``time.monotonic``, the section in progress should have no more to do: before it is ended."""
+
+    suite_ends: float = math.inf
+    """The same of the whole suite."""
+
+    def seconds_left(self) -> float:
+        return self.ends - time.monotonic()

@@ -1,6 +1,6 @@
 """The process that measures: section after section into the result file, until all are done or the device is lost.
 
-    python -m benchmarks.gpu.worker RESULT_FILE FOLDER       # gpu_suite.py starts it, and again after a crash
+    python -m benchmarks.gpu.worker RESULT_FILE FOLDER SECONDS      # gpu_suite.py starts it, and again after a crash
 
 A section that fails leaves its error and what it had measured; the next one begins. After an error that the device does
 not survive, the process ends with code 3, and a new one takes the sections that are left: it measures the ceilings
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, correctness, fp8, kernels, machine, packs, train
+from benchmarks.gpu import ceilings, correctness, fp8, head, kernels, machine, optimizer, packs, steps, train
 from benchmarks.gpu.setting import Bench, Setting, device_facts
 from benchmarks.gpu.writing import Results, Save
 from mimo_megatron.errors import ConfigError
@@ -28,14 +28,21 @@ SECTIONS: dict[str, Callable[[Bench, Save, Path], None]] = {
     "packs": packs.section,
     "train": lambda bench, save, folder: train.section(bench, save),
     "kernels": lambda bench, save, folder: kernels.section(bench, save),
+    "head": lambda bench, save, folder: head.section(bench, save),
+    "optimizer": lambda bench, save, folder: optimizer.section(bench, save),
     "fp8": lambda bench, save, folder: fp8.section(bench, save),
 }
-NEEDS_PACKS = ("train", "kernels", "fp8")
+NEEDS_PACKS = ("train", "kernels", "head", "optimizer", "fp8")
+USABLE = 0.92
+"""Of a section's time, until it begins no further row."""
+LAST_SECONDS = 5
+"""Before the suite's end, for the row in progress."""
 
 
-def main(path: Path, folder: Path) -> None:
+def main(path: Path, folder: Path, seconds: float) -> None:
+    """``seconds``: until the whole suite is ended."""
     results = Results.read(path)
-    bench = Bench(setting_of(results.tree))
+    bench = Bench(setting_of(results.tree), suite_ends=time.monotonic() + seconds - LAST_SECONDS)
     bench.setting.prepare_torch()
     results.tree["device"], results.tree["versions"] = device_facts(bench.setting), machine.versions()
     results.write()
@@ -53,6 +60,8 @@ def setting_of(tree: dict[str, Any]) -> Setting:
 
 def run(name: str, bench: Bench, results: Results, folder: Path) -> None:
     began = time.perf_counter()
+    budget = results.section(name)["budget_seconds"]
+    bench.ends = min(time.monotonic() + USABLE * budget, bench.suite_ends)
     results.set(name, status="running", gpu_before=machine.gpu_state())
     try:
         prepare(name, bench, results, folder)
@@ -64,7 +73,7 @@ def run(name: str, bench: Bench, results: Results, folder: Path) -> None:
         if correctness.is_fatal(error, bench.setting.synchronize):
             results.set(name, **status, seconds=round(time.perf_counter() - began, 1))
             sys.exit(DEVICE_LOST)
-    train.release(bench)
+    steps.release(bench)
     results.set(name, **status, seconds=round(time.perf_counter() - began, 1), gpu_after=machine.gpu_state())
     print(f"{name}: {status['status']} after {time.perf_counter() - began:.1f} s", flush=True)
 
@@ -76,8 +85,8 @@ def prepare(name: str, bench: Bench, results: Results, folder: Path) -> None:
     if name in NEEDS_PACKS and "packs" not in bench.kept:
         if results.section("packs")["status"] != "done":
             raise ConfigError(f"{name} needs real packs, and the section packs did not make them")
-        bench.kept["packs"] = packs.made_before(folder)
+        bench.kept |= packs.made_before(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

@@ -1,7 +1,5 @@
 """The GPU suite: sections lose nothing to each other, mock data and wrong kernels are refused, work is counted."""
 
-import collections
-import contextlib
 import json
 import os
 import sys
@@ -19,15 +17,15 @@ import torch
 pytest.importorskip("triton", reason="the suite measures the kernels: pip install triton")
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, train, worker
-from benchmarks.gpu.attention import Unavailable
-from benchmarks.gpu.cases import LATE, Case, in_order, row_cases, table_cases
+from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, worker
+from benchmarks.gpu.case import FULL_WINDOWS, LATE, Case, in_order
+from benchmarks.gpu.cases import row_cases, table_cases
 from benchmarks.gpu.packs import PackClass, pack_class, require_real
+from benchmarks.gpu.peers import Unavailable
 from benchmarks.gpu.report import markdown, summary
 from benchmarks.gpu.setting import Bench, Setting
 from benchmarks.gpu.timing import measure
 from benchmarks.gpu.writing import Results
-from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.shards import ShardSample, write_shards
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.train.flops import step_flops
@@ -50,8 +48,7 @@ def saved(section: Callable[..., Any], *args: Any) -> Rows:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackClass, dict[str, ShardSample]]:
     folder = tmp_path_factory.mktemp("suite")
-    scale = pictures.Scale(1 / 12, 1 / 30, 112)
-    stored = {one.key: one for one in pictures.samples(8, 3, scale)}
+    stored = {one.key: one for one in pictures.samples(8, 3, pictures.REHEARSAL)}
     write_shards(stored.values(), folder / "source", 64)
     return pack_class("32K", SETTING, stored, folder), stored
 
@@ -80,10 +77,10 @@ def test_samples_of_no_shard_and_packs_without_their_images_are_refused(
 
 
 def test_samples_are_a_function_of_the_seed() -> None:
-    scale = pictures.Scale(1 / 12, 1 / 30, 112)
-    first, again, other = ([*pictures.samples(6, seed, scale)] for seed in (3, 3, 4))
+    first, again, other = ([*pictures.samples(6, seed, pictures.REHEARSAL)] for seed in (3, 3, 4))
     assert first == again != other
     assert any(one.members for one in first) and any(not one.members for one in first)
+    assert not any(one.members for one in pictures.samples(6, 3, pictures.REHEARSAL, text_alone=True))
 
 
 # ---- work ------------------------------------------------------------------------------------------------------------
@@ -93,7 +90,8 @@ def test_attention_of_the_tables_is_that_of_the_flop_formula(made: tuple[PackCla
     packs, _ = made
     batch, model = packs.batches[0], packs.config.model
     assert batch.vision is not None and model.vision is not None
-    windows, frames, text, *_ = table_cases(SETTING, [packs])
+    full, windows, frames, text, *_ = table_cases(SETTING, [packs])
+    assert full.name == FULL_WINDOWS and full.work.forward_flops == 4 * 64 * 64 * 80 * SETTING.sizes.num_windows
     want = step_flops(model, batch.segment_lengths, batch.vision.grids_I3, ("vision", "projector", "text"))
     num_full = len(model.vision.full_attention_layers)
     vision = num_full * frames.work.train_flops + (model.vision.depth - num_full) * windows.work.train_flops
@@ -176,37 +174,6 @@ def test_fp8_gradients_are_those_of_the_linear_layer_within_its_rounding() -> No
     assert all(0.005 < error < 0.06 for error in row["fp8"]["errors"].values())
 
 
-def test_what_does_not_fit_into_memory_is_tried_with_recomputation_and_told(
-    made: tuple[PackClass, dict[str, ShardSample]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def built(config: RunConfig, _mesh: object) -> str:
-        if config.train.recompute != "full":
-            raise torch.OutOfMemoryError("tried to allocate 60 GiB")
-        return "a trainer"
-
-    def row(_trainer: str, variant: train.Variant, _bench: Bench, _planned: int) -> dict[str, Any]:
-        if variant.attention == "triton":
-            raise RuntimeError("no kernel image")
-        return {"variant": variant.name}
-
-    monkeypatch.setattr(train, "megatron", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(train, "build_trainer", built)
-    monkeypatch.setattr(train, "set_attention", lambda *_: None)
-    monkeypatch.setattr(train, "step_row", row)
-    monkeypatch.setattr(train, "top_kernels", lambda *_: {})
-    one, found = bench(), collections.defaultdict[str, Rows](list)
-    one.kept["packs"] = [made[0]]
-    train.section(one, lambda **more: [found[key].extend(rows) for key, rows in more.items()])
-    assert [(row["recompute"], "failed" in row) for row in found["attempts"]] == [
-        ("none", True), ("selective", True), ("full", False),
-    ]  # fmt: skip
-    assert [row["variant"] for row in found["rows"]] == [
-        f"32K, vision attention {way}, recompute full" for way in ("sdpa", "triton")
-    ]
-    assert found["rows"][1]["failed"] == "RuntimeError: no kernel image"
-    assert len(found["profiles"]) == 1
-
-
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 FAKE_WORKER = """
@@ -247,7 +214,7 @@ def supervised(path: Path, tmp_path: Path, script: str, seconds: float = 60) -> 
 def test_a_crash_and_a_hang_lose_no_other_section(tmp_path: Path) -> None:
     sections = supervised(running(tmp_path, kernels=1.0), tmp_path, FAKE_WORKER)
     done = {name for name, one in sections.items() if one["status"] == "done"}
-    assert done == {"ceilings", "correctness", "packs", "fp8"}
+    assert done == {"ceilings", "correctness", "packs", "head", "optimizer", "fp8"}
     assert sections["train"]["error"] == "the process ended with code 9"
     assert "its time is over" in sections["kernels"]["error"]
     assert sections["kernels"]["data"]["rows"] == ["kernels began"]
@@ -263,7 +230,7 @@ def test_when_the_time_is_over_the_rest_is_not_run(tmp_path: Path) -> None:
     script = FAKE_WORKER.replace('name == "kernels"', 'name == "packs"')
     sections = supervised(running(tmp_path), tmp_path, script, seconds=3)
     assert "the time of the suite is over" in sections["packs"]["error"]
-    assert {sections[name]["status"] for name in ("train", "kernels", "fp8")} == {"not run"}
+    assert {sections[name]["status"] for name in ("train", "kernels", "head", "optimizer", "fp8")} == {"not run"}
 
 
 def test_a_section_that_raises_is_told_with_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +316,25 @@ def test_every_budget_has_a_section_and_a_page() -> None:
     for name in tree["sections"]:
         tree["sections"][name] |= {"status": "failed", "error": f"why {name}", "data": {}}
     assert all(f"why {name}" in markdown(tree) and f"why {name}" in summary(tree) for name in tree["sections"])
+
+
+def test_all_sections_are_expected_to_fit_into_the_time_of_the_suite() -> None:
+    assert gpu_suite.EXPECTED.keys() == gpu_suite.BUDGETS.keys()
+    assert all(gpu_suite.EXPECTED[name] < worker.USABLE * seconds for name, seconds in gpu_suite.BUDGETS.items())
+    total = gpu_suite.EXPECTED_START + sum(gpu_suite.EXPECTED.values())
+    assert total < gpu_suite.TOTAL_SECONDS - worker.LAST_SECONDS
+
+
+def test_a_section_whose_time_is_over_names_the_rows_it_leaves_out(
+    made: tuple[PackClass, dict[str, ShardSample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Bench(
+        SETTING, {"bytes_per_second": 1e9, "flops_per_second": 1e9}, {"packs": [made[0]]}, ends=time.monotonic()
+    )
+    assert {row["absent"] for row in saved(kernels.section, late)} == {"no time was left"}
+    monkeypatch.setattr(correctness, "small_cases", lambda setting: cases_with(right_norm))
+    with pytest.raises(correctness.WrongResult, match="RMSNorm by ops: no time was left"):
+        correctness.section(late, lambda **_: None)
 
 
 def test_only_brings_what_a_section_needs() -> None:

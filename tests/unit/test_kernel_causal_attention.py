@@ -92,6 +92,13 @@ def test_other_generations_sizes_give_the_same(capability: int, monkeypatch: pyt
     assert_parity(causal_attention, torch.float16, segments(70), 1, 1, 32)
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU has these sizes in float32 anyway")
+def test_the_sizes_that_gpus_take_in_float32_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter, for its time, takes larger tiles otherwise."""
+    monkeypatch.setattr(causal_attention, "interprets", lambda: False)
+    assert_parity(causal_attention, torch.float32, segments(20, 37), 2, 1, 32)
+
+
 def test_the_definition_is_what_the_model_computes() -> None:
     pieces, *sizes = CASES["one_rank_of_two"]
     q, k, v = (x.double() for x in draw(pieces, *sizes))

@@ -40,10 +40,10 @@ def test_a_head_padded_to_128_would_be_seen() -> None:
     assert useful / issued == 0.625
 
 
-def compiled(tmp_path: Path, kernels: str) -> list[dict[str, str]]:
+def compiled(tmp_path: Path, kernels: str, dtype: str = "bfloat16") -> list[dict[str, str]]:
     """For sm_90. A few kernels, for the time it takes; the command alone compiles all."""
     out = tmp_path / "rows.csv"
-    options = ["--kernels", kernels, "--capabilities", "90", "--out", str(out)]
+    options = ["--kernels", kernels, "--capabilities", "90", "--dtype", dtype, "--out", str(out)]
     command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
@@ -63,3 +63,11 @@ def test_a_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(kernel: 
 def test_the_kernels_between_the_heads_products_spill_nothing(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "absorb|to_gradient")
     assert [(row["kernel"], row["stack_bytes"]) for row in rows] == [("absorb", "0"), ("to_gradient", "0")]
+
+
+def test_the_decoders_kernels_spill_nothing_in_float32_with_heads_of_128(tmp_path: Path) -> None:
+    """Exact products keep their operands in registers: with the tiles of half precision thousands of bytes spill."""
+    rows = compiled(tmp_path, "causal", "float32")
+    assert [row["kernel"] for row in rows] == ["causal_forward", "causal_backward_q", "causal_backward_kv"]
+    assert {(row["dtype"], row["stack_bytes"]) for row in rows} == {("float32", "0")}, rows
+    assert all(int(row["shared_bytes"]) < 100_000 and not row["matrix_instructions"] for row in rows), rows
