@@ -186,6 +186,9 @@ def _train(data: Tree) -> str:
             f"{one['device_ms']:.4g} ms of kernels"
         )
     for one in data.get("profiles", []):
+        if "failed" in one:
+            parts.append(f"No profile of {one['variant']}: {one['failed']}")
+            continue
         title = f"Top kernels, {one['variant']}: {one['device_ms']:.1f} ms of device time"
         kernels = table(
             ["kernel", "calls", "ms", "share"],

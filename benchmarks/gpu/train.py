@@ -125,17 +125,21 @@ class Bed:
         self._keep(variant, row)
 
     def look_into(self, ways: Ways) -> None:
-        """Where the time of a measured variant goes: its kernels, and the encoder's host."""
+        """Where the time of a measured variant goes: its kernels, and the encoder's host. A profiler that cannot run is
+        a row."""
         variant = Variant(self.packs, self.recompute, ways)
         measured = any(row["variant"] == variant.name and "step_seconds" in row for row in self.rows)
         if not measured or self.bench.seconds_left() < self._seconds:
             return
-        trainer, batch = self._built(variant), self.packs.batches[0]
         head = {"class": self.packs.name, "variant": variant.name, "recompute": self.recompute}
-        profile = top_kernels(lambda: train_step(trainer, [batch], 1, 1.0), self.bench.setting)
-        self.save(profiles=[{**head, **profile}])
-        if batch.vision is not None:
-            self.save(encoder=[encoder_row(trainer, variant, self.bench)])
+        try:
+            trainer, batch = self._built(variant), self.packs.batches[0]
+            profile = top_kernels(lambda: train_step(trainer, [batch], 1, 1.0), self.bench.setting)
+            self.save(profiles=[{**head, **profile}])
+            if batch.vision is not None:
+                self.save(encoder=[encoder_row(trainer, variant, self.bench)])
+        except Exception as error:
+            self.save(profiles=[{**head, **self._failure(error)}])
 
     def close(self) -> None:
         self._trainer = self._start = None

@@ -139,6 +139,7 @@ def put_into(trainer: Trainer, config: RunConfig) -> Trainer:
         if not uses_engine(fp8):
             _put_fp8_into(model, config, product)
         _put_fp8_into_encoder(model, fp8, encoder)
+        model.encodes_in_fp8 = encoder is not None
     return replace(trainer, config=config)
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the suite measures the kernels: pip instal
 
 from benchmarks.gpu import train
 from benchmarks.gpu.packs import PackClass
+from benchmarks.gpu.report import markdown
 from benchmarks.gpu.setting import Bench, Setting
 from benchmarks.gpu.steps import step_row
 from benchmarks.gpu.variants import (
@@ -72,7 +73,7 @@ def packs_of(model: ModelConfig, **train_fields: Any) -> PackClass:
 
 def described(trainer: Trainer) -> list[str]:
     """Of every module its class and what says how it computes."""
-    names = ("kernel", "backend", "numerics", "chunking", "scaling", "product")
+    names = ("kernel", "backend", "numerics", "chunking", "scaling", "product", "encodes_in_fp8")
 
     def told(value: Any) -> str:
         own = getattr(value, "__qualname__", None)
@@ -255,7 +256,13 @@ def test_each_change_by_itself_covers_every_value_of_the_keys_once() -> None:
     }
 
 
-def sections_of(monkeypatch: pytest.MonkeyPatch, bench: Bench, step: Any, build: Any = lambda *_: "built") -> Any:
+def sections_of(
+    monkeypatch: pytest.MonkeyPatch,
+    bench: Bench,
+    step: Any,
+    build: Any = lambda *_: "built",
+    profile: Any = lambda *_: {},
+) -> Any:
     """What the section saves where trainers and steps are made up."""
     monkeypatch.setattr(train, "megatron", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(train, "build_trainer", build)
@@ -263,7 +270,7 @@ def sections_of(monkeypatch: pytest.MonkeyPatch, bench: Bench, step: Any, build:
     monkeypatch.setattr(train, "Start", lambda _: None)
     monkeypatch.setattr(train, "can_be_put_into", lambda *_: False)
     monkeypatch.setattr(train, "step_row", step)
-    monkeypatch.setattr(train, "top_kernels", lambda *_: {})
+    monkeypatch.setattr(train, "top_kernels", profile)
     monkeypatch.setattr(train, "encoder_row", lambda *_: {})
     packs = packs_of(small_model())
     bench.kept |= {"packs": [packs, replace(packs, name="32K")], "text packs": replace(packs, name="8K text")}
@@ -298,6 +305,17 @@ def test_the_section_measures_a_baseline_each_change_the_best_text_alone_and_fp8
     assert "takes half precision" in told["8K, text varlen, recompute none"]
     assert not any("losses_R" in row for row in found["rows"])
     assert len(found["profiles"]) == len(found["encoder"]) == 2
+
+
+def test_without_a_profiler_the_variants_are_measured_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_profiler(*_: object) -> dict[str, Any]:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    found = sections_of(monkeypatch, Bench(SETTING), made_up, profile=no_profiler)
+    assert {row["failed"] for row in found["profiles"]} == {"RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
+    assert len([row for row in found["rows"] if "step_seconds" in row]) > 5 and not found["encoder"]
+    sections = {"train": {"status": "done", "data": {"profiles": found["profiles"]}}}
+    assert "No profile of 8K, baseline" in markdown({"rehearsal": False, "sections": sections})
 
 
 def test_what_does_not_fit_into_memory_is_tried_with_recomputation_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
