@@ -94,7 +94,7 @@ demo: $(STAMP)  ## data, four stages, Hugging Face export and a table of answers
 morl: $(STAMP)  ## after make demo: two reward models, then reinforcement learning of the demo's model on seven tasks
 	$(BIN)/python -m examples.quickstart.morl
 
-prove: $(STAMP)  ## every layout equals one process: 915 cases; writes docs/support-matrix.md
+prove: $(STAMP)  ## every layout equals one process: 1,103 cases; writes docs/support-matrix.md
 	$(BIN)/mimo-megatron prove --matrix docs/support-matrix.md --json benchmarks/results/prove.json
 
 bench: $(STAMP)  ## every CPU benchmark; rows go to benchmarks/results/
