@@ -163,14 +163,15 @@ def _take(x: Tensor, rows: _Rows) -> Tensor:
     return x if rows.index is None else _Take.apply(x, rows)
 
 
-def _without_plans(is_cuda: bool, is_masked: bool) -> AbstractContextManager[Any]:
+def without_plans(device: torch.device) -> AbstractContextManager[Any]:
     """Within it calls of ``scaled_dot_product_attention`` on a GPU are not cuDNN's, which torch 2.11 prefers on 9.0 and
-    10.0: cuDNN plans every shape anew on the host, for tens of milliseconds, and packs bring new lengths every step.
+    10.0: cuDNN plans every shape anew on the host, for tens of milliseconds, and packs bring new lengths every step, as
+    every token of generation does.
 
-    Masked calls are left as they are: flash takes no masks, and cuDNN may be all that takes them with grouped heads.
+    Not for masked calls with grouped-query heads: flash takes no masks, and cuDNN may be all that takes both.
     """
     planless = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(planless) if is_cuda and not is_masked else nullcontext()
+    return sdpa_kernel(planless) if device.type == "cuda" else nullcontext()
 
 
 def _grouped_sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, groups: _Groups, causal: bool) -> Tensor:
@@ -181,7 +182,7 @@ def _grouped_sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, groups: _Groups, 
     k_parts, v_parts = (_take(x, groups.keys).split(k_sizes) for x in (k_TKH, v_TKH))
     is_masked = causal and any(q_length != k_length for _, q_length, k_length in groups.shapes)
     outs = []
-    with _without_plans(q_TNH.is_cuda, is_masked):
+    with nullcontext() if is_masked else without_plans(q_TNH.device):
         for (count, q_length, k_length), q, k, v in zip(groups.shapes, q_parts, k_parts, v_parts, strict=True):
             mask = None
             if causal and q_length != k_length:

@@ -199,25 +199,23 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         Piece(0, 5, 0, 4)
 
 
-@pytest.mark.parametrize(
-    ("is_cuda", "is_masked", "may_plan"), [(True, False, False), (True, True, True), (False, False, True)]
-)
-def test_unmasked_calls_on_a_gpu_are_not_cudnns_whose_plans_are_for_one_length(
-    is_cuda: bool, is_masked: bool, may_plan: bool
-) -> None:
+@pytest.mark.parametrize(("device", "may_plan"), [("cuda", False), ("cpu", True)])
+def test_calls_on_a_gpu_are_not_cudnns_whose_plans_are_for_one_length(device: str, may_plan: bool) -> None:
     allowed = torch.backends.cuda
     assert allowed.cudnn_sdp_enabled()
-    with packing._without_plans(is_cuda, is_masked):
+    with packing.without_plans(torch.device(device)):
         assert allowed.cudnn_sdp_enabled() is may_plan
         assert allowed.flash_sdp_enabled() and allowed.mem_efficient_sdp_enabled() and allowed.math_sdp_enabled()
     assert allowed.cudnn_sdp_enabled()
 
 
-def test_only_a_piece_behind_more_keys_needs_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_behind_more_keys_is_masked_and_leaves_the_choice_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
-    plain = packing._without_plans
-    monkeypatch.setattr(packing, "_without_plans", lambda *of: asked.append(of) or plain(*of))
-    for pieces in (PIECES["segments"], PIECES["long_keys"]):
+    plain = packing.without_plans
+    monkeypatch.setattr(packing, "without_plans", lambda device: asked.append(device) or plain(device))
+    for pieces in (PIECES["long_keys"], PIECES["segments"]):
         q, k, v = random_qkv(pieces[-1].q_end, max(one.k_end for one in pieces), 2, 1)
         causal_attention(q, k, v, pieces)
-    assert asked == [(False, False), (False, True)]
+    assert asked == [torch.device("cpu")]
