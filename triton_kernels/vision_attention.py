@@ -14,6 +14,7 @@ Dims: T rows, N heads, H head width (80), E its pairs (40); in kernels R rows of
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -309,8 +310,7 @@ class _VisionAttention(torch.autograd.Function):
         ctx.bounds, sizes = bounds, (num_rows, qkv_T3NH.stride(0), SCALE)
         out_TNH = qkv_T3NH.new_empty(num_rows, num_heads, HEAD_WIDTH)
         plan = HOPPER if capability(qkv_T3NH.device) >= 90 else BEFORE_HOPPER
-        longest = max((end - start for start, end in pairwise(bounds)), default=0)
-        if plan.short is not None and longest <= plan.short.rows:
+        if plan.short is not None and _longest(bounds, num_rows) <= plan.short.rows:
             ctx.blocks = blocks = plan.short
             tiles = tiling(bounds, blocks.rows, blocks.step, qkv_T3NH.device)
             launch(
@@ -379,11 +379,18 @@ def vision_attention(qkv_T3NH: Tensor, cos_TE: Tensor, sin_TE: Tensor, bounds: t
         if angles.shape != (num_rows, HEAD_WIDTH // 2) or angles.dtype != torch.float32:
             want = f"[{num_rows}, {HEAD_WIDTH // 2}] of float32"
             raise ValueError(f"vision_attention: {name} is {want}, got {tuple(angles.shape)} of {angles.dtype}")
-    if bounds[0] != 0 or bounds[-1] != num_rows or any(end < start for start, end in pairwise(bounds)):
-        raise ValueError(f"vision_attention: bounds must grow from 0 to {num_rows} rows: {bounds[:3]}..{bounds[-3:]}")
+    _longest(bounds, num_rows)
     if qkv_T3NH.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"vision_attention: qkv is float32, float16 or bfloat16, got {qkv_T3NH.dtype}")
     check_device("vision_attention", qkv_T3NH, cos_TE, sin_TE)
     if qkv_T3NH.stride()[1:] != (qkv_T3NH.shape[2] * HEAD_WIDTH, HEAD_WIDTH, 1):
         qkv_T3NH = qkv_T3NH.contiguous()
     return _VisionAttention.apply(qkv_T3NH, cos_TE.contiguous(), sin_TE.contiguous(), bounds)
+
+
+@lru_cache(maxsize=64)
+def _longest(bounds: tuple[int, ...], num_rows: int) -> int:
+    """Rows of the longest segment. ``ValueError`` where the bounds are none. Found once: a pack has thousands."""
+    if bounds[0] != 0 or bounds[-1] != num_rows or any(end < start for start, end in pairwise(bounds)):
+        raise ValueError(f"vision_attention: bounds must grow from 0 to {num_rows} rows: {bounds[:3]}..{bounds[-3:]}")
+    return max((end - start for start, end in pairwise(bounds)), default=0)

@@ -27,7 +27,7 @@ LARGEST = torch.finfo(FP8).max
 def section(bench: Bench, save: Save) -> None:
     model: ModelConfig = bench.kept["packs"][0].config.model
     for name, inputs, outputs in islice(linears(model), bench.setting.sizes.num_linears):
-        if bench.seconds_left() <= 0:
+        if not bench.has_time_for("torch.compile"):
             save(skipped=[f"{name}: {NO_TIME}"])
             continue
         save(rows=[row(name, bench.setting.sizes.fp8_rows, inputs, outputs, bench)])

@@ -117,7 +117,7 @@ def row(
     head = {"way": way, "head_logits": head_logits, "fraction": fraction, "rows": one.num_rows}
     if isinstance(summed, Unavailable):
         return {**head, "absent": str(summed)}
-    if bench.seconds_left() <= 0:
+    if not bench.has_time_for(way):
         return {**head, "absent": NO_TIME}
     try:
         got = one.run(summed)

@@ -72,7 +72,10 @@ def gpu_state() -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(_GPU_FACTS)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:  # no fact is worth a section
+        return {}
     values = done.stdout.strip().split(", ")
     return dict(zip(_GPU_FACTS, values, strict=True)) if len(values) == len(_GPU_FACTS) else {}
 

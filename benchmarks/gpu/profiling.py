@@ -20,7 +20,8 @@ def top_kernels(call: Callable[[], Any], setting: Setting) -> dict[str, Any]:
         call()
         setting.synchronize()
     kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
-    rows = [one for one in watched.key_averages() if one.device_type == kind]
+    # A range that somebody named lies over its kernels, whose time it would count again.
+    rows = [one for one in watched.key_averages() if one.device_type == kind and not one.is_user_annotation]
     spent = {one.key: (_microseconds(one, setting), one.count) for one in rows}
     total = sum(us for us, _ in spent.values()) or 1.0
     ranked = sorted(spent.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]

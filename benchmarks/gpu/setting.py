@@ -10,6 +10,9 @@ import torch
 import torch._dynamo  # not loaded with torch
 
 NO_TIME = "no time was left"
+COMPILE_SECONDS = {"flex": 20.0, "torch.compile": 10.0}
+"""Of ways that are compiled for each shape, forward and backward: a guess, not timed. A section begins no such row with
+less left: it would be ended in the middle, and what comes behind would wait for a new process."""
 TEXT = "8K text"
 """The class of packs that have the slots of 8K and no images."""
 
@@ -170,3 +173,7 @@ class Bench:
 
     def seconds_left(self) -> float:
         return self.ends - time.monotonic()
+
+    def has_time_for(self, way: str) -> bool:
+        """For a row of ``way``, with what it takes to compile."""
+        return self.seconds_left() > (COMPILE_SECONDS.get(way, 0.0) if self.setting.on_gpu else 0.0)

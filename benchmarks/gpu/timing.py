@@ -1,7 +1,7 @@
 """Times of device work: events around each call, the L2 cache emptied before it, the median of many.
 
-A call that launches many small kernels may take longer to launch than to run; the host's time is kept beside the
-device's, so that such a row can be told.
+A call may take longer to launch than to run. So the device idles before each until the host is ahead, and the host's
+time is kept beside the device's. A call that waits for the device has its gaps counted.
 """
 
 import statistics
@@ -15,6 +15,11 @@ import torch
 from benchmarks.gpu.setting import Setting
 
 _FEWEST, _MOST = 5, 200
+_AHEAD = 1.5
+"""Times as long as the host launches a call, the device is kept from beginning it."""
+_MOST_IDLE_SECONDS = 0.02
+_CYCLES_PER_SECOND = 2e9
+"""Of a multiprocessor's clock at most: a slower one idles longer."""
 _flush_buffers: dict[int, torch.Tensor] = {}
 
 
@@ -54,21 +59,28 @@ def measure(call: Callable[[], Any], setting: Setting, budget_ms: float | None =
     setting.synchronize()
     began = time.perf_counter()
     call()
+    launched = time.perf_counter() - began
     setting.synchronize()
     one_ms = max(1e3 * (time.perf_counter() - began), 1e-3)
     repeats = min(max(int(budget_ms / one_ms), _FEWEST), _MOST) if budget_ms else 1
-    times, host = _on_gpu(call, setting, repeats) if setting.on_gpu else _on_cpu(call, repeats)
+    times, host = _on_gpu(call, setting, repeats, launched) if setting.on_gpu else _on_cpu(call, repeats)
     times.sort()
     low, high = times[len(times) // 10], times[-1 - len(times) // 10]
     return Timing(statistics.median(times), low, high, statistics.median(host), repeats)
 
 
-def _on_gpu(call: Callable[[], Any], setting: Setting, repeats: int) -> tuple[list[float], list[float]]:
-    flush = _flush_buffer(setting)
+def _on_gpu(
+    call: Callable[[], Any], setting: Setting, repeats: int, launched: float
+) -> tuple[list[float], list[float]]:
+    """``launched``: seconds that the host takes to launch one call."""
+    flush, idle_cycles = _flush_buffer(setting), int(min(_AHEAD * launched, _MOST_IDLE_SECONDS) * _CYCLES_PER_SECOND)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     host = []
     for start, end in events:
-        flush.zero_()  # the device is busy with it while the host launches, so gaps between launches are not counted
+        # The device is busy with these while the host launches, so gaps between launches are not counted. The flush
+        # alone is over in less time than many calls take to launch.
+        torch.cuda._sleep(idle_cycles)
+        flush.zero_()
         start.record()
         began = time.perf_counter()
         call()

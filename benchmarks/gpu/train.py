@@ -45,11 +45,17 @@ RESERVED_SECONDS = 80.0
 def section(bench: Bench, save: Save) -> None:
     first, *others = bench.kept["packs"]
     with megatron(first.config.parallel, RankAddress(0, 1, 0, "")) as mesh:
-        best = BASELINE
+        best, needed = BASELINE, 0.0
         for packs in (first, *others):
             for recompute in LADDER:
                 bed = Bed(packs, recompute, mesh, bench, save)
-                if bed.fits():
+                if packs is not first and bench.seconds_left() < needed:
+                    bed.leave_out(BASELINE, best)
+                    break
+                began = time.perf_counter()
+                fits = bed.fits()
+                needed = max(needed, time.perf_counter() - began)
+                if fits:
                     best = compare(bed, bench.kept["text packs"]) if packs is first else check_again(bed, best)
                     bed.close()
                     break
@@ -123,6 +129,11 @@ class Bed:
             row = self._failure(error)
         release(self.bench)  # behind the handler, which keeps alive what the failed step held
         self._keep(variant, row)
+
+    def leave_out(self, *all_ways: Ways) -> None:
+        """A trainer takes longer to build than is left: rows that say so, instead of a section that is ended."""
+        for ways in dict.fromkeys(all_ways):
+            self._keep(Variant(self.packs, self.recompute, ways), {"skipped": NO_TIME})
 
     def look_into(self, ways: Ways) -> None:
         """Where the time of a measured variant goes: its kernels, and the encoder's host. A profiler that cannot run is

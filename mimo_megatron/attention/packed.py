@@ -6,6 +6,7 @@ else is packed; grouping is exact and deterministic, forward and backward, and i
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from mimo_megatron.attention.reference import Piece, reference_attention
@@ -161,28 +163,41 @@ def _take(x: Tensor, rows: _Rows) -> Tensor:
     return x if rows.index is None else _Take.apply(x, rows)
 
 
+def without_plans(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it calls of ``scaled_dot_product_attention`` on a GPU are not cuDNN's, which torch 2.11 prefers on 9.0 and
+    10.0: cuDNN plans every shape anew on the host, for tens of milliseconds, and packs bring new lengths every step, as
+    every token of generation does.
+
+    Not for masked calls with grouped-query heads: flash takes no masks, and cuDNN may be all that takes both.
+    """
+    planless = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(planless) if device.type == "cuda" else nullcontext()
+
+
 def _grouped_sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, groups: _Groups, causal: bool) -> Tensor:
     if not groups.shapes:
         return q_TNH
     q_parts = _take(q_TNH, groups.queries).split([count * q_length for count, q_length, _ in groups.shapes])
     k_sizes = [count * k_length for count, _, k_length in groups.shapes]
     k_parts, v_parts = (_take(x, groups.keys).split(k_sizes) for x in (k_TKH, v_TKH))
+    is_masked = causal and any(q_length != k_length for _, q_length, k_length in groups.shapes)
     outs = []
-    for (count, q_length, k_length), q, k, v in zip(groups.shapes, q_parts, k_parts, v_parts, strict=True):
-        mask = None
-        if causal and q_length != k_length:
-            mask = torch.ones(q_length, k_length, dtype=torch.bool, device=q.device).tril(k_length - q_length)
-        # enable_gqa reads the key heads in place. Forward + backward of 1,024 causal tokens, 32 heads on 8, one CPU
-        # core, fp32: 323 ms, against 346 ms with repeated key heads and 458 ms with a mask in place of is_causal.
-        out = scaled_dot_product_attention(
-            q.unflatten(0, (count, q_length)).transpose(1, 2),
-            k.unflatten(0, (count, k_length)).transpose(1, 2),
-            v.unflatten(0, (count, k_length)).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+    with nullcontext() if is_masked else without_plans(q_TNH.device):
+        for (count, q_length, k_length), q, k, v in zip(groups.shapes, q_parts, k_parts, v_parts, strict=True):
+            mask = None
+            if causal and q_length != k_length:
+                mask = torch.ones(q_length, k_length, dtype=torch.bool, device=q.device).tril(k_length - q_length)
+            # enable_gqa reads the key heads in place. Forward + backward of 1,024 causal tokens, 32 heads on 8, one CPU
+            # core, fp32: 323 ms, against 346 ms with repeated key heads and 458 ms with a mask in place of is_causal.
+            out = scaled_dot_product_attention(
+                q.unflatten(0, (count, q_length)).transpose(1, 2),
+                k.unflatten(0, (count, k_length)).transpose(1, 2),
+                v.unflatten(0, (count, k_length)).transpose(1, 2),
+                attn_mask=mask,
+                is_causal=causal and mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outs.append(out.transpose(1, 2).flatten(0, 1))
     out_TNH = outs[0] if len(outs) == 1 else torch.cat(outs)
     back = _Rows(groups.queries.inverse, groups.queries.index, ())
     return _take(out_TNH, back)

@@ -5,7 +5,8 @@ has them, the alignment of the causal mask is not documented, so that is not off
 """
 
 import inspect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +31,7 @@ def flash_varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int,
     if bounds[-1] == 0:
         return q_TNH
     offsets, longest = _offsets(bounds, q_TNH.device)
-    takes = inspect.signature(varlen_attn).parameters
+    takes = _parameters(varlen_attn)
     options: dict[str, Any] = {}
     if causal:  # spelled in two ways over torch's releases
         options = {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
@@ -43,6 +44,12 @@ def flash_varlen(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int,
     q_TNH, k_TKH, v_TKH = (x.contiguous() for x in (q_TNH, k_TKH, v_TKH))
     attend: Any = varlen_attn
     return attend(q_TNH, k_TKH, v_TKH, offsets, offsets, longest, longest, **options)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Read once for a function, not in every layer."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 @lru_cache(maxsize=32)

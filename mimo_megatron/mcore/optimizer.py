@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mimo_megatron.config.run import ModuleName, TrainConfig
-from mimo_megatron.mcore import adam
+from mimo_megatron.mcore import adam, many_tensors
 from mimo_megatron.mcore.module import MegatronModule, is_summed_over_tp
 from mimo_megatron.mcore.overlap import NO_OVERLAP, GradReduction, Overlap, finish_param_gather
 
@@ -96,6 +96,7 @@ def build(wrapped: list[DistributedDataParallel], train: TrainConfig) -> Megatro
 
     Every rank must call this, those whose stage is wholly frozen too.
     """
+    many_tensors.install()
     settings = train.optimizer
     config = OptimizerConfig(
         optimizer="adam",

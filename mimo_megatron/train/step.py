@@ -5,6 +5,7 @@ What is below it - schedule, collectives, sharding - is megatron-core's, behind 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,9 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
         engines = [encoder_product(train.fp8) if part != "text" else fp8_engine(train.fp8) for part in train.fp8.parts]
         by_part = ", ".join(f"{part} by {engine}" for part, engine in zip(train.fp8.parts, engines, strict=True))
         get_logger().info("FP8 products, %s scaling: %s", train.fp8.scaling, by_part)
-    chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
+    # PyTorch's layers draw weights as they are made, which are drawn anew below: on a GPU that takes no time.
+    with device if device.type == "cuda" else nullcontext():
+        chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]
     weights.draw_weights(chunks, config.seed, mesh.tp)
     for chunk in chunks:
         chunk.freeze({name for name in mcore_optimizer.MODULES if train.module(name).is_frozen})

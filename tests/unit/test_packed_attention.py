@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mimo_megatron.attention import packed as packing
 from mimo_megatron.attention.packed import Backend, Piece, causal_attention, varlen_attention
 from tests.parity_rule import assert_kernel_parity
 
@@ -196,3 +197,25 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         causal_attention(q, k, v, [Piece(0, 4, 0, 4), Piece(5, 10, 5, 10)])
     with pytest.raises(AssertionError, match="a query without a key"):
         Piece(0, 5, 0, 4)
+
+
+@pytest.mark.parametrize(("device", "may_plan"), [("cuda", False), ("cpu", True)])
+def test_calls_on_a_gpu_are_not_cudnns_whose_plans_are_for_one_length(device: str, may_plan: bool) -> None:
+    allowed = torch.backends.cuda
+    assert allowed.cudnn_sdp_enabled()
+    with packing.without_plans(torch.device(device)):
+        assert allowed.cudnn_sdp_enabled() is may_plan
+        assert allowed.flash_sdp_enabled() and allowed.mem_efficient_sdp_enabled() and allowed.math_sdp_enabled()
+    assert allowed.cudnn_sdp_enabled()
+
+
+def test_a_piece_behind_more_keys_is_masked_and_leaves_the_choice_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    plain = packing.without_plans
+    monkeypatch.setattr(packing, "without_plans", lambda device: asked.append(device) or plain(device))
+    for pieces in (PIECES["long_keys"], PIECES["segments"]):
+        q, k, v = random_qkv(pieces[-1].q_end, max(one.k_end for one in pieces), 2, 1)
+        causal_attention(q, k, v, pieces)
+    assert asked == [torch.device("cpu")]

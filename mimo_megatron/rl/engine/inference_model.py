@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from mimo_megatron.attention.packed import causal_attention
+from mimo_megatron.attention.packed import causal_attention, without_plans
 from mimo_megatron.attention.pieces import causal_pieces
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.convert.families import rules_for
@@ -139,9 +139,9 @@ class InferenceModel:
             keys_QKLH[rows_Q, :, lengths_Q], values_QKLH[rows_Q, :, lengths_Q] = turn(k_QKH, cos, sin), v_QKH
             # The G query heads of a key-value head stand as G queries, so that nothing is repeated.
             q_QKGH = turn(q_QNH, cos, sin).unflatten(1, (keys_QKLH.shape[1], -1))
-            out_QKGH = scaled_dot_product_attention(
-                q_QKGH, keys_QKLH, values_QKLH, attn_mask=is_seen_QL[:, None, None].expand(-1, -1, q_QKGH.shape[2], -1)
-            )
+            mask_Q1GL = is_seen_QL[:, None, None].expand(-1, -1, q_QKGH.shape[2], -1)
+            with without_plans(self.device):
+                out_QKGH = scaled_dot_product_attention(q_QKGH, keys_QKLH, values_QKLH, attn_mask=mask_Q1GL)
             hidden_QD = self._rest(layer, hidden_QD, out_QKGH.flatten(1, 2))
         return self._logits(hidden_QD)
 
