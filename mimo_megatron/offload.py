@@ -191,6 +191,7 @@ class ActivationOffload:
         with torch.cuda.stream(back):
             for copy, room in zip(missing, fetched, strict=True):
                 copy.fetched = room.copy_(copy.host, non_blocking=True)
+                room.record_stream(back)  # given up unread, it is not used again before the copy is over
         layer.came = back.record_event()
 
 

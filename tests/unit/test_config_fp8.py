@@ -139,3 +139,19 @@ def test_what_a_machine_cannot_do_is_refused_by_name(here, fp8, words, monkeypat
     machine(monkeypatch, **here)
     with pytest.raises(ConfigError, match=words):
         layers.fp8_engine(Fp8Config(**fp8))
+
+
+def test_encoder_and_projector_have_pytorchs_product_on_a_gpu_whatever_the_decoder_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(monkeypatch, gpu=True, engine=True)
+    encoder = Fp8Config(parts=("vision", "projector"))
+    assert layers.encoder_product(encoder) == "scaled_mm"
+    assert layers.encoder_product(encoder.model_copy(update={"engine": "twin"})) == "twin"
+    with pytest.raises(ConfigError, match=r"parts has vision and projector.*one scale for a tensor.*parts=\[text\]"):
+        layers.encoder_product(encoder.model_copy(update={"scaling": "blockwise"}))
+    machine(monkeypatch, gpu=True, fp8=False)
+    with pytest.raises(ConfigError, match="no FP8 products"):
+        layers.encoder_product(encoder)
+    machine(monkeypatch, gpu=False)
+    assert layers.encoder_product(encoder) == "twin"
