@@ -11,12 +11,12 @@ import tokenizers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from mimo_megatron.config.model import ModelConfig, SpecialTokens
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig, SpecialTokens
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.index import IndexReport, build_index
 from mimo_megatron.data.shards import ShardSample, write_shards
-from mimo_megatron.data.tokenizer import TOKEN_NAMES, load_tokenizer
+from mimo_megatron.data.tokenizer import load_tokenizer
 
 TINY = preset("tiny-vl")
 

@@ -27,14 +27,14 @@ from benchmarks.gpu.writing import Save
 from benchmarks.provenance import ROOT
 from mimo_megatron.config.check import check
 from mimo_megatron.config.load import load_recipe
-from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig
 from mimo_megatron.config.run import RunConfig
 from mimo_megatron.data.image import smart_resize
 from mimo_megatron.data.index import build_index
 from mimo_megatron.data.loader import PackLoader
 from mimo_megatron.data.patches import patchify
 from mimo_megatron.data.shards import ShardSample, write_shards
-from mimo_megatron.data.tokenizer import TOKEN_NAMES, load_tokenizer
+from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import DataError
 from mimo_megatron.train.flops import step_flops
 from mimo_megatron.types import PackedBatch

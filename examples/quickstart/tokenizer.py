@@ -15,9 +15,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from mimo_megatron.config.model import SpecialTokens
+from mimo_megatron.config.model import TOKEN_NAMES, SpecialTokens
 from mimo_megatron.config.presets import preset
-from mimo_megatron.data.tokenizer import TOKEN_NAMES
 
 LARGEST_NUMBER = 199
 # A number, a word with the space before it, the two separators of lists, or one character of anything else.

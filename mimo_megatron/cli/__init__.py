@@ -25,7 +25,7 @@ VERBS: tuple[Verb, ...] = (
     *serve.VERBS,
 )
 _GROUPS = {
-    "config": "recipes: show, explain",
+    "config": "recipes: show, explain, model",
     "data": "data sets: convert, index, lint, stats, preview, verify-resume, calibrate",
     "reward-model": "reward models: evaluate",
     "convert": "checkpoints: from-hf, to-hf, verify, assemble, seal",

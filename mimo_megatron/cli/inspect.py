@@ -66,6 +66,21 @@ def _config_explain(values: Values) -> int:
     return 0
 
 
+def _config_model_arguments(parser: Arguments) -> None:
+    parser.add_argument("folder", type=Path, help="a Hugging Face folder, or a checkpoint of ours")
+
+
+def _config_model(values: Values) -> int:
+    from mimo_megatron.config.presets import PRESETS, preset
+    from mimo_megatron.config.yaml_text import to_yaml
+    from mimo_megatron.train.start import model_in
+
+    model = model_in(values.folder)
+    named = [name for name in PRESETS if preset(name) == model.model_copy(update={"name": name})]
+    print(to_yaml({"model": {"preset": named[0]} if named else model.model_dump(mode="json")}), end="")
+    return 0
+
+
 def _report_arguments(parser: Arguments) -> None:
     parser.add_argument("run_dir", type=Path, nargs="+", help="one run, or the stages of a journey in their order")
     parser.add_argument("--out", type=Path, help="the page of several runs (default journey.html beside the last)")
@@ -85,5 +100,6 @@ VERBS = (
     Verb("doctor", "what this machine offers, which backends follow, what to mend", _doctor_arguments, _doctor),
     Verb("config show", "every key of a recipe with the value it resolves to", _config_show_arguments, _config_show),
     Verb("config explain", "what a key of a recipe means", _config_explain_arguments, _config_explain),
+    Verb("config model", "the section `model` of a recipe for given weights", _config_model_arguments, _config_model),
     Verb("report", "one HTML page of a run, or of several in their order", _report_arguments, _report),
 )

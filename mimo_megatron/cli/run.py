@@ -70,7 +70,9 @@ def _replay(values: Values) -> int:
 
 def _score_arguments(parser: Arguments) -> None:
     add_layout(parser)
-    parser.add_argument("--samples", type=Path, required=True, help='JSONL of {"id", "messages"} with image paths')
+    parser.add_argument(
+        "--samples", type=Path, required=True, help='JSONL of {"id", "messages"}; paths of images count from the file'
+    )
     parser.add_argument("--out", type=Path, required=True, help='JSONL of {"id", "token_ids", "logprobs"}')
     parser.add_argument("--pack-tokens", type=count, default=8192, help="slots of a pack (default 8192)")
 
@@ -95,7 +97,9 @@ def _generate_arguments(parser: Arguments) -> None:
     add_layout(parser)
     parser.add_argument("--prompt", help="one question")
     parser.add_argument("--image", type=Path, action="append", default=[], help="shown before the question; repeatable")
-    parser.add_argument("--prompts", type=Path, help='JSONL of {"id", "messages"} instead of --prompt')
+    parser.add_argument(
+        "--prompts", type=Path, help='JSONL of {"id", "messages"} instead of --prompt; paths of images count from it'
+    )
     parser.add_argument("--out", type=Path, help='JSONL of {"id", "answer"} (default: printed)')
     parser.add_argument("--max-new-tokens", type=count, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")

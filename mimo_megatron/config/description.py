@@ -28,9 +28,7 @@ def read_description(folder: Path) -> ModelConfig:
     """The model of the checkpoint in ``folder``. ``CheckpointError`` if there is none."""
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {MODEL_FILE}; name a folder that training or the converter wrote"
-        )
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MODEL_FILE}; name {what_to_name(folder)}")
     try:
         description = json.loads(path.read_text())
         if description.get("format") != FORMAT:
@@ -38,6 +36,14 @@ def read_description(folder: Path) -> ModelConfig:
         return ModelConfig.model_validate(description["model"])
     except (ValueError, KeyError, AttributeError) as fault:
         raise CheckpointError(f"{path} does not describe a model ({fault}); take another checkpoint") from fault
+
+
+def what_to_name(path: Path, otherwise: str = "a folder that training or the converter wrote") -> str:
+    """For errors: the newest checkpoint of a run, where ``path`` is the run's folder or lies in it."""
+    for latest in (path / "checkpoints" / "latest", path / "latest", path):
+        if latest.name == "latest" and latest.is_file():
+            return str(latest.parent / latest.read_text().strip())
+    return otherwise
 
 
 def check_description(folder: Path, wanted: ModelConfig) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_128
 
-from mimo_megatron.config.description import MODEL_FILE
+from mimo_megatron.config.description import MODEL_FILE, what_to_name
 from mimo_megatron.errors import DamagedCheckpointError
 
 MANIFEST_FILE = "checksums.json"
@@ -54,8 +54,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
     path = folder / MANIFEST_FILE
     if not path.is_file() and not (folder / MODEL_FILE).is_file():
         raise DamagedCheckpointError(
-            f"{folder} is not a checkpoint: it has neither {MANIFEST_FILE} nor {MODEL_FILE}; name a folder that "
-            "training or the converter wrote"
+            f"{folder} is not a checkpoint: it has neither {MANIFEST_FILE} nor {MODEL_FILE}; name "
+            f"{what_to_name(folder)}"
         )
     if not path.is_file():
         raise DamagedCheckpointError(

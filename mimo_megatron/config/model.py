@@ -119,6 +119,18 @@ class TextConfig(Strict):
         return self
 
 
+TOKEN_NAMES = {
+    "pad": "<|endoftext|>",
+    "turn_start": "<|im_start|>",
+    "turn_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image_pad": "<|image_pad|>",
+    "video_pad": "<|video_pad|>",
+}
+"""How the Qwen vocabularies spell the fields of ``SpecialTokens``."""
+
+
 class SpecialTokens(Strict):
     """Token ids with a meaning for the data path; defaults are those of the Qwen2.5-VL vocabulary."""
 

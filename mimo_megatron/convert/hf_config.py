@@ -8,12 +8,14 @@ another model is refused with the fields that stand in the way.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from mimo_megatron.config.model import ModelConfig, SpecialTokens, TextConfig, VisionConfig
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig, SpecialTokens, TextConfig, VisionConfig
 from mimo_megatron.config.processor import copy_tokenizer
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.convert.hf_io import read_json, write_json
@@ -90,10 +92,26 @@ def hf_config(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
+def model_of(hf_dir: Path) -> ModelConfig:
+    """Which model a Hugging Face folder holds, by its ``config.json`` and, for tokens, its ``tokenizer.json``."""
+    return model_from_hf_config(read_json(hf_dir / "config.json"), hf_dir.name, _named_tokens(hf_dir))
+
+
+def _named_tokens(hf_dir: Path) -> dict[str, int]:
+    """The special tokens that the folder's tokenizer names as Qwen does; none where there is no ``tokenizer.json``."""
+    path = hf_dir / "tokenizer.json"
+    added = read_json(path).get("added_tokens", []) if path.is_file() else []
+    ids = {token["content"]: token["id"] for token in added}
+    return {field: ids[name] for field, name in TOKEN_NAMES.items() if name in ids}
+
+
+def model_from_hf_config(
+    config: Mapping[str, Any], name: str, named_tokens: Mapping[str, int] = MappingProxyType({})
+) -> ModelConfig:
     """The model of a ``config.json``; ``name`` where the file has none.
 
-    Reads the nested layout and the flat one of released checkpoints. ``CheckpointError`` says what is not understood.
+    Reads the nested layout and the flat one of released checkpoints. Tokens without a key there, as ``turn_start``, are
+    those of ``named_tokens``, else those of Qwen2.5-VL's vocabulary. ``CheckpointError`` says what is not understood.
     """
     kind = config.get("model_type")
     if kind not in _MODEL_TYPES:
@@ -111,12 +129,12 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
             name=own.get("name", name),
             text=_text_config(config, text, own),
             vision=vision,
-            tokens=SpecialTokens(**{**own.get("tokens", {}), **tokens}),
+            tokens=SpecialTokens(**{**named_tokens, **own.get("tokens", {}), **tokens}),
         )
     except KeyError as fault:
         raise CheckpointError(f"{name}: config.json lacks the key {fault}") from fault
     except ValidationError as fault:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in fault.errors())
+        problems = "; ".join(map(_problem, fault.errors()))
         raise CheckpointError(f"{name}: config.json does not describe a model that can run: {problems}") from fault
     if vision is not None:
         out_width = config["vision_config"].get("out_hidden_size", model.text.width)
@@ -125,6 +143,15 @@ def model_from_hf_config(config: Mapping[str, Any], name: str) -> ModelConfig:
                 f"{name}: vision_config.out_hidden_size {out_width} != the text model's hidden_size {model.text.width}"
             )
     return model
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """One of pydantic's errors; our own validators say the key themselves."""
+    where = ".".join(map(str, detail["loc"]))
+    message = detail["msg"].removeprefix("Value error, ")
+    if message.startswith("model.tokens."):
+        message += "; a tokenizer.json beside config.json would say another id"
+    return f"{where}: {message}" if where else message
 
 
 def write_hf_companions(

@@ -19,8 +19,8 @@ from mimo_megatron.config.processor import has_processor, read_processor, write_
 from mimo_megatron.config.run import EncodingConfig
 from mimo_megatron.convert.checkpoint_io import CheckpointReader, CheckpointWriter
 from mimo_megatron.convert.families import object_keys, rules_for
-from mimo_megatron.convert.hf_config import check_exportable, encoding_of, model_from_hf_config, write_hf_companions
-from mimo_megatron.convert.hf_io import SafetensorsFolder, SafetensorsWriter, read_json
+from mimo_megatron.convert.hf_config import check_exportable, encoding_of, model_of, write_hf_companions
+from mimo_megatron.convert.hf_io import SafetensorsFolder, SafetensorsWriter
 from mimo_megatron.convert.rules import Rule, Spec
 from mimo_megatron.convert.storage import Scratch, check_tensors, new_folder, same_bits
 from mimo_megatron.errors import CheckpointError
@@ -45,11 +45,6 @@ def from_hf(hf_dir: Path, ckpt_dir: Path, dtype: torch.dtype | None = None) -> M
         _copy_processor(hf_dir, folder)
         copy_calibration(hf_dir, folder)
     return source.model
-
-
-def model_of(hf_dir: Path) -> ModelConfig:
-    """Which model a Hugging Face folder holds, by its ``config.json``."""
-    return model_from_hf_config(read_json(hf_dir / "config.json"), hf_dir.name)
 
 
 def to_hf(

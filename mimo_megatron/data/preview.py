@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mimo_megatron.config.model import ModelConfig, VisionConfig
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig, VisionConfig
 from mimo_megatron.config.run import DataConfig
 from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import MediaShape, measure_media
@@ -29,7 +29,7 @@ from mimo_megatron.data.patches import unpatchify
 from mimo_megatron.data.plan import Position
 from mimo_megatron.data.reading import read_media
 from mimo_megatron.data.records import SampleError
-from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer
+from mimo_megatron.data.tokenizer import TextTokenizer
 from mimo_megatron.types import EncodedMedia, EncodedSample, RawSample
 
 TEMPLATE = "preview.html.j2"

@@ -150,7 +150,8 @@ class IndexedSource:
 def _read_sidecar(folder: Path) -> dict[str, Any]:
     path = folder / SIDECAR_FILE
     if not path.is_file():
-        raise ConfigError(f"data.sources: {folder} has no {SIDECAR_FILE}; {_REBUILD} for this folder")
+        why = "is not indexed yet" if folder.is_dir() else "does not exist"
+        raise ConfigError(f"data.sources: {folder} {why}; `mimo-megatron data index RECIPE` indexes a recipe's sources")
     sidecar = json.loads(path.read_bytes())
     if sidecar.get("version") != INDEX_VERSION:
         raise ConfigError(

@@ -10,19 +10,8 @@ from pathlib import Path
 
 import tokenizers
 
-from mimo_megatron.config.model import SpecialTokens
+from mimo_megatron.config.model import TOKEN_NAMES, SpecialTokens
 from mimo_megatron.errors import ConfigError
-
-TOKEN_NAMES = {
-    "pad": "<|endoftext|>",
-    "turn_start": "<|im_start|>",
-    "turn_end": "<|im_end|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-    "image_pad": "<|image_pad|>",
-    "video_pad": "<|video_pad|>",
-}
-"""How the Qwen vocabularies spell the fields of ``SpecialTokens``."""
 
 
 class TextTokenizer:

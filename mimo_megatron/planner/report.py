@@ -15,6 +15,7 @@ from mimo_megatron.planner.packs import Packs
 from mimo_megatron.planner.search import Candidate
 from mimo_megatron.planner.setting import Setting
 
+COLUMNS = 120
 DAY = 86_400.0
 _TERMS = {
     "weights": "weights",
@@ -91,7 +92,7 @@ def prediction(candidate: Candidate) -> str:
         f"{cost.pipeline.bubble:.0%}, vision {cost.vision_share:.0%} of the work, waiting for communication "
         f"{cost.communication_share:.0%}\n"
         f"{cost.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {cost.model_flops_share:.0%}, "
-        f"{cost.seconds * config.train.steps / DAY:,.1f} days for {config.train.steps:,} steps"
+        f"{run_text(cost.seconds * config.train.steps)} for {config.train.steps:,} steps"
     )
 
 
@@ -99,12 +100,20 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
 
 
+def run_text(seconds: float) -> str:
+    """The time of a whole run, in the unit that a reader would choose."""
+    for unit, name in ((DAY, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return seconds_text(seconds)
+
+
 def best_table(candidates: Sequence[Candidate]) -> Table:
     table = _table("Best layouts that fit, fastest first (predictions; tok/s of one GPU)")
     table.add_column("", justify="right")
     table.add_column("layout", no_wrap=True)
     table.add_column("recompute", no_wrap=True)
-    for name in ("GiB", "idle", "vision", "step", "tok/s", "days"):
+    for name in ("GiB", "idle", "vision", "step", "tok/s", "run"):
         table.add_column(name, justify="right", no_wrap=True)
     for place, one in enumerate(candidates, 1):
         layout, cost, steps = one.config.parallel, one.cost, one.config.train.steps
@@ -114,7 +123,7 @@ def best_table(candidates: Sequence[Candidate]) -> Table:
             f"{low:.0f}-{high:.0f}" if layout.pp > 1 else f"{high:.0f}",
             f"{cost.pipeline.bubble:.0%}", f"{cost.vision_share:.0%}",
             seconds_text(cost.seconds), f"{cost.tokens_per_second_per_gpu:,.0f}",
-            f"{cost.seconds * steps / DAY:,.1f}",
+            run_text(cost.seconds * steps),
         )  # fmt: skip
     return table
 
@@ -216,7 +225,10 @@ def counted(config: RunConfig, gpu: Gpu) -> Iterator[str]:
 
 
 def show(parts: Iterable[RenderableType]) -> None:
-    Console().print(Group(*parts))
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width, and rich's 80 columns would cut tables
+        console = Console(width=COLUMNS)
+    console.print(Group(*parts))
 
 
 def as_json(candidate: Candidate) -> dict[str, Any]:

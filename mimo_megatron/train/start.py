@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mimo_megatron.config.description import MODEL_FILE, read_description
+from mimo_megatron.config.description import MODEL_FILE, read_description, what_to_name
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.processor import has_processor, read_processor
 from mimo_megatron.config.run import EncodingConfig
-from mimo_megatron.convert.hf_config import encoding_of
-from mimo_megatron.convert.verbs import from_hf, model_of
+from mimo_megatron.convert.hf_config import encoding_of, model_of
+from mimo_megatron.convert.verbs import from_hf
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore import checkpoint
 from mimo_megatron.model.vlm import VisionLanguageModel
@@ -61,5 +61,5 @@ def _is_hugging_face(source: Path) -> bool:
         return True
     raise CheckpointError(
         f"{source} holds neither {MODEL_FILE} (a checkpoint of ours) nor config.json (a Hugging Face folder); "
-        "name one of these folders"
+        f"name {what_to_name(source, 'one of these folders')}"
     )

@@ -11,7 +11,8 @@ from mimo_megatron.config.calibration import Calibration, read_calibration, writ
 from mimo_megatron.config.manifest import check_whole
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.config.run import EncodingConfig, ParallelConfig
-from mimo_megatron.convert.verbs import from_hf, model_of, to_hf, verify
+from mimo_megatron.convert.hf_config import model_of
+from mimo_megatron.convert.verbs import from_hf, to_hf, verify
 from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import CheckpointError, ConfigError
 from mimo_megatron.evaluation.opened import opened

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mimo_megatron.config.model import ModelConfig, SpecialTokens
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig, SpecialTokens
 from mimo_megatron.config.presets import preset
 from mimo_megatron.data.chat import encode_chat
-from mimo_megatron.data.tokenizer import TOKEN_NAMES, TextTokenizer, load_tokenizer
+from mimo_megatron.data.tokenizer import TextTokenizer, load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import TINY, write_tokenizer
 

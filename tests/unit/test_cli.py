@@ -9,6 +9,10 @@ import pytest
 from mimo_megatron import __version__
 from mimo_megatron.cli import VERBS, build_parser, main, parse
 from mimo_megatron.cli.verb import Verb
+from mimo_megatron.config.description import write_description
+from mimo_megatron.config.load import load_recipe
+from mimo_megatron.config.presets import preset
+from tests.convert_fixtures import small_model
 
 RECIPE = Path(__file__).parents[2] / "examples/recipes/tiny/stage1.yaml"
 
@@ -90,6 +94,34 @@ def test_config_show_checks_the_layout_where_ranks_are_given(capsys: pytest.Capt
 def test_config_explain_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "train.schedule"]) == 0
     assert "train.schedule.warmup_steps: int = 0. Steps over which" in capsys.readouterr().out
+
+
+def test_config_model_names_the_preset_or_writes_a_section_that_a_recipe_takes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, model in (("preset", preset("mimo-vl-7b")), ("own", small_model())):
+        (tmp_path / name).mkdir()
+        write_description(tmp_path / name, model.model_copy(update={"name": name}))
+    assert main(["config", "model", str(tmp_path / "preset")]) == 0
+    assert capsys.readouterr().out == "model:\n  preset: mimo-vl-7b\n"
+    assert main(["config", "model", str(tmp_path / "own")]) == 0
+    other = "name: a\ndir: a\ndata: {tokenizer: a, pack_tokens: 32768, pack_patches: 65536}\ntrain: {steps: 1}\n"
+    (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out + other)
+    assert load_recipe(tmp_path / "recipe.yaml").model == small_model().model_copy(update={"name": "own"})
+
+
+def test_a_runs_folder_in_place_of_a_checkpoint_is_answered_with_its_newest_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/latest").write_text("step_000020\n")
+    for verb in (["config", "model"], ["convert", "to-hf"]):
+        for named in ("run", "run/checkpoints", "run/checkpoints/latest"):
+            assert main([*verb, named, *(["out"] if verb[0] == "convert" else [])]) == 2
+            said = " ".join(capsys.readouterr().err.replace("│", "").split())
+            assert "name run/checkpoints/step_000020" in said
+    assert main(["config", "model", "."]) == 2 and "one of these folders" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_program_and_returns_the_exit_code() -> None:

@@ -1,5 +1,6 @@
 """config.json both ways, checked against transformers' own configuration classes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
 
-from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig
 from mimo_megatron.config.presets import PRESETS, preset
 from mimo_megatron.config.processor import copy_tokenizer
-from mimo_megatron.convert.hf_config import hf_config, model_from_hf_config, write_hf_companions
+from mimo_megatron.convert.hf_config import OWN_KEY, hf_config, model_from_hf_config, model_of, write_hf_companions
 from mimo_megatron.errors import CheckpointError
 
 # The layout of released Qwen2.5-VL folders: text keys flat, rope under its old names, `in_chans`.
@@ -104,6 +105,19 @@ def test_the_image_processor_and_generation_settings_are_read_by_transformers(tm
 def test_a_model_that_is_not_ours_is_refused_by_the_key_that_differs(change: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         model_from_hf_config({**RELEASED, **change}, "folder")
+
+
+def test_tokens_that_config_json_does_not_name_are_those_of_the_folders_tokenizer(tmp_path: Path) -> None:
+    model = preset("tiny-vl")
+    theirs = {key: value for key, value in hf_config(model, torch.float32).items() if key != OWN_KEY}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(CheckpointError, match=r"run: model.tokens.turn_start = 151644 is outside .*; a tokenizer.json"):
+        model_of(tmp_path)
+    added = [{"id": getattr(model.tokens, field), "content": name} for field, name in TOKEN_NAMES.items()]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert model_of(tmp_path).tokens == model.tokens
+    (tmp_path / "config.json").write_text(json.dumps({**theirs, "image_token_id": 99}))
+    assert model_of(tmp_path).tokens.image_pad == 99, "config.json comes first"
 
 
 def test_a_missing_key_is_named() -> None:

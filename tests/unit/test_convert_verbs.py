@@ -152,14 +152,14 @@ def test_a_fault_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_the_tokenizer_and_the_pixel_limits_go_round_with_the_weights(tmp_path: Path) -> None:
     hf = write_random_hf(tmp_path / "hf", small_model())
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (hf / name).write_text(name)
+        (hf / name).write_text(json.dumps({"name": name}))
     settings = json.loads((hf / "preprocessor_config.json").read_text())
     (hf / "preprocessor_config.json").write_text(json.dumps({**settings, "max_pixels": 1_000_000}))
     from_hf(hf, tmp_path / "ckpt")
     to_hf(tmp_path / "ckpt", tmp_path / "back")
     back = {path.name: path.read_text() for path in (tmp_path / "back").glob("*.js*n*")}
     assert back.keys() >= {"tokenizer.json", "tokenizer_config.json"}
-    assert (tmp_path / "back/chat_template.jinja").read_text() == "chat_template.jinja"
+    assert (tmp_path / "back/chat_template.jinja").read_text() == '{"name": "chat_template.jinja"}'
     assert json.loads(back["preprocessor_config.json"])["max_pixels"] == 1_000_000
 
 

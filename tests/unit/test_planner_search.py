@@ -16,6 +16,7 @@ from mimo_megatron.errors import ConfigError
 from mimo_megatron.planner.cost import flop_counts, hop_seconds, stage_seconds, step_cost, update_seconds
 from mimo_megatron.planner.hardware import Efficiency, efficiency_of, gpu_named, group_bandwidth
 from mimo_megatron.planner.packs import assumed_packs
+from mimo_megatron.planner.report import run_text
 from mimo_megatron.planner.search import evaluate, layouts, require_some, search, with_layout
 from mimo_megatron.planner.setting import Setting
 from tests.repository import ROOT
@@ -129,8 +130,7 @@ def test_an_unknown_gpu_or_share_is_refused():
         efficiency_of(1.5, None)
 
 
-def test_the_command_prints_a_page_of_120_columns_and_writes_the_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_the_command_prints_a_page_of_120_columns_and_writes_the_numbers(tmp_path, capsys):
     out = tmp_path / "plan.json"
     plan = ["plan", str(ROOT / STAGE3), "--gpus", "64", "--gpu"]
     code = main([*plan, "h100", "--top", "5", "--json", str(out), *PLAIN])
@@ -139,6 +139,13 @@ def test_the_command_prints_a_page_of_120_columns_and_writes_the_numbers(tmp_pat
     assert max(map(len, page.splitlines())) <= 120 and "…" not in page
     assert not answer["own"]["fits"] and len(answer["best"]) == 5 and all(one["fits"] for one in answer["best"])
     assert main([*plan, "h200", "--top", "1", *PLAIN]) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(30.0, "30.0 s"), (1930.0, "32.2 minutes"), (7200.0, "2.0 hours"), (864e3, "10.0 days")]
+)
+def test_a_runs_time_is_said_in_a_unit_of_its_size(seconds, said):
+    assert run_text(seconds) == said
 
 
 def test_a_layout_that_the_rules_refuse_is_said_and_others_are_shown(capsys):

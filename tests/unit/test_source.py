@@ -79,8 +79,11 @@ def test_an_index_built_under_other_settings_is_refused_with_what_differs(folder
         source.check_settings(length_settings(tokenizer, TINY, changed))
 
 
-def test_a_folder_without_index_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"has no index\.json"):
+def test_a_folder_that_is_not_there_or_not_indexed_is_refused(folder):
+    with pytest.raises(ConfigError, match="does not exist; `mimo-megatron data index RECIPE`"):
+        IndexedSource(folder, "train")
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="is not indexed yet; `mimo-megatron data index RECIPE`"):
         IndexedSource(folder, "train")
 
 
