@@ -128,6 +128,7 @@ def main() -> None:
         answers = Client(folder).answers(questions, given.questions.parent, given.max_new_tokens)
         rows = ({"id": one["id"], "answer": answer} for one, answer in zip(questions, answers, strict=True))
         (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{folder / 'answers.jsonl'}: {len(answers)} answers", flush=True)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _data_stats(values: Values) -> int:
 
     config = load_recipe(values.recipe, values.overrides)
     stats = collect(config.data, config.model, seed=config.seed, num_samples=values.samples, num_packs=values.packs)
-    print(summary(stats, config.data))
+    print(summary(stats, config.data, config.train.packs_per_step))
     print(write_page(stats, config.data, config.model, values.out))
     return 0
 

@@ -68,6 +68,12 @@ class PackStats:
     patch_fill_K: NDArray[np.float64]
     num_samples_K: NDArray[np.int64]
     num_over_capacity: int
+    samples_per_epoch: int
+
+    @property
+    def packs_per_epoch(self) -> float:
+        """About how many, since packs are made window by window."""
+        return self.samples_per_epoch / float(self.num_samples_K.mean())
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,7 @@ def _packs(corpus: Corpus, seed: int, num_packs: int) -> PackStats:
         lengths_K2[:, 1] / corpus.data.pack_patches,
         np.array([len(pack) for pack in packs]),
         len(plan.over_capacity),
+        plan.samples_per_epoch,
     )
 
 
@@ -216,7 +223,7 @@ def _tables(stats: DataStats) -> dict[str, list[tuple[str, int, float]]]:
     return tables
 
 
-def summary(stats: DataStats, data: DataConfig) -> str:
+def summary(stats: DataStats, data: DataConfig, packs_per_step: int) -> str:
     """The plain numbers, for the terminal."""
     lines = []
     for one in stats.sources:
@@ -243,5 +250,10 @@ def summary(stats: DataStats, data: DataConfig) -> str:
         f"{len(packs.token_fill_K):,} packs: {packs.token_fill_K.mean():.1%} of {data.pack_tokens:,} token slots and "
         f"{packs.patch_fill_K.mean():.1%} of {data.pack_patches:,} patches filled, {packs.num_samples_K.mean():.1f} "
         f"samples each; larger than a pack: {packs.num_over_capacity:,}"
+    )
+    num_packs, num_steps = packs.packs_per_epoch, packs.packs_per_epoch / packs_per_step
+    lines.append(
+        f"an epoch: {packs.samples_per_epoch:,} samples, about {num_packs:,.0f} packs and {num_steps:,.1f} steps of "
+        f"{packs_per_step:,}"
     )
     return "\n".join(lines)

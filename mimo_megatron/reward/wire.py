@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from mimo_megatron.config.rl import RewardTask
 from mimo_megatron.reward.verdict import Reason, Status
 
-Task = Literal["math", "box", "point", "count", "time", "gui", "rm_text", "rm_multimodal"]
+Task = RewardTask  # by the name that this format has for it
 MAX_BODY_BYTES = 8 << 20
 MAX_ITEM_BYTES = 256 << 10
 MAX_ITEMS = 1024

@@ -36,6 +36,16 @@ def test_the_real_stages_fit_the_memory_of_256_h100_as_far_as_the_planner_knows(
     assert planned.fits, [round(peak / 2**30) for peak in planned.peaks]
 
 
+def test_fine_tuning_fits_one_node_of_h100s_as_far_as_the_planner_knows_the_encoder_with_recomputation() -> None:
+    path, gpu = ROOT / "examples/recipes/qwen2_5_vl_7b/finetune.yaml", gpu_named("h100")
+    trained = ["train.vision.lr=1e-6"]
+    for overrides, fits in (([], True), (trained, False), ([*trained, "train.vision_recompute=true"], True)):
+        config = load_recipe(path, overrides)
+        check(config, 8)
+        planned = evaluate(config, 8, assumed_packs(config.model, config.data), gpu, efficiency_of(None, None))
+        assert planned.fits == fits, (overrides, [round(peak / 2**30) for peak in planned.peaks])
+
+
 @pytest.mark.parametrize(
     ("stage", "tokens", "pack", "vision_lr", "projector_lr", "text_lr"),
     [

@@ -9,6 +9,7 @@ import yaml
 from mimo_megatron.cli import main
 from mimo_megatron.data.bars import Limit, histogram
 from mimo_megatron.data.corpus import Corpus
+from mimo_megatron.data.plan import Position
 from mimo_megatron.data.shards import ShardSample
 from mimo_megatron.data.stats import collect, summary, write_page
 from tests.data_fixtures import (
@@ -58,8 +59,6 @@ def test_the_numbers_are_those_of_the_samples(data):
 
 def test_the_packs_are_those_of_the_run(data):
     stats = collect(data, TINY, seed=5, num_samples=1, num_packs=4)
-    from mimo_megatron.data.plan import Position
-
     corpus = Corpus(data, TINY)
     packs, _ = corpus.plan(5).take(Position(0, 0), 4)
     tokens = [sum(corpus.planned_lengths(number)[0] for number in pack.tolist()) for pack in packs]
@@ -77,7 +76,18 @@ def test_a_damaged_sample_is_counted_by_its_reason(data):
     tar = data.sources[1].path / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b'"id": "text-1"', b'"id": "text-9"'))
     stats = collect(data, TINY, seed=1, num_samples=9, num_packs=1)
-    assert stats.counted("unreadable") == {"changed": 1} and "unreadable: 1 changed" in summary(stats, data)
+    assert stats.counted("unreadable") == {"changed": 1} and "unreadable: 1 changed" in summary(stats, data, 1)
+
+
+def test_an_epochs_steps_are_those_that_take_every_sample_once(data):
+    plan = Corpus(data, TINY).plan(1)
+    samples, packs, _ = plan.samples_per_epoch, *plan.take(Position(0, 0), 500)
+    seen = np.cumsum([len(pack) for pack in packs])
+    assert seen[-1] > 3 * samples, "many epochs"
+    stats = collect(data, TINY, seed=1, num_samples=1, num_packs=500)
+    assert stats.packs.packs_per_epoch == pytest.approx(500 * samples / seen[-1])
+    steps = f"about {stats.packs.packs_per_epoch:,.0f} packs and {stats.packs.packs_per_epoch / 2:.1f} steps of 2"
+    assert f"an epoch: {samples} samples, {steps}" in summary(stats, data, 2)
 
 
 def test_the_page_needs_no_other_file_and_shows_every_value(data, tmp_path):
