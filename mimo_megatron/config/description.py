@@ -16,6 +16,9 @@ STATE_FILE = "state.json"
 """Where training stood (step, data position); an empty object in a checkpoint that was never trained."""
 _FREE_TO_DIFFER = {"name", "text.max_positions", "text.mtp_loss_weight"}
 """How far and with which weight a model is trained is the recipe's choice, not the weights'."""
+_ENCODER_SIZES = tuple(
+    f"  model.vision.{name}:" for name in ("depth", "width", "num_heads", "ffn_width", "full_attention_layers")
+)
 
 
 def write_description(folder: Path, model: ModelConfig) -> None:
@@ -69,8 +72,13 @@ def check_same_model(found: ModelConfig, wanted: ModelConfig, where: str) -> Non
         if key not in _FREE_TO_DIFFER and there.get(key) != here.get(key)
     ]
     if differing:
-        remedy = "Name the weights of this model, or set the recipe's model to theirs"
-        lines = [f"{where} holds model {found.name!r}, not {wanted.name!r}:", *differing, remedy]
+        title = f"model {found.name!r}, not {wanted.name!r}" if found.name != wanted.name else "another model"
+        remedy = (
+            f"Name the weights of this model, or set the recipe's model to theirs: mimo-megatron config model {where}"
+        )
+        if all(line.startswith(_ENCODER_SIZES) for line in differing):
+            remedy += "\nAnother encoder with this decoder is a new start: mimo-megatron convert assemble"
+        lines = [f"{where} holds {title}:", *differing, remedy]
         raise CheckpointError("\n".join(lines))
 
 

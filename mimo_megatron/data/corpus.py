@@ -24,6 +24,7 @@ from mimo_megatron.data.plan import Plan
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.source import DataSource
 from mimo_megatron.data.tokenizer import load_tokenizer
+from mimo_megatron.errors import ConfigError
 from mimo_megatron.types import EncodedSample, RawSample
 
 
@@ -32,6 +33,8 @@ class Corpus:
     where it is not all."""
 
     def __init__(self, data: DataConfig, model: ModelConfig, part: MediaPart = ALL_MEDIA) -> None:
+        if not data.sources:
+            raise ConfigError("data.sources is empty; a recipe with the section rl is run by `mimo-megatron rl`")
         self.data = data
         self.model = model
         self.part = part

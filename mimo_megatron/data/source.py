@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -92,7 +93,10 @@ class IndexedSource:
         self._reading = reading or ReadConfig()
         self._sidecar = _read_sidecar(folder)
         self._shards = _check_shards(folder, self._sidecar)
-        table = pq.read_table(folder / INDEX_FILE)
+        try:
+            table = pq.read_table(folder / INDEX_FILE)
+        except (OSError, pa.ArrowInvalid) as fault:
+            raise ConfigError(f"data.sources: {folder / INDEX_FILE} cannot be read ({fault}); {_REBUILD}") from fault
         self._table = table.filter(pc.equal(table["split"], split)).combine_chunks()
         if not len(self._table):
             known = ", ".join(f"{name} ({count})" for name, count in self._sidecar["num_samples"].items())

@@ -43,6 +43,14 @@ def test_what_changes_weights_or_their_meaning_may_not(
         check_description(tmp_path, preset("tiny-vl"))
 
 
+def test_the_remedy_for_an_encoder_of_another_size_is_a_new_start(tmp_path: Path) -> None:
+    for fields, is_new_start in (({"depth": 5, "ffn_width": 8}, True), ({"depth": 5, "window_size": 56}, False)):
+        write_description(tmp_path, tiny("vision", **fields))
+        with pytest.raises(CheckpointError, match=r"(?s)holds another model:.*config model") as refused:
+            check_description(tmp_path, preset("tiny-vl"))
+        assert ("convert assemble" in str(refused.value)) == is_new_start
+
+
 def test_a_text_model_is_not_a_vision_model(tmp_path: Path) -> None:
     write_description(tmp_path, preset("tiny-vl").model_copy(update={"vision": None}))
     with pytest.raises(CheckpointError, match=r"model\.vision\.depth: found None, wanted 4"):

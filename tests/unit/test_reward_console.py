@@ -63,6 +63,12 @@ def rectangles(page: str) -> list[tuple[str, ...]]:
     return re.findall(pattern, page)
 
 
+def test_the_rollouts_of_a_run_are_told_from_scored_items(tmp_path: Path) -> None:
+    group = {"step": 1, "task": "box", "question": "box/1", "gold": [], "responses": [{"text": "x", "reward": 0.0}]}
+    with pytest.raises(DataError, match=r"line 1 .* a run's rollouts, which `mimo-megatron report "):
+        read_scored(write_rows(tmp_path, group), Offline().score)
+
+
 def test_gold_and_said_box_are_drawn_in_pixels_of_the_stored_picture(tmp_path: Path) -> None:
     page = page_of(tmp_path, item())
     assert '<svg viewBox="0 0 1000 800">' in page

@@ -2,14 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+from mimo_megatron.data.corpus import Corpus
 from mimo_megatron.data.encode import length_settings
 from mimo_megatron.data.reading import ReadError, read_media
 from mimo_megatron.data.records import SampleError
 from mimo_megatron.data.shards import ShardSample
-from mimo_megatron.data.source import SIDECAR_FILE, IndexedSource
+from mimo_megatron.data.source import INDEX_FILE, SIDECAR_FILE, IndexedSource
 from mimo_megatron.data.tokenizer import load_tokenizer
 from mimo_megatron.errors import ConfigError, DataError
 from tests.data_fixtures import TINY, image_sample, mixed_samples, recipe, text_sample, write_source, write_tokenizer
@@ -85,6 +87,19 @@ def test_a_folder_that_is_not_there_or_not_indexed_is_refused(folder):
     folder.mkdir()
     with pytest.raises(ConfigError, match="is not indexed yet; `mimo-megatron data index RECIPE`"):
         IndexedSource(folder, "train")
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"cut")], ids=["missing", "cut"])
+def test_an_index_whose_table_cannot_be_read_is_refused(folder, data, harm):
+    write_source(folder, [text_sample(0)], data)
+    harm(folder / INDEX_FILE)
+    with pytest.raises(ConfigError, match=r"index\.parquet cannot be read .* run `mimo-megatron data index` again"):
+        IndexedSource(folder, "train")
+
+
+def test_a_recipe_without_sources_has_no_samples(data):
+    with pytest.raises(ConfigError, match=r"data.sources is empty; .* `mimo-megatron rl`"):
+        Corpus(data.model_copy(update={"sources": ()}), TINY)
 
 
 def test_an_index_of_another_version_is_refused(folder, data):

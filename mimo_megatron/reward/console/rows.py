@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mimo_megatron.errors import DataError
+from mimo_megatron.reward.gold_check import problems_of
 from mimo_megatron.reward.verdict import Verdict
 from mimo_megatron.reward.wire import Meta, ScoreItem, ScoreResult
 
@@ -68,8 +69,11 @@ def read_scored(path: Path, scorer: Scorer) -> list[Scored]:
             row = Row.model_validate_json(line)
             stored = None if row.result is None else _verdict(row.result)
         except (ValidationError, AssertionError) as error:
+            why = problems_of(error) if isinstance(error, ValidationError) else str(error)
+            if b'"responses": [' in line:
+                why = f"it is a group of a run's rollouts, which `mimo-megatron report {path.parent}` draws"
             raise DataError(
-                f"{path.name} line {number} is not an item of /v1/score with or without its result: {error}"
+                f"{path.name} line {number} is not an item of /v1/score with or without its result: {why}"
             ) from error
         verdict = stored or scorer(row.task, row.response, row.gold, row.meta)
         found.append(Scored(number, row, verdict, stored is not None))
