@@ -150,7 +150,7 @@ def _problem(detail: ErrorDetails) -> str:
     where = ".".join(map(str, detail["loc"]))
     message = detail["msg"].removeprefix("Value error, ")
     if message.startswith("model.tokens."):
-        message += "; a tokenizer.json beside config.json would say another id"
+        message += "; put a tokenizer.json that names the token beside config.json"
     return f"{where}: {message}" if where else message
 
 

@@ -111,7 +111,9 @@ def test_tokens_that_config_json_does_not_name_are_those_of_the_folders_tokenize
     model = preset("tiny-vl")
     theirs = {key: value for key, value in hf_config(model, torch.float32).items() if key != OWN_KEY}
     (tmp_path / "config.json").write_text(json.dumps(theirs))
-    with pytest.raises(CheckpointError, match=r"run: model.tokens.turn_start = 151644 is outside .*; a tokenizer.json"):
+    with pytest.raises(
+        CheckpointError, match=r"run: model.tokens.turn_start = 151644 is outside .*; put a tokenizer.json"
+    ):
         model_of(tmp_path)
     added = [{"id": getattr(model.tokens, field), "content": name} for field, name in TOKEN_NAMES.items()]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))

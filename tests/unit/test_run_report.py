@@ -42,6 +42,7 @@ def test_the_report_is_one_file_without_scripts_or_requests(tmp_path):
         assert not re.search(r"url\(|@import|https?://", page.html)
         policy = next(attrs["content"] for _, attrs in page.tags if "http-equiv" in attrs)
         assert policy.startswith("default-src 'none'")
+    assert "means of the first and the last 5% of a stage's steps" in journey.read_text()
     links = [attrs["href"] for tag, attrs in Page(journey).tags if tag == "a"]
     assert links == ["a/report.html", "b/report.html"]
 
