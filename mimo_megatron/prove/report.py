@@ -25,14 +25,14 @@ _PRECISIONS = {"fp32": "fp64, step in fp32", "bf16": "bf16", "fp8": "FP8 product
 
 
 def follow(verdicts: Iterable[Verdict], num_cases: int, console: Console) -> list[Verdict]:
-    """All verdicts; each is printed as it comes, below them a bar."""
+    """All verdicts; each is printed as it comes, on a terminal with a bar below them."""
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         console=console,
     )  # fmt: skip
     bar = progress.add_task("cases", total=num_cases)
     done = []
-    with Live(progress, console=console, refresh_per_second=2):
+    with Live(progress, console=console, refresh_per_second=2, transient=not console.is_terminal):
         for verdict in verdicts:
             done.append(verdict)
             style = "red" if verdict.problem else None

@@ -1,11 +1,14 @@
 """Errors of several ranks made one: what is not a number on any of them must not be lost."""
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from mimo_megatron.prove.measure import Errors, Outcome, merged, relative
+from mimo_megatron.prove.report import follow
 from mimo_megatron.prove.run import TOLERANCES, difference
 
 GRADIENTS = {"a": torch.ones(2), "b": torch.ones(2)}
@@ -36,3 +39,10 @@ def test_one_ranks_infinite_error_fails_the_case(bad_rank, reference):
 def test_a_parameter_that_no_rank_holds_fails_the_case(reference):
     part = Errors(0, 0.0, {"a": 0.0}, 0.0, {"a": 0.0})
     assert "no rank holds b" in difference(merged([part, part], reference), TOLERANCES["fp32"])
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_file_gets_no_bar(is_terminal):
+    written = io.StringIO()
+    follow([], 3, Console(file=written, force_terminal=is_terminal))
+    assert ("cases" in written.getvalue()) == is_terminal
