@@ -201,7 +201,7 @@ def row_cases(
                 **norms(setting.device, setting.dtype, width, 1e-5),
             },
         ),
-        _row_case(setting, "SwiGLU", (rows, 2 * inner), ops.swiglu, _plain_swiglu, passes=(1.5, 4)),
+        _gate_case(setting, rows, inner),
         _turn_case(setting, rows, heads, 128),
         _loss_case(setting, logit_rows, vocabulary),
     ]  # fmt: skip
@@ -230,6 +230,21 @@ def _row_case(
     return Case(
         op, " x ".join(f"{size:,}" for size in shape), draw, plain, ways, {"ops": FACTOR}, "eager",
         Work(0, 0, passes[0] * num_bytes, passes[1] * num_bytes),
+    )  # fmt: skip
+
+
+def _gate_case(setting: Setting, rows: int, inner: int) -> Case:
+    """The encoder's. The decoder's is megatron's own, of ``torch.compile`` too."""
+
+    def draw() -> list[Tensor]:
+        generator = setting.generator()
+        return [setting.normal(rows, inner, generator=generator) for _ in range(2)]
+
+    num_bytes = rows * inner * setting.dtype.itemsize
+    ways = {"ops": ops.gated, "eager": _plain_gated, "torch.compile": compiled(setting, _plain_gated)}
+    return Case(
+        "SwiGLU", f"{rows:,} x 2 x {inner:,}", draw, _plain_gated, ways, {"ops": FACTOR}, "eager",
+        Work(0, 0, 3 * num_bytes, 8 * num_bytes),
     )  # fmt: skip
 
 
@@ -285,6 +300,5 @@ def _plain_norm(x_D: Tensor, weight_D: Tensor) -> Tensor:
     return (wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + 1e-5)).to(x_D.dtype) * weight_D
 
 
-def _plain_swiglu(x_2F: Tensor) -> Tensor:
-    gate_F, up_F = x_2F.chunk(2, dim=-1)
+def _plain_gated(gate_F: Tensor, up_F: Tensor) -> Tensor:
     return functional.silu(gate_F) * up_F
