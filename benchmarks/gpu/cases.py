@@ -22,7 +22,6 @@ from benchmarks.gpu.setting import Setting
 from mimo_megatron import ops
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.loss.cross_entropy import token_losses
-from mimo_megatron.model.vision import _RotateQK
 from mimo_megatron.parallel.mesh import Axis
 from mimo_triton_kernels.causal_attention import causal_attention as causal_kernel
 from mimo_triton_kernels.vision_attention import vision_attention, vision_attention_reference
@@ -105,7 +104,7 @@ def vision_case(
 
     def turned(attend: Packed) -> Way:
         def run(qkv_T3NH: Tensor) -> Tensor:
-            q, k, v = _RotateQK.apply(qkv_T3NH, cos_TE.unsqueeze(1), sin_TE.unsqueeze(1))
+            q, k, v = ops.turn_qk(qkv_T3NH, cos_TE.unsqueeze(1), sin_TE.unsqueeze(1))
             return attend(q, k, v, bounds, False)
 
         return run
