@@ -124,11 +124,11 @@ def test_inputs_and_upstream_gradient_are_left_as_they_were(op: Case) -> None:
 def test_another_number_of_rows_compiles_nothing_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "is_compiled", lambda x: True)
 
-    def step(rows: int) -> None:
-        qkv, gate = draw(rows, 3, 2, 16).float().requires_grad_(), draw(rows, 6).float().requires_grad_()
+    def step(rows: int) -> None:  # of the other tests' widths
+        qkv, x, gate = (draw(rows, *sizes).float().requires_grad_() for sizes in ((3, 3, 16), (3, 16), (3, 22)))
         angles = draw(rows, 1, 8).float()
         q, k, v = turn_qk(qkv, angles.cos(), angles.sin())
-        (turn(q, angles.cos(), angles.sin()).sum() + (q * k * v).sum() + gated(gate, gate).sum()).backward()
+        (turn(x, angles.cos(), angles.sin()).sum() + (q * k * v).sum() + gated(gate, gate).sum()).backward()
 
     step(5)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -138,7 +138,7 @@ def test_another_number_of_rows_compiles_nothing_forward_or_backward(monkeypatch
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_no_row_and_one_row_are_compiled_too(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = draw(rows, 6).float().requires_grad_()
+    gate = draw(rows, 3, 22).float().requires_grad_()
     plain = silu(gate) * gate
     monkeypatch.setattr(ops, "is_compiled", lambda x: True)
     torch.testing.assert_close(gated(gate, gate), plain)
