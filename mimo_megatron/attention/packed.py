@@ -116,7 +116,9 @@ def without_plans(device: torch.device) -> AbstractContextManager[Any]:
     10.0: cuDNN plans every shape anew on the host, for tens of milliseconds, and packs bring new lengths every step, as
     every token of generation does.
 
-    Not for masked calls with grouped-query heads: flash takes no masks, and cuDNN may be all that takes both.
+    Not for masked calls with grouped-query heads: flash takes no masks and the memory-efficient kernel no grouped
+    heads, so that only whole tables of scores would be left. Key heads repeated for the latter would be kept for the
+    backward. The libraries' kernels (``varlen.py``) need no mask.
     """
     planless = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(planless) if device.type == "cuda" else nullcontext()

@@ -1,5 +1,6 @@
 """The attention back ends of a run: what the recipe names, or what ``auto`` chooses for this device."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,11 @@ from mimo_megatron.config.run import RunConfig
 from mimo_megatron.errors import ConfigError
 
 _LIBRARIES: tuple[libraries.LibraryBackend, ...] = ("varlen", "flash")
+_MASKED = (
+    "train.text_attention=sdpa masks pieces of context-parallel ranks. With masks and grouped heads PyTorch takes "
+    "cuDNN, which plans every new length on the host, on compute capabilities 9.0 and 10.0; elsewhere, and in fp32, it "
+    "makes whole tables of scores. varlen, flash and triton need no masks"
+)
 
 
 def device_name() -> str | None:
@@ -37,6 +43,9 @@ def chosen(config: RunConfig) -> tuple[VisionBackend, TextBackend]:
     if model.vision is not None:
         _find("vision", vision, model.vision.head_width, causal=False)
     _find("text", text, model.text.head_width, causal=True)
+    is_grouped = model.text.num_heads != model.text.num_kv_heads
+    if text == "sdpa" and is_grouped and config.parallel.cp > 1 and device_name() is not None:
+        log.once(_MASKED, logging.WARNING)
     return vision, text
 
 

@@ -164,6 +164,25 @@ def test_whose_kernels_a_named_back_end_is_goes_into_the_log_once(
     ]
 
 
+@pytest.mark.parametrize(
+    ("device", "changes", "is_warned"),
+    [
+        (H200, ("parallel.cp=2",), True),
+        (H200, (), False),
+        (H200, ("parallel.cp=2", "train.text_attention=varlen"), False),
+        (None, ("parallel.cp=2",), False),
+    ],
+)
+def test_sdpa_on_context_parallel_ranks_of_gpus_is_warned_of(
+    device: str | None, changes: tuple[str, ...], is_warned: bool, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    log.once.cache_clear()
+    monkeypatch.setattr(libraries, "find", found_library)
+    monkeypatch.setattr(attention, "device_name", lambda: device)
+    attention.chosen(recipe(*changes))
+    assert any("masks pieces of context-parallel ranks" in line for line in log_lines) is is_warned
+
+
 def test_without_a_gpu_auto_is_sdpa_and_varlen_and_flash_are_refused_by_name() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
