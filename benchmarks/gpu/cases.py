@@ -119,7 +119,7 @@ def vision_case(
 
         return run
 
-    packed = packed_ways(setting.device)
+    packed = packed_ways(setting.device, width, causal=False)
     flash = packed["varlen"] if isinstance(packed["flash-attn-2"], Unavailable) else packed["flash-attn-2"]
     peers = {way: attend if isinstance(attend, Unavailable) else turned(attend) for way, attend in packed.items()}
     ways = {
@@ -161,7 +161,7 @@ def text_case(
 
     peers = {
         name: attend if isinstance(attend, Unavailable) else way(attend)
-        for name, attend in packed_ways(setting.device).items()
+        for name, attend in packed_ways(setting.device, width, causal=True).items()
     }
     ways = {"triton": lambda q, k, v: causal_kernel(q, k, v, cos_TE, torch.zeros_like(cos_TE), pieces), **peers}
     squares = sum((end - start) ** 2 for start, end in pairwise(bounds)) / 2

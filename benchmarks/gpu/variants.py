@@ -57,8 +57,8 @@ class Ways:
 
 BASELINE = Ways()
 SINGLE = (
-    Ways(vision="triton"), Ways(text="varlen"), Ways(head="triton"), Ways(vision="varlen"), Ways(text="triton"),
-    Ways(head="chunked"),
+    Ways(vision="triton"), Ways(text="flash"), Ways(head="triton"), Ways(text="varlen"), Ways(vision="flash"),
+    Ways(vision="varlen"), Ways(text="triton"), Ways(head="chunked"),
 )  # fmt: skip
 """Each change by itself, in order of value."""
 
