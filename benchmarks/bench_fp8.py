@@ -1,7 +1,7 @@
 """FP8 training against training without it: the same recipe, weights, packs and steps; loss and the demo's score.
 
     make demo                           # the data, and the checkpoint that the recipe starts from
-    python benchmarks/bench_fp8.py      # stage 3 of the demo, 400 steps, three seeds: about an hour
+    python benchmarks/bench_fp8.py      # stage 3 of the demo, 400 steps, three seeds: about two hours
     python benchmarks/bench_fp8.py --steps 100 --seeds 1 --questions 0
 
 Every run is one process by ``mimo-megatron train`` with another ``train.fp8``. ``loss`` is the mean over the last 50
@@ -35,6 +35,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fp8 delayed": ("train.precision=fp32", "train.fp8={scaling: delayed, history: 16}"),
     "fp8 blockwise": ("train.precision=fp32", "train.fp8={scaling: blockwise}"),
     "fp8 current in bf16": ("train.precision=bf16", "train.fp8={scaling: current}"),
+    **{
+        f"fp8 {scaling}, all layers": (
+            "train.precision=fp32",
+            f"train.fp8={{scaling: {scaling}, first_layers: 0, last_layers: 0, parts: [vision, projector, text]}}",
+        )
+        for scaling in ("current", "delayed", "blockwise")
+    },
 }
 ONE_PROCESS = "parallel={tp: 1, pp: 1, cp: 1, sequence_parallel: false}"
 QUESTIONS = Path("demo/data/questions/questions.jsonl")
@@ -107,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = [(kind, seed) for kind in values.runs for seed in (values.seeds if kind == BASE else values.seeds[:1])]
     results: dict[tuple[str, int], dict[str, Any]] = {}
     for kind, seed in chosen:
-        folder = values.work / f"{kind.replace(' ', '_')}-{seed}-{steps}"
+        folder = values.work / f"{kind.replace(',', '').replace(' ', '_')}-{seed}-{steps}"
         results[kind, seed] = found = train(values.recipe, folder, kind, seed, steps)
         if values.questions and seed == values.seeds[0]:
             found["score"] = ask(folder, steps, values.questions)

@@ -135,6 +135,14 @@ def judge_gpu_package(name: str, use: str, version: str | None, error: str | Non
     return Finding("packages", name, f"{version}, does not import", "fault", error, remedy)
 
 
+def judge_flash(name: str, library: str | None, passed_over: str) -> Finding:
+    """Of ``train.<name>_attention``; ``passed_over`` are newer libraries, or all, with the reason."""
+    why = f"for {name} attention of mimo-vl-7b"
+    if library is None:
+        return Finding("backends", f"{name} flash", "cannot run", "ok", f"{why}: {passed_over}")
+    return Finding("backends", f"{name} flash", library, "ok", f"{why}; {passed_over}" if passed_over else why)
+
+
 def judge_requirements(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
     """One finding for each requirement that is missing or outside its range, else one for all."""
     wanted = [Requirement(text) for text in requirements]
@@ -165,6 +173,7 @@ _BACKEND_PROBE = """
 import json
 from mimo_megatron import platform
 from mimo_megatron import _packing
+from mimo_megatron.attention import libraries
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import EncodingConfig, OptimizerConfig
 from mimo_megatron.config.fp8 import Fp8Config
@@ -177,6 +186,12 @@ facts = {"kind": here.kind, "collectives": here.backend, "layers": layer_backend
 for name, choice in (("vision", vision_choice), ("text", text_choice)):
     found = choice(model, 8192, device_name(), half=True)
     facts[f"{name} attention"] = [found.backend, found.why]
+for name, width, is_causal in (("vision", model.vision.head_width, False), ("text", model.text.head_width, True)):
+    try:
+        found = libraries.find("flash", width, is_causal)
+        facts[f"{name} flash"] = [found.name, found.passed_over]
+    except libraries.Unavailable as reason:
+        facts[f"{name} flash"] = [None, str(reason)]
 for scaling in ("current", "delayed", "blockwise"):
     try:
         facts["fp8"][scaling] = fp8_engine(Fp8Config(scaling=scaling))
@@ -286,6 +301,8 @@ def _backends() -> Iterator[Finding]:
     for name in ("vision attention", "text attention"):
         backend, why = facts[name]
         yield Finding("backends", name, f"auto is {backend}", "ok", f"for mimo-vl-7b in packs of 8K; {why}")
+    for name in ("vision", "text"):
+        yield judge_flash(name, *facts[f"{name} flash"])
     optimizer, is_fused = facts["optimizer"]
     why = "the first of Transformer Engine's, apex's and torch's here" if is_fused else "not fused on the CPU"
     yield Finding("backends", "optimizer", f"auto is AdamW of {optimizer}", "ok", why)

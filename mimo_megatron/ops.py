@@ -1,13 +1,15 @@
 """Row operations whose gradient is written by hand: RMSNorm, SwiGLU and the rotary turn.
 
-Autograd's graph of the same expressions makes up to twice as many passes over the rows and keeps more of them. Plain
-torch calls that run on every device; the norm is torch's own on a GPU. Invariants: values and gradients are those of
-the plain expressions; what is computed in at least float32 is float64 for float64 inputs; inputs and saved tensors are
-never written to.
+Autograd's graph of the same expressions makes up to twice as many passes over the rows and keeps more of them. On the
+CPU they are plain torch calls. On a GPU, where each such call is a pass over memory, ``torch.compile`` makes one kernel
+of an expression, and the norm is torch's own. Invariants: values and gradients are those of the plain expressions; what
+is computed in at least float32 is float64 for float64 inputs; inputs and saved tensors are never written to.
 
-Dims: the last one is written D (width), 2F (gate and up side by side) or H (head width); the others are rows.
+Dims: the last one is written D (width), F (gate or up), 2F (both side by side) or H (head width); the others are rows.
 """
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -83,17 +85,34 @@ def swiglu(x_2F: Tensor) -> Tensor:
     return _SwiGLU.apply(x_2F)
 
 
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_F: Tensor, up_F: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_F, up_F)
+        return _gated_kernel(gate_F, up_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_F: Tensor) -> tuple[Tensor, Tensor]:
+        return _gated_gradient_kernel(d_out_F, *ctx.saved_tensors)
+
+
+def gated(gate_F: Tensor, up_F: Tensor) -> Tensor:
+    """silu(gate) * up. On a GPU silu(gate) is not kept."""
+    return _Gated.apply(gate_F, up_F) if is_compiled(gate_F) else silu(gate_F) * up_F
+
+
 class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turn_into(x_H.new_empty(x_H.shape), x_H, cos, sin)
+        return _turned(x_H, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_H: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turn_into(d_out_H.new_empty(d_out_H.shape), d_out_H, cos, -sin), None, None
+        return _turned(d_out_H, cos, -sin), None, None
 
 
 def turn(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -105,10 +124,95 @@ def turn(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Turn.apply(x_H, cos, sin)
 
 
-def turn_into(out_H: Tensor, x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``out_H``, overwritten with the turned x. No gradient: for the functions that write theirs by hand."""
+class _TurnQK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_P3NH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        q_PNH, k_PNH, v_PNH = qkv_P3NH.unbind(1)
+        return _turned(q_PNH, cos, sin), _turned(k_PNH, cos, sin), v_PNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q_PNH: Tensor, d_k_PNH: Tensor, d_v_PNH: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        if is_compiled(d_q_PNH):
+            return _qkv_gradient_kernel(d_q_PNH, d_k_PNH, d_v_PNH, cos, -sin), None, None
+        d_qkv_P3NH = d_q_PNH.new_empty(len(d_q_PNH), 3, *d_q_PNH.shape[1:])
+        _turn_into(d_qkv_P3NH[:, 0], d_q_PNH, cos, -sin)
+        _turn_into(d_qkv_P3NH[:, 1], d_k_PNH, cos, -sin)
+        d_qkv_P3NH[:, 2] = d_v_PNH
+        return d_qkv_P3NH, None, None
+
+
+def turn_qk(qkv_P3NH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [P, N, H] of P rows, q and k turned.
+
+    The gradient of qkv is written once instead of summed from zero-filled slices: forward + backward of 5,760 rows of
+    3 x 4 x 32 takes 11 ms on a CPU core, against 17 ms.
+    """
+    q_PNH, k_PNH, v_PNH = _TurnQK.apply(qkv_P3NH, cos, sin)
+    return q_PNH, k_PNH, v_PNH
+
+
+def _turned(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A new tensor, without gradient: for the functions that write theirs by hand."""
+    if is_compiled(x_H):
+        return _turn_kernel(x_H, cos, sin)
+    return _turn_into(x_H.new_empty(x_H.shape), x_H, cos, sin)
+
+
+def _turn_into(out_H: Tensor, x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``out_H``, overwritten."""
     first, second = x_H.to(cos.dtype).chunk(2, dim=-1)
     out_first, out_second = out_H.chunk(2, dim=-1)
     torch.addcmul(first * cos, second, sin, value=-1, out=out_first)
     torch.addcmul(second * cos, first, sin, out=out_second)
     return out_H
+
+
+# ---- what is compiled on a GPU ---------------------------------------------------------------------------------------
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether expressions over ``x`` are compiled into kernels."""
+    return x.is_cuda
+
+
+def _kernel(expression: Callable[..., Any]) -> Callable[..., Any]:
+    """``expression`` by ``torch.compile``, for each width and dtype once, whatever the number of rows."""
+    compiled = cache(lambda: torch.compile(expression, dynamic=False))  # torch loads its compiler here, on a CPU never
+
+    @wraps(expression)
+    def run(*tensors: Tensor) -> Any:
+        tensors = tuple(tensor.detach() for tensor in tensors)  # or forward and backward would be compiled apart
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled()(*tensors)
+
+    return run
+
+
+@_kernel
+def _turn_kernel(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn_expression(x_H, cos, sin)
+
+
+@_kernel
+def _qkv_gradient_kernel(d_q_PNH: Tensor, d_k_PNH: Tensor, d_v_PNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    d_q_PNH, d_k_PNH = (_turn_expression(x, cos, sin) for x in (d_q_PNH, d_k_PNH))
+    return torch.stack((d_q_PNH, d_k_PNH, d_v_PNH), 1)
+
+
+def _turn_expression(x_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x_H.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_H.dtype)
+
+
+@_kernel
+def _gated_kernel(gate_F: Tensor, up_F: Tensor) -> Tensor:
+    return silu(gate_F) * up_F
+
+
+@_kernel
+def _gated_gradient_kernel(d_out_F: Tensor, gate_F: Tensor, up_F: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(d_out_F * up_F, gate_F), d_out_F * silu(gate_F)

@@ -4,10 +4,9 @@
 ``Unavailable`` with the reason, which the tables print. Dims: T rows, N query heads, K key heads, H head width.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,24 +15,28 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.gpu.peers import Unavailable, loaded, needs
-from mimo_megatron.attention import varlen
+from mimo_megatron.attention import libraries
 from mimo_megatron.attention.packed import Piece, causal_attention, varlen_attention
 from mimo_megatron.attention.reference import reference_attention
+from mimo_megatron.attention.varlen import Attend, causal_by, varlen_by
 
 Packed = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], bool], Tensor]
 _MOST_SCORES = 2**32
 """Of the reference, in one segment: 16 GiB in float32, and as much again for its softmax."""
 
 
-def packed_ways(device: torch.device) -> dict[str, Packed | Unavailable]:
-    """By name, in the order of the tables; what is not there with its reason."""
+def packed_ways(device: torch.device, head_width: int, *, causal: bool) -> dict[str, Packed | Unavailable]:
+    """By name, in the order of the tables; what is not there, or not for such heads, with its reason.
+
+    ``flash`` is what a recipe's key of that name computes, with gradients added in one order; the generations of
+    flash-attn by themselves add them in any.
+    """
     ways: dict[str, Packed | Unavailable] = {"reference": reference, "sdpa": sdpa}
     makers: dict[str, Callable[[], Packed]] = {
         "flex": lambda: _flex(device),
-        "varlen": _varlen,
-        "flash-attn-2": _flash_2,
-        "flash-attn-3": _flash_3,
-        "flash-attn-4": _flash_4,
+        "varlen": lambda: _by_backend("varlen", head_width, causal),
+        "flash": lambda: _by_backend("flash", head_width, causal),
+        **{one.name.replace(" ", "-"): partial(_flash_attn, one) for one in reversed(libraries.FLASH_ATTN)},
         "transformer-engine": _transformer_engine,
     }
     for name, make in makers.items():
@@ -98,66 +101,33 @@ def _flex(device: torch.device) -> Packed:
     return run
 
 
-def _varlen() -> Packed:
-    """The flash kernels inside PyTorch, as the package calls them."""
-    if reason := varlen.problem():
-        raise Unavailable(reason)
-    return lambda q, k, v, bounds, causal: varlen.flash_varlen(q, k, v, bounds, causal=causal)
+def _by_backend(backend: libraries.LibraryBackend, head_width: int, causal: bool) -> Packed:
+    """As the package calls it."""
+    try:
+        attend = libraries.find(backend, head_width, causal).attend
+    except libraries.Unavailable as reason:
+        raise Unavailable(str(reason)) from None
+    return _packed(attend)
 
 
-def _flash_2() -> Packed:
-    def load() -> Any:
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func
-
-    needs("flash_attn.flash_attn_interface")
-    attend = loaded(load)
-
-    def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
-        offsets, longest = _offsets(bounds, q_TNH.device)
-        return attend(q_TNH, k_TKH, v_TKH, offsets, offsets, longest, longest, causal=causal)
-
-    return run
+def _flash_attn(generation: libraries.FlashAttn) -> Packed:
+    """With gradients added in any order, which is its fastest."""
+    gpu = libraries.find_gpu()
+    assert gpu is not None
+    try:
+        attend = libraries.load(generation, gpu[1], deterministic=False).attend
+    except libraries.Unavailable as reason:
+        raise Unavailable(str(reason)) from None
+    return _packed(attend)
 
 
-def _flash_3() -> Packed:
-    def load() -> Any:
-        from flash_attn_interface import flash_attn_varlen_func
-
-        return flash_attn_varlen_func
-
-    needs("flash_attn_interface")
-    attend = loaded(load)
-
-    def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
-        offsets, longest = _offsets(bounds, q_TNH.device)
-        return _first(attend(q_TNH, k_TKH, v_TKH, offsets, offsets, longest, longest, causal=causal))
+def _packed(attend: Attend) -> Packed:
+    def run(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
+        if causal:
+            return causal_by(attend, q_TNH, k_TNH, v_TNH, pieces_of(bounds))
+        return varlen_by(attend, q_TNH, k_TNH, v_TNH, bounds)
 
     return run
-
-
-def _flash_4() -> Packed:
-    def load() -> Any:
-        from flash_attn.cute import flash_attn_varlen_func
-
-        return flash_attn_varlen_func
-
-    needs("flash_attn.cute")
-    attend = loaded(load)
-    takes = inspect.signature(attend).parameters
-
-    def run(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, bounds: tuple[int, ...], causal: bool) -> Tensor:
-        offsets, longest = _offsets(bounds, q_TNH.device)
-        lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        options = {name: value for name, value in lengths.items() if name in takes}
-        return _first(attend(q_TNH, k_TKH, v_TKH, cu_seqlens_q=offsets, cu_seqlens_k=offsets, causal=causal, **options))
-
-    return run
-
-
-def _first(found: Any) -> Tensor:
-    return found[0] if isinstance(found, tuple) else found
 
 
 def _transformer_engine() -> Packed:

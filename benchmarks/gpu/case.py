@@ -51,8 +51,9 @@ class Case:
 
 FACTOR = 1.5
 """That of tests/parity_rule.py."""
-LIBRARY = {"sdpa": 3.0, "varlen": 3.0}
-"""PyTorch's kernels round weights to bf16 where the definition does not; a wrong mask is off by orders of magnitude."""
+LIBRARY = {"sdpa": 3.0, "varlen": 3.0, "flash": 3.0}
+"""Kernels of PyTorch and flash-attn round weights to bf16 where the definition does not; a wrong mask is off by orders
+of magnitude."""
 LATE = ("flex", "reference")
 """Ways that take long to compile or to run: after all others, so that a section whose time is over has the rest."""
 FULL_WINDOWS = "full windows"

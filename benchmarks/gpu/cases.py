@@ -22,7 +22,6 @@ from benchmarks.gpu.setting import Setting
 from mimo_megatron import ops
 from mimo_megatron.config.model import ModelConfig
 from mimo_megatron.loss.cross_entropy import token_losses
-from mimo_megatron.model.vision import _RotateQK
 from mimo_megatron.parallel.mesh import Axis
 from mimo_triton_kernels.causal_attention import causal_attention as causal_kernel
 from mimo_triton_kernels.vision_attention import vision_attention, vision_attention_reference
@@ -105,7 +104,7 @@ def vision_case(
 
     def turned(attend: Packed) -> Way:
         def run(qkv_T3NH: Tensor) -> Tensor:
-            q, k, v = _RotateQK.apply(qkv_T3NH, cos_TE.unsqueeze(1), sin_TE.unsqueeze(1))
+            q, k, v = ops.turn_qk(qkv_T3NH, cos_TE.unsqueeze(1), sin_TE.unsqueeze(1))
             return attend(q, k, v, bounds, False)
 
         return run
@@ -120,7 +119,7 @@ def vision_case(
 
         return run
 
-    packed = packed_ways(setting.device)
+    packed = packed_ways(setting.device, width, causal=False)
     flash = packed["varlen"] if isinstance(packed["flash-attn-2"], Unavailable) else packed["flash-attn-2"]
     peers = {way: attend if isinstance(attend, Unavailable) else turned(attend) for way, attend in packed.items()}
     ways = {
@@ -162,7 +161,7 @@ def text_case(
 
     peers = {
         name: attend if isinstance(attend, Unavailable) else way(attend)
-        for name, attend in packed_ways(setting.device).items()
+        for name, attend in packed_ways(setting.device, width, causal=True).items()
     }
     ways = {"triton": lambda q, k, v: causal_kernel(q, k, v, cos_TE, torch.zeros_like(cos_TE), pieces), **peers}
     squares = sum((end - start) ** 2 for start, end in pairwise(bounds)) / 2
@@ -201,7 +200,7 @@ def row_cases(
                 **norms(setting.device, setting.dtype, width, 1e-5),
             },
         ),
-        _row_case(setting, "SwiGLU", (rows, 2 * inner), ops.swiglu, _plain_swiglu, passes=(1.5, 4)),
+        _gate_case(setting, rows, inner),
         _turn_case(setting, rows, heads, 128),
         _loss_case(setting, logit_rows, vocabulary),
     ]  # fmt: skip
@@ -230,6 +229,21 @@ def _row_case(
     return Case(
         op, " x ".join(f"{size:,}" for size in shape), draw, plain, ways, {"ops": FACTOR}, "eager",
         Work(0, 0, passes[0] * num_bytes, passes[1] * num_bytes),
+    )  # fmt: skip
+
+
+def _gate_case(setting: Setting, rows: int, inner: int) -> Case:
+    """The encoder's. The decoder's is megatron's own, of ``torch.compile`` too."""
+
+    def draw() -> list[Tensor]:
+        generator = setting.generator()
+        return [setting.normal(rows, inner, generator=generator) for _ in range(2)]
+
+    num_bytes = rows * inner * setting.dtype.itemsize
+    ways = {"ops": ops.gated, "eager": _plain_gated, "torch.compile": compiled(setting, _plain_gated)}
+    return Case(
+        "SwiGLU", f"{rows:,} x 2 x {inner:,}", draw, _plain_gated, ways, {"ops": FACTOR}, "eager",
+        Work(0, 0, 3 * num_bytes, 8 * num_bytes),
     )  # fmt: skip
 
 
@@ -285,6 +299,5 @@ def _plain_norm(x_D: Tensor, weight_D: Tensor) -> Tensor:
     return (wide_D * torch.rsqrt(wide_D.square().mean(-1, keepdim=True) + 1e-5)).to(x_D.dtype) * weight_D
 
 
-def _plain_swiglu(x_2F: Tensor) -> Tensor:
-    gate_F, up_F = x_2F.chunk(2, dim=-1)
+def _plain_gated(gate_F: Tensor, up_F: Tensor) -> Tensor:
     return functional.silu(gate_F) * up_F

@@ -6,7 +6,7 @@ from typing import Any
 
 from mimo_megatron.errors import ConfigError
 
-BACKENDS = ("sdpa", "varlen", "triton")
+BACKENDS = ("sdpa", "varlen", "flash", "triton")
 """Ways of the kernel table that a recipe can name."""
 _SAME = ("device", "op", "head_width", "slots")
 

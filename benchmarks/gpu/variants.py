@@ -1,8 +1,9 @@
 """Ways to compute the same training step, put into one trainer by turns, and the check that they do compute the same.
 
-Three billion weights take a CPU ten seconds to draw, so the ways of a built model are changed in place: the result is
-what the recipe's keys would have built (a test compares the two). Where the decoder's layers would be others, those of
-Transformer Engine, nothing is changed in place: a trainer is built. Every variant starts from the seed's weights.
+Three billion weights take ten CPU seconds and more to draw, so the ways of a built model are changed in place: the
+result is what the recipe's keys would have built (a test compares the two). Where the decoder's layers would be others,
+those of Transformer Engine, nothing is changed in place: a trainer is built. Every variant starts from the seed's
+weights.
 """
 
 from collections.abc import Sequence
@@ -56,8 +57,8 @@ class Ways:
 
 BASELINE = Ways()
 SINGLE = (
-    Ways(vision="triton"), Ways(text="varlen"), Ways(head="triton"), Ways(vision="varlen"), Ways(text="triton"),
-    Ways(head="chunked"),
+    Ways(vision="triton"), Ways(text="flash"), Ways(head="triton"), Ways(text="varlen"), Ways(vision="flash"),
+    Ways(vision="varlen"), Ways(text="triton"), Ways(head="chunked"),
 )  # fmt: skip
 """Each change by itself, in order of value."""
 

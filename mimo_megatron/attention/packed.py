@@ -15,14 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from mimo_megatron.attention import libraries
 from mimo_megatron.attention.reference import Piece, reference_attention
-from mimo_megatron.attention.varlen import flash_varlen
+from mimo_megatron.attention.rows import Rows, rows_of, take
+from mimo_megatron.attention.varlen import causal_by, varlen_by
 
-Backend = Literal["reference", "sdpa", "varlen"]
+Backend = Literal["reference", "sdpa", "varlen", "flash"]
 __all__ = ["Backend", "Piece", "causal_attention", "varlen_attention"]
 
 
@@ -34,8 +35,9 @@ def varlen_attention(
     if backend == "reference":
         pieces = [Piece(start, end, start, end) for start, end in pairwise(bounds)]
         return reference_attention(q_TNH, k_TKH, v_TKH, pieces, causal=False)
-    if backend == "varlen":
-        return flash_varlen(q_TNH, k_TKH, v_TKH, bounds, causal=False)
+    if backend in ("varlen", "flash"):
+        library = libraries.find(backend, q_TNH.shape[-1], causal=False)
+        return varlen_by(library.attend, q_TNH, k_TKH, v_TKH, bounds)
     return _grouped_sdpa(q_TNH, k_TKH, v_TKH, _group_runs(bounds, q_TNH.device), causal=False)
 
 
@@ -48,9 +50,9 @@ def causal_attention(
     """
     if backend == "reference":
         return reference_attention(q_TNH, k_TKH, v_TKH, pieces, causal=True)
-    if backend == "varlen":
-        assert all((one.q_start, one.q_end) == (one.k_start, one.k_end) for one in pieces), "whole segments only"
-        return flash_varlen(q_TNH, k_TKH, v_TKH, (0, *(one.q_end for one in pieces)), causal=True)
+    if backend in ("varlen", "flash"):
+        library = libraries.find(backend, q_TNH.shape[-1], causal=True)
+        return causal_by(library.attend, q_TNH, k_TKH, v_TKH, pieces)
     groups = _group_pieces(tuple(pieces), len(k_TKH), q_TNH.device)
     assert groups.num_queries == len(q_TNH), (groups.num_queries, len(q_TNH))
     return _grouped_sdpa(q_TNH, k_TKH, v_TKH, groups, causal=True)
@@ -62,22 +64,11 @@ def causal_attention(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Which rows to take, range after range. ``index`` is None where that is every row in order: nothing to copy."""
-
-    index: Tensor | None
-    inverse: Tensor | None
-    """The way back, where ``index`` is a permutation."""
-    ranges: tuple[tuple[int, int], ...]
-    """The (start, end) ranges themselves, where they are no permutation: some share rows, some rows are in none."""
-
-
-@dataclass(frozen=True)
 class _Groups:
     shapes: tuple[tuple[int, int, int], ...]
     """(pieces, query length, key length) of each batched call."""
-    queries: _Rows
-    keys: _Rows
+    queries: Rows
+    keys: Rows
 
     @property
     def num_queries(self) -> int:
@@ -110,24 +101,9 @@ def _group(queries: np.ndarray, keys: np.ndarray, *, len_keys: int, device: torc
     order = np.argsort(first_piece[kind], kind="stable")
     return _Groups(
         shapes=tuple((int(counts[i]), int(distinct[i, 0]), int(distinct[i, 1])) for i in by_appearance),
-        queries=_rows(queries[order], int(lengths[:, 0].sum()), device),
-        keys=_rows(keys[order], len_keys, device),
+        queries=rows_of(queries[order], int(lengths[:, 0].sum()), device),
+        keys=rows_of(keys[order], len_keys, device),
     )
-
-
-def _rows(ranges: np.ndarray, num_rows: int, device: torch.device) -> _Rows:
-    lengths = ranges[:, 1] - ranges[:, 0]
-    places = np.arange(lengths.sum())
-    index = places + np.repeat(ranges[:, 0] - (np.cumsum(lengths) - lengths), lengths)
-    if len(index) == num_rows and (index == places).all():
-        return _Rows(None, None, ())
-    if len(index) == num_rows and (np.bincount(index, minlength=num_rows) == 1).all():
-        return _Rows(_on(device, index), _on(device, np.argsort(index)), ())
-    return _Rows(_on(device, index), None, tuple((int(start), int(end)) for start, end in ranges))
-
-
-def _on(device: torch.device, index: np.ndarray) -> Tensor:
-    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,40 +111,14 @@ def _on(device: torch.device, index: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Take(torch.autograd.Function):
-    """``x[rows]``. The gradient of a permutation is the inverse one: no zero fill, no accumulation, no atomics.
-
-    For ranges that share rows it adds range after range, in order; there are few of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: _Rows) -> Tensor:
-        assert rows.index is not None
-        ctx.rows, ctx.shape = rows, x.shape
-        return x.index_select(0, rows.index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.rows.inverse is not None:
-            return grad.index_select(0, ctx.rows.inverse), None
-        total, done = grad.new_zeros(ctx.shape), 0
-        for start, end in ctx.rows.ranges:
-            total[start:end] += grad[done : done + end - start]
-            done += end - start
-        return total, None
-
-
-def _take(x: Tensor, rows: _Rows) -> Tensor:
-    return x if rows.index is None else _Take.apply(x, rows)
-
-
 def without_plans(device: torch.device) -> AbstractContextManager[Any]:
     """Within it calls of ``scaled_dot_product_attention`` on a GPU are not cuDNN's, which torch 2.11 prefers on 9.0 and
     10.0: cuDNN plans every shape anew on the host, for tens of milliseconds, and packs bring new lengths every step, as
     every token of generation does.
 
-    Not for masked calls with grouped-query heads: flash takes no masks, and cuDNN may be all that takes both.
+    Not for masked calls with grouped-query heads: flash takes no masks and the memory-efficient kernel no grouped
+    heads, so that only whole tables of scores would be left. Key heads repeated for the latter would be kept for the
+    backward. The libraries' kernels (``varlen.py``) need no mask.
     """
     planless = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(planless) if device.type == "cuda" else nullcontext()
@@ -177,9 +127,9 @@ def without_plans(device: torch.device) -> AbstractContextManager[Any]:
 def _grouped_sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, groups: _Groups, causal: bool) -> Tensor:
     if not groups.shapes:
         return q_TNH
-    q_parts = _take(q_TNH, groups.queries).split([count * q_length for count, q_length, _ in groups.shapes])
+    q_parts = take(q_TNH, groups.queries).split([count * q_length for count, q_length, _ in groups.shapes])
     k_sizes = [count * k_length for count, _, k_length in groups.shapes]
-    k_parts, v_parts = (_take(x, groups.keys).split(k_sizes) for x in (k_TKH, v_TKH))
+    k_parts, v_parts = (take(x, groups.keys).split(k_sizes) for x in (k_TKH, v_TKH))
     is_masked = causal and any(q_length != k_length for _, q_length, k_length in groups.shapes)
     outs = []
     with nullcontext() if is_masked else without_plans(q_TNH.device):
@@ -199,5 +149,4 @@ def _grouped_sdpa(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, groups: _Groups, 
             )
             outs.append(out.transpose(1, 2).flatten(0, 1))
     out_TNH = outs[0] if len(outs) == 1 else torch.cat(outs)
-    back = _Rows(groups.queries.inverse, groups.queries.index, ())
-    return _take(out_TNH, back)
+    return take(out_TNH, groups.queries.reversed)

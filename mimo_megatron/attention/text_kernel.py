@@ -8,7 +8,7 @@ from torch import Tensor
 from mimo_megatron.attention.packed import Piece
 from mimo_megatron.attention.vision_kernel import check_kernels_run
 
-TextBackend = Literal["reference", "sdpa", "varlen", "triton"]
+TextBackend = Literal["reference", "sdpa", "varlen", "flash", "triton"]
 TextKernel = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Sequence[Piece]], Tensor]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mimo_megatron.errors import ConfigError
 
-VisionBackend = Literal["reference", "sdpa", "varlen", "triton"]
+VisionBackend = Literal["reference", "sdpa", "varlen", "flash", "triton"]
 VisionKernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 

@@ -16,6 +16,7 @@ Rule = Callable[[RunConfig, int], Iterator[str]]
 LayoutRule = Callable[[ModelConfig, ParallelConfig, int], Iterator[str]]
 VISION_KERNEL_HEAD_WIDTH = 80
 TEXT_KERNEL_HEAD_WIDTHS = (16, 32, 64, 128)
+WIDEST_FLASH_HEAD = 256
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -259,19 +260,24 @@ def the_text_kernel_has_heads_of_its_widths(config: RunConfig, world_size: int) 
         )
 
 
-def varlen_attention_is_possible(config: RunConfig, world_size: int) -> Iterator[str]:
-    train = config.train
-    named = [f"train.{key}" for key in ("vision_attention", "text_attention") if getattr(train, key) == "varlen"]
-    for key in named:
+def library_attention_is_possible(config: RunConfig, world_size: int) -> Iterator[str]:
+    train, vision = config.train, config.model.vision
+    asked = (
+        ("train.vision_attention", train.vision_attention, None if vision is None else vision.head_width),
+        ("train.text_attention", train.text_attention, config.model.text.head_width),
+    )
+    for key, backend, width in asked:
+        if backend not in ("varlen", "flash"):
+            continue
+        if width is None:
+            yield f"{key}={backend}, and the model has no vision encoder: leave the key out"
+        elif width % 8 or width > WIDEST_FLASH_HEAD:
+            yield (
+                f"{key}={backend} takes heads of a multiple of 8, at most {WIDEST_FLASH_HEAD}, and these are {width} "
+                f"wide: set {key}=sdpa"
+            )
         if train.precision == "fp32":
-            yield f"{key}=varlen takes half precision, and train.precision is fp32: set {key}=sdpa"
-    if train.vision_attention == "varlen" and config.model.vision is None:
-        yield "train.vision_attention=varlen, and the model has no vision encoder: leave the key out"
-    if train.text_attention == "varlen" and config.parallel.cp > 1:
-        yield (
-            f"train.text_attention=varlen with parallel.cp ({config.parallel.cp}) above 1: its causal mask is not "
-            "proven for a slice of a segment; set train.text_attention=sdpa"
-        )
+            yield f"{key}={backend} takes half precision, and train.precision is fp32: set {key}=sdpa"
 
 
 def overlap_has_buckets(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -322,6 +328,6 @@ RULES: tuple[Rule, ...] = (
     the_vision_kernel_has_heads_of_its_width,
     the_chunked_head_has_a_vocabulary,
     the_text_kernel_has_heads_of_its_widths,
-    varlen_attention_is_possible,
+    library_attention_is_possible,
     overlap_has_buckets,
 )

@@ -15,8 +15,8 @@ ModuleName = Literal["vision", "projector", "text"]
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Offload = Literal["none", "vision", "text", "all"]
-VisionAttention = Literal["auto", "sdpa", "varlen", "triton"]
-TextAttention = Literal["auto", "sdpa", "varlen", "triton"]
+VisionAttention = Literal["auto", "sdpa", "varlen", "flash", "triton"]
+TextAttention = Literal["auto", "sdpa", "varlen", "flash", "triton"]
 HeadLoss = Literal["logits", "chunked", "triton"]
 AdamName = Literal["transformer-engine", "apex", "torch"]
 VisionPlacement = Literal["replicated", "balanced"]
@@ -225,14 +225,16 @@ class TrainConfig(Strict):
     vision_attention: VisionAttention = Field(
         "sdpa",
         description="Attention of the vision encoder. sdpa: PyTorch's, segments of one length in one call; varlen: "
-        "the flash kernels of torch.nn.attention.varlen, in bf16 on a GPU; triton: this package's kernel for heads 80 "
-        "wide (docs/kernels.md), which needs a GPU and triton; auto: the fastest by the table of measurements, sdpa "
-        "where it has no row for the device. None has been timed on a GPU yet.",
+        "the flash kernels of torch.nn.attention.varlen, in bf16 on a GPU; flash: those of the newest flash-attn "
+        "installed (4, 3 or 2) that this GPU runs, in bf16, with a backward that gives the same bits every time; "
+        "triton: this package's kernel for heads 80 wide (docs/kernels.md), which needs a GPU and triton; auto: the "
+        "fastest by the table of measurements, sdpa where it has no row for the device. None has been timed on a GPU "
+        "yet.",
     )
     text_attention: TextAttention = Field(
         "sdpa",
-        description="Attention of the decoder in training, as `train.vision_attention`. varlen: without context "
-        "parallelism; triton: for heads 16, 32, 64 or 128 wide.",
+        description="Attention of the decoder in training, as `train.vision_attention`. triton: for heads 16, 32, 64 "
+        "or 128 wide.",
     )
     head_loss: HeadLoss = Field(
         "logits",

@@ -8,6 +8,7 @@ Fused tensors are cut where megatron cuts them: ``linear_qkv`` by key-value grou
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -88,13 +89,15 @@ def whole_shape(param: Tensor, tp: Axis) -> tuple[int, ...]:
     return tuple(shape)
 
 
-@torch.no_grad()
 def draw_weights(chunks: Iterable[Module], seed: int, tp: Axis) -> None:
     """Fill every parameter from (seed, global name) alone, so that the start is the same in every layout.
 
-    Norm weights are 1, biases 0, matrices normal with standard deviation 0.02 (as MiMo-7B and Qwen2 configure).
+    Norm weights are 1, biases 0, matrices normal with standard deviation 0.02 (as MiMo-7B and Qwen2 configure). They
+    are drawn by as many threads as torch computes with: a generator uses one.
     """
-    for name, param in global_parameters(chunks):
+
+    @torch.no_grad()  # which holds for the thread that enters it
+    def draw(name: str, param: Parameter) -> None:
         if name.endswith(("bias", "norm_bias")):
             param.zero_()
         elif param.dim() == 1:
@@ -102,6 +105,10 @@ def draw_weights(chunks: Iterable[Module], seed: int, tp: Axis) -> None:
         else:
             whole = torch.empty(whole_shape(param, tp)).normal_(0.0, INIT_STD, generator=_generator(seed, name))
             param.copy_(shard(name, whole, param, tp))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for drawn in [pool.submit(draw, name, param) for name, param in global_parameters(chunks)]:
+            drawn.result()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -293,7 +293,8 @@ def _vision_block(setting: Setting, pack: PackShape, patches: int, *, is_full: b
     weights = (vision.ffn_width * vision.width) * b
     kept, needed = attention_memory.of_vision(setting, pack, patches, is_full=is_full)
     attention = Part("vision attention", norm + kept, forward=2 * row, backward=needed)
-    mlp = Part("vision mlp", norm + 4 * inner, forward=2 * row, backward=row + inner + max(inner, weights))
+    gated = 2 + (setting.device == "cpu")  # gate and up; on a CPU the gate's silu too
+    mlp = Part("vision mlp", norm + (gated + 1) * inner, forward=2 * row, backward=row + inner + max(inner, weights))
     saved = attention.saved + mlp.saved
     if "vision" not in setting.trained:
         angles = patches * vision.head_width * WIDE

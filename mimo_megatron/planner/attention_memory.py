@@ -1,21 +1,26 @@
 """Bytes of attention, by what computes it: what it keeps for its own backward, and what that takes beside.
 
 ``sdpa`` is called once for each length of piece, over copies where equal ones are not neighbours. ``triton`` reads the
-product of the encoder's linear layer in place and turns queries itself; ``varlen`` takes q, k and v contiguous.
+product of the encoder's linear layer in place and turns queries itself; ``varlen`` and ``flash`` take q, k and v
+contiguous, keys and values gathered piece after piece where context-parallel ranks share them.
 Log-sums are kept in 4 bytes by all. What is kept is counted in tests/unit/test_planner_attention.py; whole steps, of
-sdpa and triton, in tests/distributed/test_memory_model.py. varlen runs on GPUs alone: what its backward takes inside,
-where no counter of tensors sees it, is by torch's flash_attn/flash_api.cpp, mha_varlen_bwd.
+sdpa and triton, in tests/distributed/test_memory_model.py. varlen and flash run on GPUs alone: what their backward
+takes inside, where no counter of tensors sees it, is by mha_varlen_bwd of flash_api.cpp, in torch and in flash-attn 2.
+The latter's, with the same bits every time, has several sums where segments times heads are fewer than the GPU's
+multiprocessors; flash-attn 3 and 4 have one.
 """
 
 from dataclasses import dataclass
 
 from mimo_megatron.planner.packs import AttentionShape, PackShape, text_attention, vision_attention
-from mimo_megatron.planner.setting import WIDE, Setting
+from mimo_megatron.planner.setting import WIDE, Attention, Setting
 
 _FLASH_ROWS = 128
 """By which flash's sums of a segment's query gradients are longer than the segment."""
 _FLASH_WIDTH = 32
 """To a multiple of which it pads heads."""
+_MULTIPROCESSORS = 148
+"""A B200's; an H100 has 132."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,15 @@ def of_text(setting: Setting, pack: PackShape, cp_rank: int) -> AttentionBytes:
         is_one_group = text.num_kv_heads // tp == 1
         kept = queries * (2 - is_one_group) + 2 * keys * cp + log_sums
         return AttentionBytes(kept, is_one_group, False, max(plain, 2 * queries + qkv + log_sums))
-    if setting.text_attention == "varlen":
-        inside = _flash_bytes(t, len(pack.runs), text.num_heads // tp, text.head_width)
-        if text.num_kv_heads != text.num_heads:
-            inside += 2 * queries  # keys' and values' gradients of every query head
-        return AttentionBytes(2 * queries + 2 * keys + log_sums, False, False, max(plain, queries + qkv + inside))
     shape = text_attention(pack.runs, cp, cp_rank)
+    if setting.text_attention in ("varlen", "flash"):
+        gathered = 2 * shape.num_keys * keys // t
+        inside = _flash_bytes(setting.text_attention, t, shape.num_pieces, text.num_heads // tp, text.head_width)
+        if text.num_kv_heads != text.num_heads:
+            inside += gathered * text.num_heads // text.num_kv_heads  # their gradients, of every query head
+        if cp > 1:
+            inside += gathered + 2 * keys * cp  # before they are added up, and after
+        return AttentionBytes(2 * queries + gathered + log_sums, False, False, max(plain, queries + qkv + inside))
     kept = 2 * queries + log_sums + shape.mask_cells * setting.value_bytes
     if shape.keys_copied:
         kept += 2 * shape.num_keys * keys // t
@@ -75,9 +83,9 @@ def of_vision(setting: Setting, pack: PackShape, patches: int, *, is_full: bool)
         # The fused qkv and out; no log-sums of windows from Hopper on, which is left out. Backward: the stream's and
         # the output's gradient, one of q and k turned again, and the gradient of the fused qkv.
         return 4 * row + log_sums, 6 * row + log_sums
-    if setting.vision_attention == "varlen":
+    if setting.vision_attention in ("varlen", "flash"):
         num_runs = round(shape.num_pieces * patches / pack.num_patches)
-        inside = _flash_bytes(patches, num_runs, vision.num_heads, vision.head_width)
+        inside = _flash_bytes(setting.vision_attention, patches, num_runs, vision.num_heads, vision.head_width)
         return 4 * row + log_sums, max(8 * row, 5 * row + inside)
     # q, k, v and out; v in place is a view of the fused qkv, three rows. Joined or reordered outputs are a copy.
     attended = 4 + 2 * (not shape.keys_copied) + _has_other_output(shape)
@@ -88,7 +96,8 @@ def _has_other_output(shape: AttentionShape) -> bool:
     return shape.num_groups > 1 or shape.queries_copied
 
 
-def _flash_bytes(rows: int, num_segments: int, num_heads: int, head_width: int) -> int:
+def _flash_bytes(backend: Attention, rows: int, num_segments: int, num_heads: int, head_width: int) -> int:
     """Sums of query gradients, and one number a row, in 4 bytes."""
     padded = -(-head_width // _FLASH_WIDTH) * _FLASH_WIDTH
-    return (rows + _FLASH_ROWS * num_segments) * num_heads * (padded + 1) * WIDE
+    num_sums = 1 if backend == "varlen" else -(-_MULTIPROCESSORS // max(1, num_segments * num_heads))
+    return (rows + _FLASH_ROWS * num_segments) * num_heads * (num_sums * padded + 1) * WIDE

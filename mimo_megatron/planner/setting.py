@@ -12,7 +12,7 @@ from mimo_megatron.parallel.spread_reference import loads, spread_reference
 from mimo_megatron.planner.packs import Grid, PackShape
 
 Device = Literal["cpu", "cuda"]
-Attention = Literal["sdpa", "varlen", "triton"]
+Attention = Literal["sdpa", "varlen", "flash", "triton"]
 WIDE = 4
 
 

@@ -1,23 +1,19 @@
-"""What ``auto`` chooses and why; the flash kernels of PyTorch asked for as they want it; both keys in a model."""
+"""What ``auto`` chooses and why; what a recipe that names a back end gets, and what is logged and refused."""
 
-import inspect
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.table import put_into, rows_of
-from mimo_megatron.attention import varlen
+from mimo_megatron import log
+from mimo_megatron.attention import libraries
 from mimo_megatron.attention.choice import TABLE, Choice, Measured, choose, measured, parse
-from mimo_megatron.attention.packed import Piece, causal_attention, varlen_attention
-from mimo_megatron.attention.reference import reference_attention
-from mimo_megatron.config.check import check, varlen_attention_is_possible
+from mimo_megatron.attention.libraries import Library
+from mimo_megatron.config.check import check, library_attention_is_possible
 from mimo_megatron.config.load import load_recipe
 from mimo_megatron.config.presets import preset
 from mimo_megatron.config.run import RunConfig
@@ -31,7 +27,7 @@ FRAMES = Measured(H200, "vision frames", 80, 8192, {"sdpa": 2.0, "varlen": 3.0, 
 LONG_FRAMES = replace(FRAMES, slots=32_768, milliseconds={"sdpa": 20.0, "varlen": 30.0, "triton": 99.0})
 ROWS = (WINDOWS, FRAMES, LONG_FRAMES)
 LAYERS = {"vision windows": 28, "vision frames": 4}
-FREE = {"sdpa": None, "varlen": None, "triton": None}
+FREE = {"sdpa": None, "varlen": None, "flash": None, "triton": None}
 
 
 def choice(**changes: Any) -> Choice:
@@ -93,7 +89,7 @@ def test_a_row_without_the_default_is_refused() -> None:
 
 def result(rehearsal: bool = False) -> dict[str, Any]:
     key = ["vision windows", 80, 8192]
-    ways = {"sdpa": 2.0, "triton": 1.0, "flash-attn-2": 0.5}
+    ways = {"sdpa": 2.0, "triton": 1.0, "flash-attn-2": 0.5, "flash": 0.6}
     rows: list[dict[str, Any]] = [{"key": key, "way": way, "train": {"ms": ms}} for way, ms in ways.items()]
     rows += [{"key": key, "way": "varlen", "failed": "no image"}, {"way": "ops", "train": {"ms": 3.0}}]
     sections = {"kernels": {"data": {"rows": rows}}}
@@ -105,7 +101,7 @@ def test_a_result_file_becomes_rows_and_newer_ones_replace_them(tmp_path: Path) 
     path.write_text('{"rows": []}')
     put_into(path, rows_of(result(), "first.json"))
     assert parse(path.read_text()) == (
-        Measured(H200, "vision windows", 80, 8192, {"sdpa": 2.0, "triton": 1.0}, "first.json"),
+        Measured(H200, "vision windows", 80, 8192, {"sdpa": 2.0, "triton": 1.0, "flash": 0.6}, "first.json"),
     )
     put_into(path, [{**vars(FRAMES)}, *rows_of(result(), "second.json")])
     assert [(row.op, row.source) for row in parse(path.read_text())] == [
@@ -128,114 +124,92 @@ def recipe(*overrides: str) -> RunConfig:
     return load_recipe(ROOT / "examples" / "recipes" / "mimo_vl_7b" / "stage2.yaml", overrides)
 
 
+def found_library(backend: str, head_width: int, causal: bool) -> Library:
+    """In the place of ``libraries.find``: all that are asked for."""
+    return Library(f"{backend} for {head_width}", lambda q, *_: q, "flash-attn 4: no" if causal else "")
+
+
 def test_a_recipe_with_auto_gets_what_the_table_says(monkeypatch: pytest.MonkeyPatch, log_lines: list[str]) -> None:
-    text = Measured(H200, "text causal", 128, 8192, {"sdpa": 2.0, "varlen": 1.0}, "b.json")
+    log.once.cache_clear()
+    text = Measured(H200, "text causal", 128, 8192, {"sdpa": 2.0, "varlen": 1.5, "flash": 1.0}, "b.json")
     monkeypatch.setattr(attention, "measured", lambda: (*ROWS, text))
     monkeypatch.setattr(attention, "device_name", lambda: H200)
-    monkeypatch.setattr(varlen, "problem", lambda: None)
+    monkeypatch.setattr(libraries, "find", found_library)
     monkeypatch.setattr(attention, "vision_kernel", lambda: None)
     asked = ("train.vision_attention=auto", "train.text_attention=auto")
-    assert attention.chosen(recipe(*asked)) == ("triton", "varlen")
-    assert any(line.startswith("train.text_attention=auto: varlen (measured on NVIDIA H200") for line in log_lines)
+    assert attention.chosen(recipe(*asked)) == ("triton", "flash")
+    assert attention.chosen(recipe(*asked, "parallel.cp=2"))[1] == "flash"
+    assert any(line.startswith("train.text_attention=auto: flash (measured on NVIDIA H200") for line in log_lines)
+    assert "train.text_attention=flash: flash for 128 (flash-attn 4: no)" in log_lines
     # What the table prefers and this run cannot have.
     assert attention.chosen(recipe(*asked, "train.precision=fp32"))[1] == "sdpa"
-    assert attention.chosen(recipe(*asked, "parallel.cp=2"))[1] == "sdpa"
+    monkeypatch.setattr(libraries, "hindrance", lambda backend, *_: "no" if backend == "flash" else None)
+    assert attention.chosen(recipe(*asked))[1] == "varlen"
     assert attention.chosen(recipe()) == ("sdpa", "sdpa")
 
 
-def test_without_a_gpu_auto_is_sdpa_and_varlen_is_refused_by_name() -> None:
+def test_whose_kernels_a_named_back_end_is_goes_into_the_log_once(
+    monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    log.once.cache_clear()
+    monkeypatch.setattr(libraries, "find", found_library)
+    for _ in range(2):
+        assert attention.chosen(recipe("train.vision_attention=flash", "train.text_attention=varlen")) == (
+            "flash",
+            "varlen",
+        )
+    assert log_lines == [
+        "train.vision_attention=flash: flash for 80",
+        "train.text_attention=varlen: varlen for 128 (flash-attn 4: no)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "is_warned"),
+    [
+        (H200, ("parallel.cp=2",), True),
+        (H200, (), False),
+        (H200, ("parallel.cp=2", "train.text_attention=varlen"), False),
+        (None, ("parallel.cp=2",), False),
+    ],
+)
+def test_sdpa_on_context_parallel_ranks_of_gpus_is_warned_of(
+    device: str | None, changes: tuple[str, ...], is_warned: bool, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    log.once.cache_clear()
+    monkeypatch.setattr(libraries, "find", found_library)
+    monkeypatch.setattr(attention, "device_name", lambda: device)
+    attention.chosen(recipe(*changes))
+    assert any("masks pieces of context-parallel ranks" in line for line in log_lines) is is_warned
+
+
+def test_without_a_gpu_auto_is_sdpa_and_varlen_and_flash_are_refused_by_name() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert attention.chosen(recipe("train.vision_attention=auto", "train.text_attention=auto")) == ("sdpa", "sdpa")
     with pytest.raises(ConfigError, match=r"train\.text_attention=varlen, and torch sees no GPU: set train\.text_att"):
         attention.chosen(recipe("train.text_attention=varlen"))
+    with pytest.raises(ConfigError, match=r"vision_attention=flash, and torch sees no GPU: install flash-attn-4"):
+        attention.chosen(recipe("train.vision_attention=flash"))
 
 
-def test_what_varlen_cannot_compute_is_a_mistake_of_the_recipe() -> None:
+def test_what_a_library_cannot_compute_is_a_mistake_of_the_recipe() -> None:
     def found(*overrides: str) -> list[str]:
-        return list(varlen_attention_is_possible(recipe(*overrides), 2))
+        return list(library_attention_is_possible(recipe(*overrides), 2))
 
-    assert not found("train.text_attention=varlen", "train.vision_attention=varlen")
-    assert "half precision" in found("train.vision_attention=varlen", "train.precision=fp32")[0]
-    assert "parallel.cp (2) above 1" in found("train.text_attention=varlen", "parallel.cp=2")[0]
-    assert "has no vision encoder" in found("train.vision_attention=varlen", "model.vision=null")[0]
-    with pytest.raises(ConfigError, match=r"parallel\.cp \(2\) above 1"):
-        check(recipe("train.text_attention=varlen", "parallel.cp=2"), 2560)
+    for name in ("varlen", "flash"):
+        both = (f"train.text_attention={name}", f"train.vision_attention={name}")
+        assert not found(*both, "parallel.cp=2")
+        assert [line.split(":")[-1] for line in found(*both, "train.precision=fp32")] == [
+            " set train.vision_attention=sdpa",
+            " set train.text_attention=sdpa",
+        ]
+        assert "has no vision encoder" in found(both[1], "model.vision=null")[0]
+        wide = ("model.text.head_width=264", "model.text.mrope_section=[44, 44, 44]")
+        assert "a multiple of 8, at most 256, and these are 264 wide" in found(both[0], *wide)[0]
+    with pytest.raises(ConfigError, match="takes half precision"):
+        check(recipe("train.text_attention=flash", "train.precision=fp32"), 2560)
 
 
 def test_a_model_without_an_encoder_has_a_choice_for_its_text() -> None:
     assert attention.vision_choice(preset("mimo-7b-base"), 8192, H200, True).why == "the model has no vision encoder"
-
-
-# ---- PyTorch's flash kernels -----------------------------------------------------------------------------------------
-
-
-def stand_in(**accepted: Any) -> Callable[..., Tensor]:
-    """The definition behind the signature of one of torch's releases: the kernels themselves need a GPU."""
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
-    ) -> Tensor:
-        assert set(options) <= set(accepted), options
-        assert cu_q.dtype == cu_k.dtype == torch.int32 and query.is_contiguous() and key.is_contiguous()
-        assert query.shape[1] == key.shape[1] or options.get("enable_gqa")
-        pieces = [Piece(start, end, start, end) for start, end in pairwise(cu_q.tolist())]
-        assert max_q == max_k == max(piece.q_end - piece.q_start for piece in pieces)
-        causal = options.get("is_causal", options.get("window_size") == (-1, 0))
-        return reference_attention(query, key, value, pieces, causal=causal)
-
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in accepted]
-    attend.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
-    return attend
-
-
-RELEASES = {
-    "2.10": dict(is_causal=False),
-    "2.11": dict(scale=None, window_size=(-1, -1)),
-    "2.12": dict(window_size=(-1, -1), enable_gqa=False),
-}
-
-
-@pytest.mark.parametrize("accepted", RELEASES.values(), ids=RELEASES)
-def test_varlen_is_asked_for_as_each_torch_wants_it(accepted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in(**accepted))
-    draw = torch.Generator().manual_seed(1)
-    bounds = (0, 5, 5, 6, 19)
-    q, k, v = (torch.randn(19, heads, 8, dtype=torch.float64, generator=draw) for heads in (4, 2, 2))
-    pieces = [Piece(start, end, start, end) for start, end in pairwise(bounds)]
-    got = causal_attention(q, k, v, pieces, backend="varlen")
-    torch.testing.assert_close(got, causal_attention(q, k, v, pieces, backend="reference"))
-    wide = torch.randn(19, 3, 4, 8, dtype=torch.float64, generator=draw)
-    parts = wide.unbind(1)
-    got = varlen_attention(*parts, bounds, backend="varlen")
-    torch.testing.assert_close(got, varlen_attention(*parts, bounds, backend="reference"))
-    assert varlen_attention(q[:0], k[:0], v[:0], (0,), backend="varlen").shape == (0, 4, 8)
-
-
-def test_a_piece_of_a_segment_is_not_given_to_varlen() -> None:
-    rows = torch.zeros(4, 1, 8)
-    with pytest.raises(AssertionError, match="whole segments only"):
-        causal_attention(rows[:2], rows, rows, [Piece(0, 2, 0, 4)], backend="varlen")
-
-
-@pytest.mark.gpu
-def test_varlen_on_a_gpu_is_near_the_definition() -> None:
-    draw = torch.Generator("cuda").manual_seed(1)
-    bounds = (0, 700, 701, 1300)
-    for width, heads, key_heads in ((80, 16, 16), (128, 32, 8)):
-        q, k, v = (
-            torch.randn(1300, count, width, device="cuda", generator=draw).bfloat16()
-            for count in (heads, key_heads, key_heads)
-        )
-        pieces = [Piece(start, end, start, end) for start, end in pairwise(bounds)]
-        for got, want in (
-            (
-                causal_attention(q, k, v, pieces, backend="varlen"),
-                causal_attention(q, k, v, pieces, backend="reference"),
-            ),
-            (
-                varlen_attention(q, k, v, bounds, backend="varlen"),
-                varlen_attention(q, k, v, bounds, backend="reference"),
-            ),
-        ):
-            assert (got.double() - want.double()).norm() < 1e-2 * want.double().norm()

@@ -18,6 +18,7 @@ from mimo_megatron.doctor import (
     has_fault,
     judge_dali,
     judge_energon,
+    judge_flash,
     judge_fp8,
     judge_gpu_package,
     judge_megatron,
@@ -86,6 +87,13 @@ def test_a_gpu_package_that_does_not_import_is_a_fault_and_a_missing_one_a_note(
     assert judge_gpu_package("flash-attn", "packed attention", "2.8", None).status == "ok"
     assert judge_gpu_package("apex", "", None, None).status == "ok"
     assert judge_gpu_package("apex", "", "0.1", "undefined symbol").status == "fault"
+
+
+def test_whose_kernels_flash_is_and_what_was_passed_over_is_told() -> None:
+    taken = judge_flash("text", "flash-attn 3 (3.0.0)", "flash-attn 4: flash_attn.cute is not installed")
+    assert taken.status == "ok" and taken.found == "flash-attn 3 (3.0.0)"
+    assert taken.why == "for text attention of mimo-vl-7b; flash-attn 4: flash_attn.cute is not installed"
+    assert judge_flash("vision", None, "torch sees no GPU").found == "cannot run"
 
 
 def test_little_memory_is_a_note_with_a_remedy() -> None:

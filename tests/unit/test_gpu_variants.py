@@ -250,8 +250,8 @@ def test_each_change_by_itself_covers_every_value_of_the_keys_once() -> None:
     changed = [[key for key in vars(ways) if ways.changes(key)] for ways in SINGLE]
     assert all(len(keys) == 1 for keys in changed)
     assert {(keys[0], getattr(ways, keys[0])) for keys, ways in zip(changed, SINGLE, strict=True)} == {
-        *(("vision", way) for way in ("varlen", "triton")),
-        *(("text", way) for way in ("varlen", "triton")),
+        *(("vision", way) for way in ("varlen", "flash", "triton")),
+        *(("text", way) for way in ("varlen", "flash", "triton")),
         *(("head", way) for way in ("chunked", "triton")),
     }
 
@@ -295,14 +295,14 @@ def test_the_section_measures_a_baseline_each_change_the_best_text_alone_and_fp8
     found = sections_of(monkeypatch, Bench(SETTING), made_up)
     told = {row["variant"]: row.get("failed") or row.get("wrong") for row in found["rows"]}
     assert [name.removesuffix(", recompute none") for name in told] == [
-        "8K, baseline", "8K, vision triton", "8K, text varlen", "8K, head triton", "8K, vision varlen",
-        "8K, text triton", "8K, head chunked", "8K text, head chunked",
+        "8K, baseline", "8K, vision triton", "8K, text flash", "8K, head triton", "8K, text varlen",
+        "8K, vision flash", "8K, vision varlen", "8K, text triton", "8K, head chunked", "8K text, head chunked",
         "8K, head chunked, fp8 scaled_mm in all parts", "8K, head chunked, fp8 scaled_mm",
         "8K, fp8 scaled_mm", "8K, head chunked, fp8 transformer-engine", "32K, baseline", "32K, head chunked",
     ]  # fmt: skip
     assert told["8K, vision triton, recompute none"] == "RuntimeError: no kernel image"
     assert told["8K, head triton, recompute none"].startswith("gradient 5.00e-01")
-    assert "takes half precision" in told["8K, text varlen, recompute none"]
+    assert all("takes half precision" in told[f"8K, text {way}, recompute none"] for way in ("flash", "varlen"))
     assert not any("losses_R" in row for row in found["rows"])
     assert len(found["profiles"]) == len(found["encoder"]) == 2
 

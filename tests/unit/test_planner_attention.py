@@ -1,12 +1,12 @@
 """What the planner says attention keeps, by back end, beside the storages that autograd really keeps.
 
-Triton's kernels run in their interpreter. PyTorch's varlen kernels need a GPU: there the shapes are traced, by fake
-tensors through the operator's own autograd formula, which is what says what is kept.
+Triton's kernels run in their interpreter. Libraries' varlen kernels need a GPU: there the shapes are traced, by fake
+tensors through the autograd formula of PyTorch's operator, which is what says what is kept; flash-attn's keep the same.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from mimo_megatron.attention import varlen
+from mimo_megatron.attention import libraries, varlen
+from mimo_megatron.attention.packed import causal_attention
 from mimo_megatron.attention.pieces import causal_pieces
 from mimo_megatron.attention.text_kernel import text_kernel
 from mimo_megatron.config.model import ModelConfig
@@ -35,7 +36,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 APART, ALONE = (40, 24, 40, 24), (128,)
 """Segments whose equals are not neighbours, which sdpa copies; and one."""
 GRIDS = ((1, 16, 12), (1, 8, 8))
-BACKENDS = ["sdpa", "varlen", pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["sdpa", "varlen", "flash", pytest.param("triton", marks=needs_triton)]
 
 
 def kept_bytes(run: Callable[[], Any], *others: Tensor) -> int:
@@ -65,11 +66,18 @@ def setting_of(model: ModelConfig, backend: str, tp: int = 1) -> Setting:
 
 @contextmanager
 def where_it_runs(backend: str) -> Iterator[None]:
-    """No tensor of a fake mode may stay in the cache of offsets."""
-    varlen._offsets.cache_clear()
-    with FakeTensorMode() if backend == "varlen" else nullcontext():
+    """No tensor of a fake mode may stay in the caches of lengths."""
+    if backend not in ("varlen", "flash"):
         yield
-    varlen._offsets.cache_clear()
+        return
+    caches = (varlen._segments, varlen._pieces)
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
+        patch.setattr(libraries, "find", lambda *_, **__: libraries.Library("traced", libraries.torch_varlen))
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def text_attention_keeps(model: ModelConfig, backend: str, runs: tuple[int, ...]) -> int:
@@ -156,6 +164,22 @@ def test_counting_one_back_end_as_another_is_found():
         assert found == pytest.approx(as_sdpa.kept + as_sdpa.keeps_qkv * qkv, rel=0.1)
 
 
+@pytest.mark.parametrize("cp_rank", [0, 1])
+@pytest.mark.parametrize("runs", [(128,), (40, 24, 40, 24), (8,) * 16], ids=["one sample", "several", "short ones"])
+def test_keys_gathered_for_context_parallel_pieces_are_counted(runs, cp_rank):
+    """Without the gather over ranks itself: queries of this rank, keys and values of all slots."""
+    model = MODELS["grouped queries"]
+    config = run_config(model, parallel=ParallelConfig(cp=2), precision="fp32", text_attention="flash")
+    said, text = attention_memory.of_text(Setting.of(config, "cpu"), text_pack(runs), cp_rank), model.text
+    bounds = [sum(runs[:place]) for place in range(len(runs) + 1)]
+    pieces = causal_pieces(bounds, [(32 * cp_rank, 32 * cp_rank + 32), (96 - 32 * cp_rank, 128 - 32 * cp_rank)])
+    with where_it_runs("flash"):
+        q = torch.randn(64, text.num_heads, text.head_width, requires_grad=True)
+        k, v = (torch.randn(128, text.num_kv_heads, text.head_width, requires_grad=True) for _ in range(2))
+        found = kept_bytes(lambda: causal_attention(q, k, v, pieces, backend="flash"))
+    assert found == pytest.approx(said.kept, rel=0.01) and not said.keeps_qkv
+
+
 def test_flashs_backward_needs_room_for_sums_of_every_short_segment():
     """By hand, for windows of 64 patches: 2,304 rows of 16 heads of 80, padded to 96, and 128 more for each of 36."""
     vision = tiny_model().vision.model_copy(update=dict(width=1280, num_heads=16, ffn_width=64))
@@ -166,3 +190,15 @@ def test_flashs_backward_needs_room_for_sums_of_every_short_segment():
     assert needed == 5 * rows + inside
     _, of_frame = attention_memory.of_vision(setting_of(model, "varlen"), pack, 2304, is_full=True)
     assert of_frame < needed
+
+
+def test_same_bits_in_flashs_backward_take_as_many_sums_as_fill_the_gpu():
+    """By hand: one frame of 16 heads of 80, padded to 96, is 10 sums for 148 multiprocessors; 36 windows are one."""
+    vision = tiny_model().vision.model_copy(update=dict(width=1280, num_heads=16, ffn_width=64))
+    model = tiny_model().model_copy(update={"vision": vision})
+    pack = PackShape("test", 1024, (1024,), ((1, 48, 48),), 1024)
+    of_varlen, of_flash = setting_of(model, "varlen"), setting_of(model, "flash")
+    _, frame = attention_memory.of_vision(of_flash, pack, 2304, is_full=True)
+    assert frame == 5 * 2304 * 1280 * 4 + (2304 + 128) * 16 * (10 * 96 + 1) * 4
+    windows = [attention_memory.of_vision(one, pack, 2304, is_full=False) for one in (of_varlen, of_flash)]
+    assert windows[0] == windows[1]

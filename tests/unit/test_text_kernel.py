@@ -12,6 +12,7 @@ from torch import Tensor
 from mimo_megatron import offload
 from mimo_megatron.attention.cache import KVCache
 from mimo_megatron.attention.packed import Piece, causal_attention
+from mimo_megatron.attention.rows import Rows
 from mimo_megatron.attention.text_kernel import TextBackend, text_kernel
 from mimo_megatron.config.check import TEXT_KERNEL_HEAD_WIDTHS
 from mimo_megatron.config.presets import preset
@@ -27,6 +28,7 @@ from mimo_megatron.model.vlm import build_chunks
 from mimo_megatron.train.step import build_model, local_packs, loss_of
 from tests.harness import run_ranks
 from tests.kernel_cases import DEVICE, ON_GPU
+from tests.library_cases import at_the_top_left, by, by_definition
 from tests.parity_rule import assert_named_parity
 from tests.samples import random_sample, run_config
 
@@ -69,10 +71,12 @@ def with_pytorchs(dtype: torch.dtype) -> dict[str, Tensor]:
     return run_ranks(loss_and_gradients, 1, "sdpa", dtype, 1, "none")[0]
 
 
-def assert_same_decoder(cp: int, recompute: Recompute, offloads: Offload = "none") -> None:
+def assert_same_decoder(
+    cp: int, recompute: Recompute, offloads: Offload = "none", backend: TextBackend = "triton"
+) -> None:
     eager, oracle = with_pytorchs(torch.float32), with_pytorchs(torch.float64)
     assert any("mtp" in name and "qkv" in name for name in oracle)
-    for got in run_ranks(loss_and_gradients, cp, "triton", torch.float32, cp, recompute, offloads):
+    for got in run_ranks(loss_and_gradients, cp, backend, torch.float32, cp, recompute, offloads):
         assert_named_parity(got, eager, oracle, torch.float32)
 
 
@@ -95,6 +99,35 @@ def test_a_kernel_that_does_not_turn_queries_is_found(monkeypatch: pytest.Monkey
     )
     with pytest.raises(AssertionError, match="exceeds"):
         assert_same_decoder(1, "none")
+
+
+@pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
+@pytest.mark.parametrize(("backend", "library"), [("flash", "flash-attn 4"), ("varlen", "torch 2.13")])
+@pytest.mark.parametrize(("cp", "recompute"), [(1, "none"), (2, "selective")])
+def test_the_decoder_is_the_same_with_a_librarys_kernel(
+    cp: int, recompute: Recompute, backend: TextBackend, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a CPU goes: what the kernel is given, by the definition. Two samples of 17 and 40 tokens in 64 slots:
+    both context-parallel ranks have pieces behind more keys, one has two pieces that share them."""
+    with by(by_definition, monkeypatch, library):
+        assert_same_decoder(cp, recompute, backend=backend)
+
+
+def first_rows(x: Tensor, rows: Rows) -> Tensor:
+    """As many as were asked for."""
+    return x if rows.index is None else torch.cat((x, x))[: len(rows.index)]
+
+
+@pytest.mark.skipif(ON_GPU, reason="ranks are forked: the parent's CUDA context does not survive it")
+@pytest.mark.parametrize("fault", ["top left", "keys not gathered"])
+def test_a_librarys_mask_or_keys_that_do_not_fit_context_parallel_pieces_are_found(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "keys not gathered":
+        monkeypatch.setattr("mimo_megatron.attention.varlen.take", first_rows)
+    kernel = at_the_top_left if fault == "top left" else by_definition
+    with by(kernel, monkeypatch), pytest.raises(AssertionError, match="exceeds"):
+        assert_same_decoder(2, "none", backend="flash")
 
 
 def of_a_recipe(address: RankAddress) -> list[bool]:

@@ -16,6 +16,7 @@ from mimo_megatron.data.vision_layout import vision_layout
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.model.vision import VisionEncoder
 from tests.kernel_cases import DEVICE, ON_GPU
+from tests.library_cases import by, by_definition
 from tests.parity_rule import assert_named_parity
 from tests.repository import ROOT
 
@@ -27,8 +28,8 @@ VISION = VisionConfig(
 )
 
 
-@needs_triton
-def test_the_encoder_is_the_same_with_the_kernel() -> None:
+def assert_same_encoder(backend: VisionBackend) -> None:
+    """Features and all gradients, in fp32, beside PyTorch's in fp64."""
     layout = vision_layout(GRIDS, VISION)
     pixels = torch.randint(0, 256, (88, 1176), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
@@ -46,8 +47,33 @@ def test_the_encoder_is_the_same_with_the_kernel() -> None:
         hidden_PD.square().sum().backward()
         return {"hidden": hidden_PD.detach(), **{name: p.grad for name, p in encoder.named_parameters()}}
 
-    got, eager, oracle = run("triton", torch.float32), run("sdpa", torch.float32), run("sdpa", torch.float64)
+    got, eager, oracle = run(backend, torch.float32), run("sdpa", torch.float32), run("sdpa", torch.float64)
     assert_named_parity(got, eager, oracle, torch.float32)
+
+
+@needs_triton
+def test_the_encoder_is_the_same_with_the_kernel() -> None:
+    assert_same_encoder("triton")
+
+
+@pytest.mark.skipif(ON_GPU, reason="by the definition, in place of a library")
+@pytest.mark.parametrize(("backend", "library"), [("flash", "flash-attn 3"), ("varlen", "torch 2.11")])
+def test_the_encoder_is_the_same_with_a_librarys_kernel(
+    backend: VisionBackend, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with by(by_definition, monkeypatch, library):
+        assert_same_encoder(backend)
+
+
+def test_a_library_that_is_told_of_too_few_segments_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last border left out."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, _q: int, _k: int, causal: bool) -> Tensor:
+        cu_q, cu_k = (torch.cat((cu[:-2], cu[-1:])) for cu in (cu_q, cu_k))
+        return by_definition(q, k, v, cu_q, cu_k, int(cu_q.diff().max()), int(cu_k.diff().max()), causal)
+
+    with by(joined, monkeypatch), pytest.raises(AssertionError, match="exceeds"):
+        assert_same_encoder("flash")
 
 
 def test_heads_of_the_released_models_are_taken() -> None:
