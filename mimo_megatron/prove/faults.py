@@ -125,11 +125,11 @@ def _always(_original: Any) -> Any:
 
 
 def _agreed_over_cp_alone(shared_amax: Any) -> Any:
-    return lambda tensors, _axis: shared_amax(tensors, current_mesh().cp)
+    return lambda tensors, _axis, rounding: shared_amax(tensors, current_mesh().cp, rounding)
 
 
 def _agreed_over_tp_alone(shared_amax: Any) -> Any:
-    return lambda tensors, _axis: shared_amax(tensors, current_mesh().tp)
+    return lambda tensors, _axis, rounding: shared_amax(tensors, current_mesh().tp, rounding)
 
 
 def _scaled_on_its_own(linear_maker: Any) -> Any:
