@@ -2,7 +2,8 @@
 
 The rule of tests/parity_rule.py: output and each gradient of a kernel of ours may be at most 1.5 times as far from
 float64 as the definition is in the same dtype, of PyTorch's 3 times. Uninitialised memory is NaN meanwhile, so an
-element that nothing writes is found; and two runs of a Triton kernel must give the same bits.
+element that nothing writes is found; and two runs of a Triton kernel must give the same bits. What rounds to FP8 must
+give the bits of PyTorch's operations.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import rounding
 from benchmarks.gpu.case import FACTOR, Case, Way, in_order
 from benchmarks.gpu.cases import small_cases
 from benchmarks.gpu.peers import Unavailable
@@ -49,6 +51,10 @@ def section(bench: Bench, save: Save) -> None:
                 wrong.append(f"{case.op} by {name} ({case.shape}): {row.get('failed') or row['why']}")
             save(rows=[row])
         gc.collect()
+    for row in rounding.judged(bench.setting, poisoned) if bench.seconds_left() > 0 else ():
+        if not row.get("ok", "absent" in row):
+            wrong.append(f"{row['op']} by {row['way']} ({row['shape']}): {row['why']}")
+        save(rows=[row])
     if wrong:
         raise WrongResult("; ".join(wrong))
 
