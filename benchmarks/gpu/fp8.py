@@ -1,9 +1,9 @@
 """FP8 against bf16 in the linear layers of the 7B shape: the three products of a training step, without and with casts.
 
 FP8 is E4M3 with one scale a tensor, through ``torch._scaled_mm``, which takes the left operand by rows and the right by
-columns: the backward's products need transposed copies, which are part of the casts. Beside casts by torch.compile there
-are those of this package's kernels, as its layer has them: the weight is rounded twice, once for each of its products.
-Transformer Engine's layer is timed beside it where it imports. Dims: R rows, I inputs, O outputs.
+columns: the backward's products need transposed copies, which are part of the casts. Beside casts by torch.compile are
+those of this package's kernels, as its layer has them: the weight is rounded twice, once for each of its products.
+Transformer Engine's layer is timed too where it imports. Dims: R rows, I inputs, O outputs.
 """
 
 import importlib.util

@@ -267,7 +267,9 @@ def _fp8(data: Tree) -> str:
         if "failed" in ours:
             return [one["linear"], one["shape"], plain["ms"], *[None] * 5, ours["failed"]]
         speed = [plain["ms"] / ours[kind]["ms"] for kind in ("products", "with_casts")]
-        with_casts = [plain["ms"] / way["with_casts"]["ms"] if "with_casts" in way else None for way in (kernels, engine)]
+        with_casts = [
+            plain["ms"] / way["with_casts"]["ms"] if "with_casts" in way else None for way in (kernels, engine)
+        ]
         said = {"kernels": kernels, "Transformer Engine": engine}
         notes = [f"{name}: {why}" for name, way in said.items() if (why := way.get("absent") or way.get("failed"))]
         error = max(value for way in (ours, kernels) for value in way.get("errors", {}).values())

@@ -43,9 +43,9 @@ class Fp8Config(Strict):
 
     rounding: Fp8Rounding = Field(
         "auto",
-        description="What rounds for scaled_mm, with the same bits: torch: PyTorch's operations; triton: this package's "
-        "kernels (docs/kernels.md), which have not run on a GPU yet; auto: on a GPU the kernels where triton is "
-        "installed, else PyTorch's operations; the log names it.",
+        description="What rounds for scaled_mm, to the same bits. torch: PyTorch's operations; triton: kernels of this "
+        "package (docs/kernels.md), which have not run on a GPU yet; auto: on a GPU the kernels where triton is "
+        "installed, else PyTorch's operations. The log names it.",
     )
 
     @property

@@ -39,7 +39,7 @@ class KernelRounding:
     def __init__(self) -> None:
         """``ConfigError`` where the kernels cannot run."""
         if reason := why_no_kernels():
-            raise ConfigError(f"train.fp8.rounding=triton, and {reason}: set train.fp8.rounding=torch, of the same bits")
+            raise ConfigError(f"train.fp8.rounding=triton, and {reason}: set train.fp8.rounding=torch")
         from mimo_triton_kernels.fp8_rounding import largest_magnitude, round_two_ways
 
         self._largest_magnitude, self._round_two_ways = largest_magnitude, round_two_ways

@@ -1,10 +1,11 @@
 """Bytes of a linear layer in FP8: what it keeps for its backward instead of its input, and what it takes for a moment.
 
-``twin`` and ``scaled_mm`` are ``fp8/linear.py``: both keep their input in FP8 with every microbatch, of all slots of this
-rank, and round the weight again in the backward. Where plain torch calls round they take 8 bytes a number, with tiles
-12; kernels write what is multiplied and nothing else. The twin then multiplies what operands stand for in 4 bytes. Transformer Engine's layers are counted by their sources
-and have not been run: input in FP8, one FP8 copy of the weight in each orientation for as long as the run lasts,
-rounding in one kernel. Counted against real steps of the twin: tests/distributed/test_memory_model.py.
+``twin`` and ``scaled_mm`` are ``fp8/linear.py``: both keep their input in FP8 with every microbatch, of all slots of
+this rank, and round the weight again in the backward. Where plain torch calls round they take 8 bytes a number, with
+tiles 12; kernels write what is multiplied and nothing else. The twin multiplies what operands stand for, in 4 bytes.
+Transformer Engine's layers are counted by their sources and have not been run: input in FP8, one FP8 copy of the weight
+in each orientation for as long as the run lasts, rounding in one kernel. Counted against real steps of the twin:
+tests/distributed/test_memory_model.py; against single layers: tests/unit/test_planner_fp8.py.
 """
 
 from dataclasses import dataclass

@@ -156,7 +156,7 @@ def test_operands_of_any_sizes_are_given_to_a_gpus_product_as_it_wants_them(size
     b = Quantised(torch.empty(reduced, columns, dtype=E4M3, device="meta").t(), inverse, (columns, reduced))
     out = scaled_product(a, b, torch.bfloat16)
     assert out.shape == (rows, columns) and out.is_contiguous()
-    with pytest.raises(RuntimeError, match="divisible by 16|must be col_major"):
+    with pytest.raises(RuntimeError, match=r"divisible by 16|must be col_major"):
         torch._scaled_mm(a.values_MK, b.values_MK.t(), inverse, inverse, out_dtype=torch.bfloat16)
 
 

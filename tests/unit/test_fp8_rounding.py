@@ -1,4 +1,4 @@
-"""Rounding by kernels gives a layer the bits that PyTorch's operations give it; only what a product needs is written."""
+"""Rounding by kernels gives a layer the bits that PyTorch's operations give; only what a product needs is written."""
 
 import sys
 

@@ -148,7 +148,7 @@ def test_a_rounding_whose_bits_are_others_fails_the_section(monkeypatch: pytest.
     judged = [row for row in rows if row["op"] == rounding.OP]
     assert len(judged) == 4 and all(row["ok"] and not any(row["errors"].values()) for row in judged)
     monkeypatch.setattr(rounding, "round_two_ways", nearly)
-    with pytest.raises(correctness.WrongResult, match="FP8 rounding by triton .*values differ.*transposed differ"):
+    with pytest.raises(correctness.WrongResult, match=r"FP8 rounding by triton .*values differ.*transposed differ"):
         correctness.section(bench(), lambda **_: None)
 
 

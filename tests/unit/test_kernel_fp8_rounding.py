@@ -46,7 +46,7 @@ def assert_bits(got: Tensor, want: Tensor) -> None:
 
 def check(module: ModuleType, x_MK: Tensor, scale: Tensor, fp8: torch.dtype) -> None:
     """Both orientations and their padding, and the largest magnitude, where memory is NaN before."""
-    (rows, columns), want = x_MK.shape, round_to(x_MK, scale, fp8)
+    want = round_to(x_MK, scale, fp8)
     with uninitialised_memory_is_nan():
         values_MK, values_KM = module.round_two_ways(x_MK, scale, fp8)
     padded = [size + -size % 16 for size in x_MK.shape]
