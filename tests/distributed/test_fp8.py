@@ -219,6 +219,16 @@ def test_training_with_kernels_that_round_is_training_with_torchs_operations_bit
         assert all(torch.equal(histories[name], histories_too[name]) for name in histories)
 
 
+def test_gathers_beside_the_forward_leave_a_weight_rounded_again_as_it_was():
+    """Two data-parallel ranks, whose parameters are gathered while the next step's forward runs."""
+    layout, overlapped = dict(tp=1), dict(overlap_grad_reduce=True, overlap_param_gather=True)
+    plain, beside = (run_ranks(trained, 2, recipe(DELAYED, layout, **train)) for train in ({}, overlapped))
+    for (losses, params, histories), (losses_too, params_too, histories_too) in zip(plain, beside, strict=True):
+        assert losses == losses_too
+        assert all(torch.equal(params[name], params_too[name]) for name in params)
+        assert histories and all(torch.equal(histories[name], histories_too[name]) for name in histories)
+
+
 def layers_in_fp8(address: RankAddress, config: RunConfig) -> set[str]:
     with megatron(config.parallel, address) as mesh:
         (chunk,) = build_trainer(config, mesh).bare_chunks
