@@ -51,9 +51,11 @@ def section(bench: Bench, save: Save) -> None:
                 wrong.append(f"{case.op} by {name} ({case.shape}): {row.get('failed') or row['why']}")
             save(rows=[row])
         gc.collect()
-    for row in rounding.judged(bench.setting, poisoned) if bench.seconds_left() > 0 else ():
-        if not row.get("ok", "absent" in row):
-            wrong.append(f"{row['op']} by {row['way']} ({row['shape']}): {row['why']}")
+    for head, shape, dtype in rounding.heads(bench.setting):
+        row = judge_rounding(head, shape, dtype, bench)
+        if not row.get("ok", row.get("absent") == rounding.NO_FP8):
+            told = row.get("failed") or row.get("absent") or row["why"]
+            wrong.append(f"{row['op']} by {row['way']} ({row['shape']}): {told}")
         save(rows=[row])
     if wrong:
         raise WrongResult("; ".join(wrong))
@@ -88,6 +90,17 @@ def judge(
     if not same_bits:
         beyond.append("two runs differ")
     return {**head, "errors": errors, "limits": limits, "ok": not beyond, "why": "; ".join(beyond)}
+
+
+def judge_rounding(head: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
+    if bench.seconds_left() <= 0:
+        return {**head, "absent": NO_TIME}
+    try:
+        return {**head, **rounding.judged(bench.setting, shape, dtype, poisoned)}
+    except Exception as error:
+        if is_fatal(error, bench.setting.synchronize):
+            raise
+        return {**head, "failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def run(way: Way, case: Case, dtype: torch.dtype, measured: torch.dtype) -> list[Tensor]:

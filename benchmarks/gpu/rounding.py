@@ -24,38 +24,40 @@ def has_kernels(setting: Setting) -> bool:
     return not setting.on_gpu or has_fp8(setting.on_gpu)
 
 
-def judged(setting: Setting, poisoned: Callable[[], Any]) -> Iterator[dict[str, Any]]:
-    """For each format and shape a row of the section correctness: the share of values whose bits are others than those
-    of PyTorch's operations on this device, none of which may be; and whether two runs agree."""
+def heads(setting: Setting) -> Iterator[tuple[dict[str, Any], tuple[int, int], torch.dtype]]:
+    """For each format and shape: the beginning of its row of the section correctness."""
     for dtype in (E4M3, E5M2):
         for shape in REHEARSAL_SHAPES if setting.is_rehearsal else SHAPES:
-            head = {"op": OP, "shape": f"{shape[0]:,} x {shape[1]:,}, {dtype}", "way": WAY, "ours": True}
-            if not has_kernels(setting):
-                yield {**head, "absent": NO_FP8}
-                continue
-            x_MK = numbers(setting, *shape)
-            scale = torch.tensor(0.7, device=setting.device)
-            with poisoned():
-                found, again = (round_two_ways(x_MK, scale, dtype) for _ in range(2))
-            errors = {
-                "values": others(found[0], round_to(x_MK, scale, dtype)),
-                "transposed": others(found[1], round_to(x_MK, scale, dtype).t()),
-                "largest magnitude": float(not largest_magnitude(x_MK).equal(TORCH.amax(x_MK))),
-                "two runs": float(not all(bits(a).equal(bits(b)) for a, b in zip(found, again, strict=True))),
-            }
-            beyond = [f"{part} differ: {share:.1e}" for part, share in errors.items() if share]
-            yield {
-                **head, "errors": errors, "limits": dict.fromkeys(errors, 0.0), "ok": not beyond,
-                "why": "; ".join(beyond),
-            }  # fmt: skip
+            yield (
+                {"op": OP, "shape": f"{shape[0]:,} x {shape[1]:,}, {dtype}", "way": WAY, "ours": True}, shape, dtype,
+            )  # fmt: skip
+
+
+def judged(setting: Setting, shape: tuple[int, int], dtype: torch.dtype, poisoned: Callable[[], Any]) -> dict[str, Any]:
+    """The share of values whose bits are others than those of PyTorch's operations on this device, none of which may
+    be; and whether two runs agree."""
+    if not has_kernels(setting):
+        return {"absent": NO_FP8}
+    x_MK, scale = numbers(setting, *shape), torch.tensor(0.7, device=setting.device)
+    is_largest = largest_magnitude(x_MK).equal(TORCH.amax(x_MK))
+    x_MK[-1, -1] = -torch.inf
+    with poisoned():
+        found, again = (round_two_ways(x_MK, scale, dtype) for _ in range(2))
+    errors = {
+        "values": others(found[0], round_to(x_MK, scale, dtype)),
+        "transposed": others(found[1], round_to(x_MK, scale, dtype).t()),
+        "largest magnitude": float(not is_largest),
+        "two runs": float(not all(bits(a).equal(bits(b)) for a, b in zip(found, again, strict=True))),
+    }
+    beyond = [f"{part} differ: {share:.1e}" for part, share in errors.items() if share]
+    return {"errors": errors, "limits": dict.fromkeys(errors, 0.0), "ok": not beyond, "why": "; ".join(beyond)}
 
 
 def numbers(setting: Setting, rows: int, columns: int) -> Tensor:
-    """Of all magnitudes that the formats have and of larger ones, signs both; infinity is among them, NaN is not."""
+    """Of all magnitudes that the formats have and of larger ones, of both signs."""
     draw = setting.generator()
     exponents = torch.randint(-24, 18, (rows, columns), generator=draw, device=setting.device)
     x_MK = setting.normal(rows, columns, generator=draw, dtype=torch.float32) * torch.exp2(exponents.float())
-    x_MK[-1, -1] = -torch.inf
     return x_MK.to(setting.dtype)
 
 

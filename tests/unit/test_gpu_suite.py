@@ -147,6 +147,9 @@ def test_a_rounding_whose_bits_are_others_fails_the_section(monkeypatch: pytest.
     correctness.section(bench(), lambda **more: rows.extend(more["rows"]))
     judged = [row for row in rows if row["op"] == rounding.OP]
     assert len(judged) == 4 and all(row["ok"] and not any(row["errors"].values()) for row in judged)
+    with monkeypatch.context() as faulty, pytest.raises(correctness.WrongResult, match="largest magnitude differ"):
+        faulty.setattr(rounding, "largest_magnitude", lambda x: fp8_rounding.largest_magnitude(x) * 1.001)
+        correctness.section(bench(), lambda **_: None)
     monkeypatch.setattr(rounding, "round_two_ways", nearly)
     with pytest.raises(correctness.WrongResult, match=r"FP8 rounding by triton .*values differ.*transposed differ"):
         correctness.section(bench(), lambda **_: None)
