@@ -20,8 +20,8 @@ from provenance import write_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimo_megatron.config.presets import preset
 from mimo_megatron.config.model import VisionConfig
+from mimo_megatron.config.presets import preset
 from mimo_megatron.data.vision_layout import vision_layout
 from mimo_megatron.model.vision import VisionEncoder
 from mimo_megatron.train.flops import step_flops
