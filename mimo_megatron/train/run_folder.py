@@ -49,7 +49,9 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             file = (self.root / _LOCK).open("a+")
         except OSError as error:
-            raise ConfigError(f"dir {self.root} cannot be written ({error}): name another, or mend its rights") from error
+            raise ConfigError(
+                f"dir {self.root} cannot be written ({error}): name another, or mend its rights"
+            ) from error
         with file:
             _claim(file, self.root)
             yield

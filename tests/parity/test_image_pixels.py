@@ -75,7 +75,9 @@ def test_patches_of_any_colour_mode_equal_hf(kind: str) -> None:
     assert np.ptp(one.patches_PC) > 50  # the picture survived
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")]
+)
 def test_gray_of_more_than_8_bits_is_refused_from_its_header_where_hf_makes_it_white(dtype: type, kind: str) -> None:
     """As medical images and depth maps are stored."""
     out = io.BytesIO()

@@ -129,7 +129,7 @@ def test_older_keys_of_pixel_limits_win_over_size_as_in_transformers(tmp_path: P
 
 def test_limits_that_are_no_numbers_are_refused_by_the_file(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": "few"}')
-    with pytest.raises(CheckpointError, match="preprocessor_config.json does not say how images are resized"):
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json does not say how images are resized"):
         encoding_of(tmp_path)
 
 

@@ -16,9 +16,9 @@ from mimo_megatron.train.run_folder import RunFolder
 
 def test_a_folder_in_use_is_refused_by_its_holder_until_it_is_free(tmp_path):
     folder = RunFolder(tmp_path / "deep" / "run")
-    with folder.in_use(), pytest.raises(ConfigError, match=rf"used by another run \(process .*:{os.getpid()}\)"):
-        with RunFolder(folder.root).in_use():
-            pytest.fail("two runs in one folder")
+    used = rf"used by another run \(process .*:{os.getpid()}\)"
+    with folder.in_use(), pytest.raises(ConfigError, match=used), RunFolder(folder.root).in_use():
+        pytest.fail("two runs in one folder")
     with folder.in_use():
         pass
 
@@ -72,9 +72,9 @@ def test_the_claim_of_another_machine_is_waited_for_and_then_refused(tmp_path, m
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/run cannot be written .*name another"):
-        with RunFolder(tmp_path / "file" / "run").in_use():
-            pass
+    folder = RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"file/run cannot be written .*name another"), folder.in_use():
+        pass
 
 
 def test_what_was_left_out_after_the_step_that_a_run_goes_on_from_is_listed_once(tmp_path):
