@@ -246,10 +246,11 @@ def _untrained(folder: Path, wanted: dict[str, Any]) -> list[str]:
     parts = sorted({match[1] for key in missing if (match := _STATE_OF.match(key))})
     if not missing:
         return []
+    frozen = " ".join(f"train.{part}.lr=null" for part in parts)
     return [
         f"{folder}: its run did not train {', '.join(parts)}, which this recipe trains: there is no optimizer state of "
-        f"{len(missing)} tensors, {missing[0]} among them. Set {' '.join(f'train.{part}.lr=null' for part in parts)} to "
-        f"go on, or begin a new run, in another dir, with start_from={folder}"
+        f"{len(missing)} tensors, {missing[0]} among them. Set {frozen} to go on, or begin a new run, in another dir, "
+        f"with start_from={folder}"
     ]
 
 
