@@ -168,7 +168,7 @@ def _steps(
                 metrics.write(replace(record, data_seconds=agreed.waited_seconds, numbers=numbers))
             is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
             watchdog.at(step, "save")
-            too_many = limit.exceeded_by(totals[4], new)
+            too_many = limit.exceeded_by(loader.num_drawn, new)
             if is_due or step == train.steps or too_many:
                 saver.save(step, wait=bool(too_many))
             if too_many:
