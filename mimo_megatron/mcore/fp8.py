@@ -156,6 +156,19 @@ def is_saved(chunks: Iterable[Module], folder: Path) -> bool:
     return not missing
 
 
+def history_problems(chunks: Iterable[Module], folder: Path) -> list[str]:
+    """What to say where the checkpoint's histories are of another length than these stages keep."""
+    own = _state(chunks)
+    saved = load_tensors_metadata(str(folder)) if own else {}
+    for key in sorted(own.keys() & saved.keys()):
+        if (there := tuple(saved[key].global_shape)) != (here := tuple(own[key].shape)):
+            return [
+                f"{folder} was saved with train.fp8.history={there[0]}, and the recipe says {here[0]} ({key}): "
+                f"set train.fp8.history={there[0]}"
+            ]
+    return []
+
+
 def _state(chunks: Iterable[Module]) -> dict[str, Tensor]:
     return {
         f"{STATE_PREFIX}{name}.{kind}": tensor
