@@ -25,11 +25,12 @@ import torch
 import triton
 from provenance import write_rows
 
-from mimo_triton_kernels import causal_attention, chunk_softmax, vision_attention
+from mimo_triton_kernels import causal_attention, chunk_softmax, fp8_rounding, vision_attention
 from mimo_triton_kernels.ahead_of_time import Compiled, compile_call
 from mimo_triton_kernels.launching import Call, recorded_calls
 
 HEADS = 16
+FP8_CAPABILITY = 89  # from here on GPUs convert to e4m3; Triton refuses the type before
 COLUMNS = 4096  # of a chunk of logits: what a pack of 32,768 trained rows has by default
 # A pack's windows, one of them at an image's border, and a pack of frames; 1,000 rows are no multiple of anything.
 BOUNDS = {"windows": (*range(0, 1000, 64), 1000), "frames": (0, 16, 1000)}
@@ -58,6 +59,9 @@ def calls(dtype: torch.dtype, capability: int) -> dict[str, Call]:
         logits_RC, labels_R = torch.empty(8, COLUMNS, dtype=dtype), torch.zeros(8, dtype=torch.int64)
         chunk_softmax.absorb(logits_RC, labels_R, torch.empty(4, 8), True)
         chunk_softmax.to_gradient(logits_RC, labels_R, torch.empty(8), torch.empty(8))
+        fp8_rounding.largest_magnitude(logits_RC)
+        if capability >= FP8_CAPABILITY:
+            fp8_rounding.round_two_ways(logits_RC, torch.empty(()), torch.float8_e4m3fn)
     return found | {call.kernel.__name__.strip("_"): call for call in recorded}
 
 

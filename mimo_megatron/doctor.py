@@ -179,6 +179,7 @@ from mimo_megatron.config.run import EncodingConfig, OptimizerConfig
 from mimo_megatron.config.fp8 import Fp8Config
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore import adam
+from mimo_megatron.mcore.fp8 import rounding_name
 from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 from mimo_megatron.train.attention import device_name, text_choice, vision_choice
 here, model = platform.current(), preset("mimo-vl-7b")
@@ -197,6 +198,7 @@ for scaling in ("current", "delayed", "blockwise"):
         facts["fp8"][scaling] = fp8_engine(Fp8Config(scaling=scaling))
     except ConfigError as error:
         facts["fp8"][scaling] = "none"
+facts["rounding"] = rounding_name(Fp8Config(), "scaled_mm")
 facts["optimizer"] = [adam.chosen(OptimizerConfig()), adam.runs_fused_kernels()]
 facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
@@ -298,6 +300,8 @@ def _backends() -> Iterator[Finding]:
     why = "installed, and there is a GPU" if uses_engine else "megatron's own; Transformer Engine needs a GPU"
     yield Finding("backends", "decoder layers", facts["layers"], "note" if on_gpu and not uses_engine else "ok", why)
     yield judge_fp8(facts["fp8"], on_gpu=on_gpu)
+    why = "to the same bits; for scaled_mm: kernels on a GPU where triton is installed"
+    yield Finding("backends", "FP8 rounding", f"auto is {facts['rounding']}", "ok", why)
     for name in ("vision attention", "text attention"):
         backend, why = facts[name]
         yield Finding("backends", name, f"auto is {backend}", "ok", f"for mimo-vl-7b in packs of 8K; {why}")

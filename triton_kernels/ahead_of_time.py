@@ -21,7 +21,10 @@ from triton.compiler import ASTSource
 
 from mimo_triton_kernels.launching import Call
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
+}  # fmt: skip
 _MATRIX = re.compile(r"(wgmma\.mma_async|mma\.sync)\S*?\.m(\d+)n(\d+)k(\d+)")
 _TENSOR_MEMORY = re.compile(r"tcgen05\.mma\.cta_group::1\.kind::f16 \[[^]]*\], [^,]*, [^,]*, (%r\d+),")
 _PRODUCTS = re.compile(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b")
@@ -44,6 +47,8 @@ class Compiled:
     """What these do, all warps of a program together, each instruction once."""
     num_products: int
     """Matrix products in the compiler's code, which may hold those of a loop twice, to overlap its turns."""
+    ptx: str
+    """What ptxas makes machine code of."""
 
 
 def compile_call(call: Call, capability: int) -> Compiled:
@@ -53,11 +58,12 @@ def compile_call(call: Call, capability: int) -> Compiled:
     source = ASTSource(call.kernel, signature, call.constants, attributes)
     options = {"num_warps": call.blocks.num_warps, "num_stages": call.blocks.num_stages}
     binary = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-    instructions = matrix_instructions(binary.asm["ptx"])
+    ptx = binary.asm["ptx"]
+    instructions = matrix_instructions(ptx)
     registers, stack_bytes = resources(_resource_report(binary.asm["cubin"]))
     flops = sum(count * flops_of(name, call.blocks.num_warps) for name, count in instructions.items())
     num_products = len(_PRODUCTS.findall(binary.asm["ttgir"]))
-    return Compiled(registers, stack_bytes, binary.metadata.shared, instructions, flops, num_products)
+    return Compiled(registers, stack_bytes, binary.metadata.shared, instructions, flops, num_products, ptx)
 
 
 def _signature(call: Call) -> tuple[dict[str, str], dict[tuple[int, ...], list[list[Any]]]]:

@@ -2,7 +2,8 @@
 
 The rule of tests/parity_rule.py: output and each gradient of a kernel of ours may be at most 1.5 times as far from
 float64 as the definition is in the same dtype, of PyTorch's 3 times. Uninitialised memory is NaN meanwhile, so an
-element that nothing writes is found; and two runs of a Triton kernel, or of flash, must give the same bits.
+element that nothing writes is found; and two runs of a Triton kernel, or of flash, must give the same bits. What rounds
+to FP8 must give the bits of PyTorch's operations.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import rounding
 from benchmarks.gpu.case import FACTOR, Case, Way, in_order
 from benchmarks.gpu.cases import small_cases
 from benchmarks.gpu.peers import Unavailable
@@ -49,6 +51,12 @@ def section(bench: Bench, save: Save) -> None:
                 wrong.append(f"{case.op} by {name} ({case.shape}): {row.get('failed') or row['why']}")
             save(rows=[row])
         gc.collect()
+    for head, shape, dtype in rounding.heads(bench.setting):
+        row = judge_rounding(head, shape, dtype, bench)
+        if not row.get("ok", row.get("absent") == rounding.NO_FP8):
+            told = row.get("failed") or row.get("absent") or row["why"]
+            wrong.append(f"{row['op']} by {row['way']} ({row['shape']}): {told}")
+        save(rows=[row])
     if wrong:
         raise WrongResult("; ".join(wrong))
 
@@ -82,6 +90,17 @@ def judge(
     if not same_bits:
         beyond.append("two runs differ")
     return {**head, "errors": errors, "limits": limits, "ok": not beyond, "why": "; ".join(beyond)}
+
+
+def judge_rounding(head: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, bench: Bench) -> dict[str, Any]:
+    if bench.seconds_left() <= 0:
+        return {**head, "absent": NO_TIME}
+    try:
+        return {**head, **rounding.judged(bench.setting, shape, dtype, poisoned)}
+    except Exception as error:
+        if is_fatal(error, bench.setting.synchronize):
+            raise
+        return {**head, "failed": f"{type(error).__name__}: {error}"[:500]}
 
 
 def run(way: Way, case: Case, dtype: torch.dtype, measured: torch.dtype) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """FP8 against bf16 in the linear layers of the 7B shape: the three products of a training step, without and with casts.
 
 FP8 is E4M3 with one scale a tensor, through ``torch._scaled_mm``, which takes the left operand by rows and the right by
-columns: the backward's products need transposed copies, which are part of the casts. Transformer Engine's layer is
-timed beside it where it imports. Dims: R rows, I inputs, O outputs.
+columns: the backward's products need transposed copies, which are part of the casts. Beside casts by torch.compile are
+those of this package's kernels, as its layer has them: the weight is rounded twice, once for each of its products.
+Transformer Engine's layer is timed too where it imports. Dims: R rows, I inputs, O outputs.
 """
 
 import importlib.util
@@ -13,15 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import rounding
 from benchmarks.gpu.case import compiled
 from benchmarks.gpu.correctness import is_fatal
+from benchmarks.gpu.kernels import rates
 from benchmarks.gpu.setting import NO_TIME, Bench, Setting
 from benchmarks.gpu.timing import measure, relative_error
 from benchmarks.gpu.writing import Save
 from mimo_megatron.config.model import ModelConfig
+from mimo_megatron.fp8.linear import scaled_product
+from mimo_megatron.fp8.rounding import KernelRounding
+from mimo_megatron.fp8.scaling import CurrentScaling
+from mimo_megatron.parallel.mesh import ALONE
+from mimo_triton_kernels.fp8_rounding import largest_magnitude, round_two_ways
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
+PRODUCTS = ("forward", "input gradient", "weight gradient")
 
 
 def section(bench: Bench, save: Save) -> None:
@@ -65,6 +74,7 @@ def row(name: str, rows: int, inputs: int, outputs: int, bench: Bench) -> dict[s
     }
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "fp8": lambda: fp8_times(x_RI, w_OI, d_RO, flops, setting),
+        "kernels": lambda: kernel_times(x_RI, w_OI, d_RO, flops, bench),
         "transformer_engine_fp8": lambda: engine_times(x_RI, w_OI, d_RO, flops, setting),
     }
     for way, run in ways.items():
@@ -82,6 +92,48 @@ def cast(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = x.abs().amax().float().clamp(min=1e-12) / LARGEST
     scaled = (x.float() / scale).to(FP8)
     return scaled, scaled.t().contiguous(), scale
+
+
+def kernel_times(x_RI: Tensor, w_OI: Tensor, d_RO: Tensor, flops: float, bench: Bench) -> dict[str, Any]:
+    if not rounding.has_kernels(bench.setting):
+        return {"absent": rounding.NO_FP8}
+    scaling = CurrentScaling(FP8, FP8, ALONE, KernelRounding())
+    out_dtype = torch.bfloat16
+
+    def step() -> tuple[Tensor, ...]:
+        x, w, w_scale = scaling.forward_operands(x_RI, w_OI, records=True, keeps_x=True)
+        d = scaling.gradient(d_RO, for_x=True, for_w=True)
+        assert x.as_it_stands and x.transposed and d.as_it_stands and d.transposed
+        return (
+            scaled_product(x.as_it_stands, w, out_dtype),
+            scaled_product(d.as_it_stands, scaling.transposed_weight(w_OI, w_scale), out_dtype),
+            scaled_product(d.transposed, x.transposed, out_dtype),
+        )
+
+    wide = (x_RI.float() @ w_OI.float().t(), d_RO.float() @ w_OI.float(), d_RO.float().t() @ x_RI.float())
+    errors = [relative_error(got, want) for got, want in zip(step(), wide, strict=True)]
+    timing, cast_it = measure(step, bench.setting), compiled(bench.setting, cast)
+    num_bytes = x_RI.nbytes + 2 * x_RI.numel()
+    compiled_cast = rates(measure(lambda: cast_it(x_RI), bench.setting), 0, num_bytes, bench.ceilings)
+    return {
+        "with_casts": {**timing.row(), "tflops": flops / timing.seconds / 1e12},
+        "errors": dict(zip(PRODUCTS, errors, strict=True)),
+        "rounding": {**rounding_times(x_RI, bench), "torch.compile, magnitude and both": compiled_cast},
+    }
+
+
+def rounding_times(x_MK: Tensor, bench: Bench) -> dict[str, Any]:
+    """Milliseconds and bytes a second of each kernel, as a share of the copy's. Bytes: x once, and what is written."""
+    scale, size, num_bytes = torch.ones((), device=x_MK.device), x_MK.numel(), x_MK.nbytes
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "largest magnitude": (lambda: largest_magnitude(x_MK), num_bytes),
+        "both": (lambda: round_two_ways(x_MK, scale, FP8), num_bytes + 2 * size),
+        "as it stands": (lambda: round_two_ways(x_MK, scale, FP8, transposed=False), num_bytes + size),
+        "transposed": (lambda: round_two_ways(x_MK, scale, FP8, as_it_stands=False), num_bytes + size),
+    }
+    return {
+        name: rates(measure(call, bench.setting), 0, moved, bench.ceilings) for name, (call, moved) in calls.items()
+    }
 
 
 def fp8_times(x_RI: Tensor, w_OI: Tensor, d_RO: Tensor, flops: float, setting: Setting) -> dict[str, Any]:
@@ -106,7 +158,7 @@ def fp8_times(x_RI: Tensor, w_OI: Tensor, d_RO: Tensor, flops: float, setting: S
     return {
         "products": {**products.row(), "tflops": flops / products.seconds / 1e12},
         "with_casts": {**with_casts.row(), "tflops": flops / with_casts.seconds / 1e12},
-        "errors": dict(zip(("forward", "input gradient", "weight gradient"), errors, strict=True)),
+        "errors": dict(zip(PRODUCTS, errors, strict=True)),
     }
 
 

@@ -263,27 +263,31 @@ def _optimizer(data: Tree) -> str:
 
 def _fp8(data: Tree) -> str:
     def row(one: Tree) -> list[Any]:
-        plain, ours, engine = one["bf16"], one["fp8"], one["transformer_engine_fp8"]
+        plain, ours, kernels, engine = one["bf16"], one["fp8"], one["kernels"], one["transformer_engine_fp8"]
         if "failed" in ours:
-            return [one["linear"], one["shape"], plain["ms"], *[None] * 4, ours["failed"]]
+            return [one["linear"], one["shape"], plain["ms"], *[None] * 5, ours["failed"]]
         speed = [plain["ms"] / ours[kind]["ms"] for kind in ("products", "with_casts")]
-        of_engine = plain["ms"] / engine["with_casts"]["ms"] if "with_casts" in engine else None
-        said = engine.get("absent") or engine.get("failed")
-        error = max(value for value in ours["errors"].values())
-        return [
-            one["linear"],
-            one["shape"],
-            plain["ms"],
-            *speed,
-            of_engine,
-            error,
-            f"Transformer Engine: {said}" if said else None,
+        with_casts = [
+            plain["ms"] / way["with_casts"]["ms"] if "with_casts" in way else None for way in (kernels, engine)
         ]
+        said = {"kernels": kernels, "Transformer Engine": engine}
+        notes = [f"{name}: {why}" for name, way in said.items() if (why := way.get("absent") or way.get("failed"))]
+        error = max(value for way in (ours, kernels) for value in way.get("errors", {}).values())
+        return [one["linear"], one["shape"], plain["ms"], *speed, *with_casts, error, "; ".join(notes) or None]
 
     columns = ["linear", "rows, inputs, outputs", "bf16 ms", "FP8 times as fast, products", "with casts",
-               "Transformer Engine", "worst error", ""]  # fmt: skip
-    skipped = data.get("skipped", [])
-    return table(columns, map(row, data.get("rows", []))) + (f"\nSkipped: {'; '.join(skipped)}." if skipped else "")
+               "by kernels", "Transformer Engine", "worst error", ""]  # fmt: skip
+    rows, skipped = data.get("rows", []), data.get("skipped", [])
+    text = table(columns, map(row, rows)) + (f"\nSkipped: {'; '.join(skipped)}." if skipped else "")
+    rounding = [
+        [one["linear"], name, way.get("ms"), way.get("gbytes_per_second"), way.get("of_copy")]
+        for one in rows
+        for name, way in one["kernels"].get("rounding", {}).items()
+    ]
+    if not rounding:
+        return text
+    columns = ["input of", "rounding", "ms", "GB/s of what must be moved", "of the copy"]
+    return f"{text}\n\nRounding one operand, by kernel:\n\n{table(columns, rounding)}"
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Tree], str]]] = {

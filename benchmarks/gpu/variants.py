@@ -153,7 +153,7 @@ def _put_fp8_into(model: VisionLanguageModel, config: RunConfig, product: Any) -
         for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
             of_fp8 = next(kind for kind in FP8_LINEARS if isinstance(linear, _megatrons(kind)))
             if fp8 is not None and fp8.covers(number, num_layers):
-                _become(linear, of_fp8, scaling_of(fp8, axis), product)
+                _become(linear, of_fp8, scaling_of(fp8, axis, product), product)
             elif isinstance(linear, of_fp8):
                 _become(linear, _megatrons(of_fp8))
 
@@ -165,7 +165,7 @@ def _put_fp8_into_encoder(model: VisionLanguageModel, fp8: Fp8Config | None, pro
     for part, layers in (("vision", model.vision.blocks), ("projector", model.projector)):
         for linear in (one for one in layers.modules() if isinstance(one, torch.nn.Linear)):
             if fp8 is not None and part in fp8.parts:
-                _become(linear, Fp8Linear, scaling_of(fp8, ALONE), PRODUCTS[product])
+                _become(linear, Fp8Linear, scaling_of(fp8, ALONE, product), PRODUCTS[product])
             elif isinstance(linear, Fp8Linear):
                 _become(linear, torch.nn.Linear)
 

@@ -1,7 +1,7 @@
 """Rules between the section ``train.fp8`` and the rest of a run; ``check.py`` reports them with the others.
 
-Two reasons: products in FP8 want sizes that are multiples of 16, and a result that is the same in every layout wants
-tiles that no cut between ranks divides.
+Two reasons: Transformer Engine's products want sizes that are multiples of 16 - the decoder's, where it may multiply -
+and a result that is the same in every layout wants tiles that no cut between ranks divides.
 """
 
 import math
@@ -75,23 +75,6 @@ def a_layer_is_in_fp8(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
         )
 
 
-def the_encoders_sizes_are_aligned(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
-    vision = config.model.vision
-    if not fp8.encoder_parts or vision is None:
-        return
-    sizes = {"model.vision.width": vision.width}
-    if "vision" in fp8.parts:
-        sizes["model.vision.ffn_width"] = vision.ffn_width
-    if "projector" in fp8.parts:
-        sizes["model.text.width"] = config.model.text.width
-    for name, size in sizes.items():
-        if size % ALIGNMENT:
-            yield (
-                f"{name} ({size}) % {ALIGNMENT} = {size % ALIGNMENT}, must be 0 with train.fp8.parts "
-                f"{', '.join(fp8.encoder_parts)}: set train.fp8.parts=[text]"
-            )
-
-
 def images_are_encoded_whole(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
     """A gradient that is still to be summed over cp must not be rounded, and no tile may hold two ranks' patches."""
     layout, parts = config.parallel, ", ".join(fp8.encoder_parts)
@@ -117,6 +100,16 @@ def parts_are_named_once(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
         yield f"train.fp8.parts ({', '.join(fp8.parts)}) names a part twice: name each once"
 
 
+def kernels_round_for_pytorchs_product(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
+    if fp8.rounding != "triton":
+        return
+    what = "train.fp8.rounding=triton rounds with one scale for torch._scaled_mm"
+    if fp8.scaling == "blockwise":
+        yield f"{what}, and train.fp8.scaling is blockwise: leave rounding out, or set scaling=current"
+    elif fp8.engine == "twin" or (fp8.engine == "transformer-engine" and not fp8.encoder_parts):
+        yield f"{what}, and train.fp8.engine is {fp8.engine}: leave rounding out, or set engine=scaled_mm"
+
+
 def only_delayed_scaling_has_a_history(fp8: Fp8Config, config: RunConfig) -> Iterator[str]:
     for name in ("history", "margin"):
         value, default = getattr(fp8, name), Fp8Config.model_fields[name].default
@@ -139,9 +132,9 @@ FP8_RULES: tuple[Fp8Rule, ...] = (
     packs_are_aligned,
     sizes_are_aligned,
     a_layer_is_in_fp8,
-    the_encoders_sizes_are_aligned,
     images_are_encoded_whole,
     parts_are_named_once,
+    kernels_round_for_pytorchs_product,
     only_delayed_scaling_has_a_history,
     a_policy_is_not_in_fp8,
 )

@@ -9,6 +9,7 @@ from mimo_megatron.config.base import Strict
 Fp8Scaling = Literal["current", "delayed", "blockwise"]
 Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Engine = Literal["transformer-engine", "scaled_mm", "twin"]
+Fp8Rounding = Literal["auto", "torch", "triton"]
 Fp8Part = Literal["vision", "projector", "text"]
 
 
@@ -38,6 +39,13 @@ class Fp8Config(Strict):
         description="What multiplies. transformer-engine: its layers; scaled_mm: PyTorch's FP8 product; twin: rounds "
         "to FP8 and multiplies in fp32, on any machine. auto: on a GPU the first of the former two that can, on the "
         "CPU the twin; `mimo-megatron doctor` names it.",
+    )
+
+    rounding: Fp8Rounding = Field(
+        "auto",
+        description="What rounds for scaled_mm, to the same bits. torch: PyTorch's operations; triton: kernels of this "
+        "package (docs/kernels.md), which have not run on a GPU yet; auto: on a GPU the kernels where triton is "
+        "installed, else PyTorch's operations. The log names it.",
     )
 
     @property

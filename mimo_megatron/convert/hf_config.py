@@ -23,7 +23,10 @@ from mimo_megatron.errors import CheckpointError
 
 OWN_KEY = "mimo_megatron"
 _PREPROCESSOR = "preprocessor_config.json"
+_LIMIT_EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
 _MODEL_TYPES = ("qwen2_5_vl", "mimo", "qwen2")
+_ROPE_TYPES = ("default", "mrope")
+"""Of rotary positions that are not stretched: Qwen2.5-VL's files have said either."""
 _FIXED_VISION = {"norm_eps": 1e-6, "rope_theta": 10_000.0}
 """What Hugging Face's Qwen2.5-VL encoder has in its code, not in its configuration."""
 _TOKEN_KEYS = {
@@ -120,6 +123,9 @@ def model_from_hf_config(
     text = {**config, **config.get("text_config", {})}
     fixed = {"hidden_act": "silu", "use_sliding_window": False}
     odd = [f"{key} {text[key]!r}, expected {value!r}" for key, value in fixed.items() if text.get(key, value) != value]
+    odd += [f"rotary positions of type {one!r}, expected default" for one in _rope_types(text) - {*_ROPE_TYPES}]
+    act = config.get("vision_config", {}).get("hidden_act", "silu")
+    odd += [f"vision_config.hidden_act {act!r}, expected 'silu'"] if act != "silu" else []
     if odd:
         raise CheckpointError(f"{name}: this model cannot be trained here: {'; '.join(odd)}")
     try:
@@ -188,8 +194,14 @@ def write_hf_companions(
 def encoding_of(hf_dir: Path) -> EncodingConfig:
     """How a Hugging Face folder's model reads its input: its tokenizer and its image processor's limits."""
     processor = read_json(hf_dir / _PREPROCESSOR) if (hf_dir / _PREPROCESSOR).is_file() else {}
-    limits = {key: processor[key] for key in ("min_pixels", "max_pixels") if key in processor}
-    return EncodingConfig.model_validate({"tokenizer": hf_dir, **limits, **processor.get(OWN_KEY, {})})
+    # transformers 5 writes the limits as areas of two "edges"; where a file has both, it goes by the older keys.
+    size = processor.get("size") or {}
+    given = {key: processor.get(key) or size.get(edge) for key, edge in _LIMIT_EDGES.items()}
+    limits = {key: value for key, value in given.items() if value is not None}
+    try:
+        return EncodingConfig.model_validate({"tokenizer": hf_dir, **limits, **processor.get(OWN_KEY, {})})
+    except ValidationError as fault:
+        raise CheckpointError(f"{hf_dir / _PREPROCESSOR} does not say how images are resized: {fault}") from fault
 
 
 def _hf_text(model: ModelConfig) -> dict[str, Any]:
@@ -232,7 +244,7 @@ def _hf_vision(vision: VisionConfig, out_width: int) -> dict[str, Any]:
 
 
 def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], own: Mapping[str, Any]) -> TextConfig:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = _rope(text)
     width, heads = text["hidden_size"], text["num_attention_heads"]
     is_reward = any(one.endswith(_REWARD_CLASS) for one in config.get("architectures") or ())
     head_width = text.get("head_dim") or width // heads
@@ -255,6 +267,17 @@ def _text_config(config: Mapping[str, Any], text: Mapping[str, Any], own: Mappin
         num_mtp_layers=text.get("num_nextn_predict_layers", 0) if config["model_type"] == "mimo" else 0,
         **{key: own[key] for key in ("mtp_loss_weight",) if key in own},
     )
+
+
+def _rope(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a configuration says of rotary positions, by transformers 5's key or the older one."""
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def _rope_types(text: Mapping[str, Any]) -> set[str]:
+    """By which rule they are made, as the key or its older spelling says: ``yarn`` stretches them, say."""
+    rope = _rope(text)
+    return {rope[key] for key in ("rope_type", "type") if rope.get(key) is not None}
 
 
 def _usual_section(head_width: int) -> tuple[int, int, int]:

@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mimo_megatron.data.records import SampleError, parse_record
+from mimo_megatron.errors import DataError
 from mimo_megatron.types import MediaRef, RawSample
 
 
 def read_jsonl(path: Path) -> Iterator[RawSample]:
     """The samples of the file in order; a sample without ``id`` is called after its line, ``NAME:LINE``."""
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): name a JSONL file of samples") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

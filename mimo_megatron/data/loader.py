@@ -121,6 +121,12 @@ class PackLoader:
         """Of the last step's packs, by the sample's number."""
         return {number: fault for faults in self._faults for number, fault in faults.items()}
 
+    @property
+    def num_drawn(self) -> int:
+        """Samples of the last step's packs of all ranks as planned, those that were left out among them. A pair is one,
+        and so is a part of a long text."""
+        return sum(self._step.samples_of_sources) if self._step else 0
+
     def leave_out(self, batches: Sequence[PackedBatch], faults: Mapping[int, SampleError]) -> list[PackedBatch]:
         """The last step's microbatches without these samples, which another rank could not decode: packs that hold one
         are made again, while the caller waits."""

@@ -10,6 +10,7 @@ from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.evaluation.generate import Sampling, generate
 from mimo_megatron.evaluation.opened import opened
+from mimo_megatron.evaluation.output import check_out, write_lines
 from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.types import MediaRef, RawSample
 
@@ -45,6 +46,8 @@ def read_prompts(prompt: str | None, images: Sequence[Path], prompts: Path | Non
 
 def answer(address: RankAddress, request: AnswerRequest) -> None:
     """Answer every prompt in order; rank 0 prints or writes ``{"id", "answer"}``."""
+    if address.rank == 0 and request.out is not None:
+        check_out(request.out)
     rows = []
     with opened(request.source, request.parallel, request.encoding, address, request.scratch) as open_model:
         for start in range(0, len(request.prompts), request.prompts_at_once):
@@ -59,7 +62,7 @@ def answer(address: RankAddress, request: AnswerRequest) -> None:
 
 def _tell(rows: Sequence[dict[str, str]], out: Path | None) -> None:
     if out is not None:
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_lines(out, (json.dumps(row, ensure_ascii=False) for row in rows))
     elif len(rows) == 1:
         print(rows[0]["answer"])
     else:

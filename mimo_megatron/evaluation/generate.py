@@ -4,6 +4,7 @@ All prompts go through the model as one pack; then every unfinished and finished
 all have ended. Dims: Q sequences, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,12 +26,18 @@ from mimo_megatron.types import EncodedSample
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the most likely one."""
+    """How the next token is chosen. Temperature 0 takes the most likely one. ``ConfigError`` for what chooses none."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 1
+
+    def __post_init__(self) -> None:
+        limits = {"max_new_tokens": (1, math.inf), "temperature": (0, 1e6), "top_p": (1e-6, 1)}
+        for name, (least, most) in limits.items():
+            if not least <= (value := getattr(self, name)) <= most:  # nor is not-a-number
+                raise ConfigError(f"generate: {name} is {value:g}, must be from {least:g} to {most:g}")
 
 
 @torch.no_grad()

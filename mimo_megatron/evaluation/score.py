@@ -18,6 +18,7 @@ from mimo_megatron.data.collate import collate
 from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.data.packing import pack
 from mimo_megatron.evaluation.opened import OpenModel, opened
+from mimo_megatron.evaluation.output import check_out, write_lines
 from mimo_megatron.loss.cross_entropy import token_losses
 from mimo_megatron.mcore.boot import RankAddress, world
 from mimo_megatron.mcore.schedule import run_forward
@@ -61,6 +62,8 @@ def score(address: RankAddress, request: ScoreRequest) -> None:
     ``logprobs[i]`` is log p(token i + 1 | tokens up to i): one value for every token after the first. The file appears
     under its name when it is complete.
     """
+    if address.rank == 0:
+        check_out(request.out)
     with opened(request.source, request.parallel, request.encoding, address, request.scratch) as open_model:
         samples = [_every_token(open_model.encode(raw)) for raw in read_jsonl(request.samples)]
         num_slots = _slots(samples, request)
@@ -68,7 +71,7 @@ def score(address: RankAddress, request: ScoreRequest) -> None:
         found = _score_packs(open_model, samples, packs, num_slots)
         everything = [one for rank in gather_objects(found, world()) for one in rank]
         if address.rank == 0:
-            _write(request.out, _rows(samples, packs, everything))
+            write_lines(request.out, map(json.dumps, _rows(samples, packs, everything)))
 
 
 def _every_token(sample: EncodedSample) -> EncodedSample:
@@ -118,11 +121,3 @@ def _rows(
         number, start = first_slot[member]
         logprobs = [by_slot[number][start + token] for token in range(sample.num_tokens - 1)]
         yield {"id": sample.id, "token_ids": sample.token_ids_T.tolist(), "logprobs": logprobs}
-
-
-def _write(out: Path, rows: Iterator[dict[str, Any]]) -> None:
-    partial = out.with_suffix(out.suffix + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-    partial.rename(out)

@@ -24,28 +24,36 @@ def twin_product(a_MK: Quantised, b_NK: Quantised, dtype: torch.dtype) -> Tensor
 
 
 ALIGNMENT = 16
-"""Of what PyTorch's product sums over."""
+"""Of what PyTorch's product sums over, and of the rows of its right operand."""
 
 
 def scaled_product(a_MK: Quantised, b_NK: Quantised, dtype: torch.dtype) -> Tensor:
-    """With one scale for a tensor. Accumulated as exactly as the device can, in all three products."""
+    """With one scale for a tensor. Accumulated as exactly as the device can, in all three products.
+
+    Any sizes: operands have zeros behind, or get them, which the sums do not see and the result is cut by.
+    """
     assert a_MK.tile is None and b_NK.tile is None, "tiles are for Transformer Engine or the twin"
-    return torch._scaled_mm(
-        _padded(a_MK.values_MK),
-        _padded(b_NK.values_MK).t(),
+    (rows, reduced), (columns, _) = a_MK.shape, b_NK.shape
+    if not (rows and reduced and columns):
+        return a_MK.values_MK.new_zeros(rows, columns, dtype=dtype)
+    product = torch._scaled_mm(
+        _aligned(a_MK.values_MK, rows=False)[:rows],
+        _aligned(b_NK.values_MK, rows=True).t(),
         a_MK.inverse,
         b_NK.inverse,
         out_dtype=dtype,
         use_fast_accum=False,
     )
+    return product[:, :columns].contiguous()
 
 
-def _padded(values_MK: Tensor) -> Tensor:
-    """Rows in succession, with zeros behind K up to the alignment: patches come in any number."""
-    missing = -values_MK.shape[1] % ALIGNMENT
-    if not missing:
+def _aligned(values_MK: Tensor, *, rows: bool) -> Tensor:
+    """Rows in succession, with zeros behind K, and behind M where ``rows``, up to the alignment; itself if it is so."""
+    below, behind = -values_MK.shape[0] % ALIGNMENT if rows else 0, -values_MK.shape[1] % ALIGNMENT
+    if not (below or behind):
         return values_MK.contiguous()
-    return nn.functional.pad(values_MK.view(torch.uint8), (0, missing)).view(values_MK.dtype)  # the byte 0 is 0.0
+    bytes_MK = nn.functional.pad(values_MK.view(torch.uint8), (0, behind, 0, below))  # the byte 0 is 0.0
+    return bytes_MK.view(values_MK.dtype)
 
 
 PRODUCTS: dict[Literal["twin", "scaled_mm"], Product] = {"twin": twin_product, "scaled_mm": scaled_product}
@@ -54,34 +62,38 @@ PRODUCTS: dict[Literal["twin", "scaled_mm"], Product] = {"twin": twin_product, "
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor, scaling: Scaling, records: bool, product: Product) -> Tensor:
-        x, w = scaling.forward_operands(x_TI, w_OI, records)
+        needs_x, needs_w = (records and needed for needed in ctx.needs_input_grad[:2])
+        x, w, w_scale = scaling.forward_operands(x_TI, w_OI, records=records, keeps_x=needs_w)
+        assert x.as_it_stands is not None
         ctx.scaling, ctx.product, ctx.dtypes = scaling, product, (x_TI.dtype, w_OI.dtype)
-        ctx.tiles = x.transposed.tile, w.transposed.tile
-        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[0]  # each for the other's gradient
+        kept = x.transposed if needs_w else None
+        ctx.x_shape, ctx.x_tile = (None, None) if kept is None else (kept.shape, kept.tile)
+        # Each for the other's gradient. The weight itself, as any linear layer keeps it: it is rounded once more.
         ctx.save_for_backward(
-            *((x.transposed.values_MK, x.transposed.inverse) if needs_x else (None, None)),
-            *((w.transposed.values_MK, w.transposed.inverse) if needs_w else (None, None)),
+            *((None, None) if kept is None else (kept.values_MK, kept.inverse)),
+            *((w_OI, w_scale) if needs_x else (None, None)),
         )
-        return product(x.as_it_stands, w.as_it_stands, x_TI.dtype)
+        return product(x.as_it_stands, w, x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (dy_TO,) = grads
-        x_values, x_inverse, w_values, w_inverse = ctx.saved_tensors
-        (of_x, of_w), (x_tile, w_tile) = ctx.dtypes, ctx.tiles
-        dy = ctx.scaling.gradient(dy_TO)
+        x_values, x_inverse, w_OI, w_scale = ctx.saved_tensors
+        of_x, of_w = ctx.dtypes
+        dy = ctx.scaling.gradient(dy_TO, for_x=w_OI is not None, for_w=x_values is not None)
         dx_TI = dw_OI = None
-        if w_values is not None:
-            dx_TI = ctx.product(dy.as_it_stands, Quantised(w_values, w_inverse, w_tile), of_x)
+        if w_OI is not None:
+            dx_TI = ctx.product(dy.as_it_stands, ctx.scaling.transposed_weight(w_OI, w_scale), of_x)
         if x_values is not None:
-            dw_OI = ctx.product(dy.transposed, Quantised(x_values, x_inverse, x_tile), of_w)
+            x = Quantised(x_values, x_inverse, ctx.x_shape, ctx.x_tile)
+            dw_OI = ctx.product(dy.transposed, x, of_w)
         return dx_TI, dw_OI, None, None, None
 
 
 def fp8_linear(x_TI: Tensor, w_OI: Tensor, scaling: Scaling, product: Product) -> Tensor:
     """[T, O]: x w^T and its gradients, with FP8 operands. A collective over the scaling's ranks, on the way back too.
 
-    What is kept for the way back is in FP8. Without gradients nothing is recorded of the magnitudes.
+    What is kept for the way back is x in FP8. Without gradients nothing is recorded of the magnitudes.
     """
     return _Linear.apply(x_TI, w_OI, scaling, torch.is_grad_enabled(), product)
 

@@ -22,23 +22,34 @@ class Quantised:
     """A matrix in FP8, scaled for products that reduce its last dim."""
 
     values_MK: Tensor
-    """float8."""
+    """float8, perhaps with zeros behind either dim."""
     inverse: Tensor
     """float32, 1 / scale: a scalar, or one for each tile, [M / tile rows, K / tile columns], rounded up."""
+    shape: tuple[int, int]
+    """(M, K), without what is behind."""
     tile: tuple[int, int] | None = None
     """Rows and columns that share a scale; None where all do."""
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[M, K] in ``dtype``."""
-        inverse = self.inverse if self.tile is None else spread(self.inverse, self.tile, self.values_MK.shape)
-        return self.values_MK.to(dtype) * inverse
+        inverse = self.inverse if self.tile is None else spread(self.inverse, self.tile, self.shape)
+        return self.values_MK[: self.shape[0], : self.shape[1]].to(dtype) * inverse
 
     @property
     def transposed(self) -> "Quantised":
         """[K, M]. Scaled for products that reduce M only where one scale, or square tiles, are shared."""
         assert self.tile is None or self.tile[0] == self.tile[1]
         inverse = self.inverse if self.tile is None else self.inverse.t()
-        return Quantised(self.values_MK.t(), inverse, self.tile)
+        return Quantised(self.values_MK.t(), inverse, self.shape[::-1], self.tile)
+
+
+@dataclass(frozen=True)
+class TwoWays:
+    """One operand for its two products: reduced along its columns as it stands, and along its rows, transposed. Each
+    is None where it was not asked for."""
+
+    as_it_stands: Quantised | None
+    transposed: Quantised | None
 
 
 def largest(dtype: torch.dtype) -> float:
@@ -68,13 +79,15 @@ def round_to(x_MK: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantise(x_MK: Tensor, scale: Tensor, dtype: torch.dtype) -> Quantised:
     """With one given scale."""
-    return Quantised(round_to(x_MK, scale, dtype), scale.reciprocal())
+    rows, columns = x_MK.shape
+    return Quantised(round_to(x_MK, scale, dtype), scale.reciprocal(), (rows, columns))
 
 
 def quantise_tiles(x_MK: Tensor, tile: tuple[int, int], dtype: torch.dtype) -> Quantised:
     """With a power-of-two scale for each tile. Tiles at the end may be smaller."""
-    scale = scale_of(tile_amax(x_MK, tile), dtype, power_of_two=True)
-    return Quantised(round_to(x_MK, spread(scale, tile, x_MK.shape), dtype), scale.reciprocal(), tile)
+    scale, (rows, columns) = scale_of(tile_amax(x_MK, tile), dtype, power_of_two=True), x_MK.shape
+    values_MK = round_to(x_MK, spread(scale, tile, (rows, columns)), dtype)
+    return Quantised(values_MK, scale.reciprocal(), (rows, columns), tile)
 
 
 def tile_amax(x_MK: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -84,7 +97,7 @@ def tile_amax(x_MK: Tensor, tile: tuple[int, int]) -> Tensor:
     return padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax(dim=(1, 3))
 
 
-def spread(of_tiles: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
+def spread(of_tiles: Tensor, tile: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Every element's own, of ``shape``."""
     rows = of_tiles.repeat_interleave(tile[0], 0)[: shape[0]]
     return rows.repeat_interleave(tile[1], 1)[:, : shape[1]]

@@ -9,66 +9,84 @@ three products: y = x w^T reduces I, dx = dy w reduces O, dw = dy^T x reduces T.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mimo_megatron.fp8.quantise import ROW_TILE, SQUARE_TILE, Quantised, largest, quantise, quantise_tiles, scale_of
+from mimo_megatron.fp8.quantise import ROW_TILE, SQUARE_TILE, Quantised, TwoWays, largest, quantise_tiles, scale_of
+from mimo_megatron.fp8.rounding import TORCH, Rounding
 from mimo_megatron.parallel.mesh import Axis
 
 ACTIVATION, WEIGHT, GRADIENT = range(3)
 NUM_OPERANDS = 3
 
 
-@dataclass(frozen=True)
-class TwoWays:
-    """One operand for its two products: reduced along its columns as it stands, and along its rows, transposed."""
+class Operands(NamedTuple):
+    """Of the forward product."""
 
-    as_it_stands: Quantised
-    transposed: Quantised
+    x: TwoWays
+    w: Quantised
+    w_scale: Tensor | None
+    """By which the weight is rounded once more in the backward; None where that follows from the weight alone."""
 
 
 class Scaling(Protocol):
-    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, records: bool) -> tuple[TwoWays, TwoWays]:
-        """x and w. ``records`` is false where no step will come of it (evaluation)."""
+    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, *, records: bool, keeps_x: bool) -> Operands:
+        """``records`` is false where no step will come of it (evaluation). ``keeps_x``: x is wanted transposed too."""
 
-    def gradient(self, dy_TO: Tensor) -> TwoWays: ...
+    def transposed_weight(self, w_OI: Tensor, w_scale: Tensor | None) -> Quantised:
+        """The weight of ``forward_operands``, with the same bits: it does not change between forward and backward."""
+
+    def gradient(self, dy_TO: Tensor, *, for_x: bool, for_w: bool) -> TwoWays:
+        """As it stands for the gradient of x, transposed for that of w."""
 
 
-def shared_amax(tensors: list[Tensor], axis: Axis) -> Tensor:
+def shared_amax(tensors: list[Tensor], axis: Axis, rounding: Rounding = TORCH) -> Tensor:
     """float32 [len(tensors)]: the largest magnitude of each, over all ranks of ``axis``. One collective."""
-    amax = torch.stack([_amax(one) for one in tensors])
+    amax = torch.stack([rounding.amax(one) for one in tensors])
     if axis.size > 1:
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=axis.group)
     return amax
 
 
-def _amax(x: Tensor) -> Tensor:
-    """float32; 0 where there is nothing."""
-    return x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+class _OneScale:
+    """What is rounded with one scale for a tensor, given each operand's."""
+
+    of_forward: torch.dtype
+    of_backward: torch.dtype
+    rounding: Rounding
+
+    def rounded(self, x_TI: Tensor, w_OI: Tensor, x_scale: Tensor, w_scale: Tensor, keeps_x: bool) -> Operands:
+        x = self.rounding.quantised(x_TI, x_scale, self.of_forward, as_it_stands=True, transposed=keeps_x)
+        w = self.rounding.quantised(w_OI, w_scale, self.of_forward, as_it_stands=True, transposed=False).as_it_stands
+        assert w is not None
+        return Operands(x, w, w_scale)
+
+    def transposed_weight(self, w_OI: Tensor, w_scale: Tensor | None) -> Quantised:
+        assert w_scale is not None
+        w = self.rounding.quantised(w_OI, w_scale, self.of_forward, as_it_stands=False, transposed=True).transposed
+        assert w is not None
+        return w
+
+    def rounded_gradient(self, dy_TO: Tensor, scale: Tensor, for_x: bool, for_w: bool) -> TwoWays:
+        return self.rounding.quantised(dy_TO, scale, self.of_backward, as_it_stands=for_x, transposed=for_w)
 
 
-def _with_one_scale(x: Tensor, scale: Tensor, dtype: torch.dtype) -> TwoWays:
-    quantised = quantise(x, scale, dtype)
-    return TwoWays(quantised, quantised.transposed)
-
-
-class CurrentScaling:
+class CurrentScaling(_OneScale):
     """One scale for a tensor, from the tensor itself (Transformer Engine's Float8CurrentScaling)."""
 
-    def __init__(self, forward: torch.dtype, backward: torch.dtype, axis: Axis):
-        self.forward, self.backward, self.axis = forward, backward, axis
+    def __init__(self, forward: torch.dtype, backward: torch.dtype, axis: Axis, rounding: Rounding = TORCH):
+        self.of_forward, self.of_backward, self.axis, self.rounding = forward, backward, axis, rounding
 
-    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, records: bool) -> tuple[TwoWays, TwoWays]:
-        of_x, of_w = scale_of(shared_amax([x_TI, w_OI], self.axis), self.forward)
-        return _with_one_scale(x_TI, of_x, self.forward), _with_one_scale(w_OI, of_w, self.forward)
+    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, *, records: bool, keeps_x: bool) -> Operands:
+        of_x, of_w = scale_of(shared_amax([x_TI, w_OI], self.axis, self.rounding), self.of_forward)
+        return self.rounded(x_TI, w_OI, of_x, of_w, keeps_x)
 
-    def gradient(self, dy_TO: Tensor) -> TwoWays:
-        (scale,) = scale_of(shared_amax([dy_TO], self.axis), self.backward)
-        return _with_one_scale(dy_TO, scale, self.backward)
+    def gradient(self, dy_TO: Tensor, *, for_x: bool, for_w: bool) -> TwoWays:
+        (scale,) = scale_of(shared_amax([dy_TO], self.axis, self.rounding), self.of_backward)
+        return self.rounded_gradient(dy_TO, scale, for_x, for_w)
 
 
 class BlockScaling:
@@ -78,19 +96,25 @@ class BlockScaling:
     def __init__(self, forward: torch.dtype, backward: torch.dtype):
         self.forward, self.backward = forward, backward
 
-    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, records: bool) -> tuple[TwoWays, TwoWays]:
-        weight = quantise_tiles(w_OI, SQUARE_TILE, self.forward)
-        return _with_row_tiles(x_TI, self.forward), TwoWays(weight, weight.transposed)
+    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, *, records: bool, keeps_x: bool) -> Operands:
+        x = _with_row_tiles(x_TI, self.forward, True, keeps_x)
+        return Operands(x, quantise_tiles(w_OI, SQUARE_TILE, self.forward), None)
 
-    def gradient(self, dy_TO: Tensor) -> TwoWays:
-        return _with_row_tiles(dy_TO, self.backward)
+    def transposed_weight(self, w_OI: Tensor, w_scale: Tensor | None) -> Quantised:
+        return quantise_tiles(w_OI, SQUARE_TILE, self.forward).transposed
+
+    def gradient(self, dy_TO: Tensor, *, for_x: bool, for_w: bool) -> TwoWays:
+        return _with_row_tiles(dy_TO, self.backward, for_x, for_w)
 
 
-def _with_row_tiles(x: Tensor, dtype: torch.dtype) -> TwoWays:
-    return TwoWays(quantise_tiles(x, ROW_TILE, dtype), quantise_tiles(x.t(), ROW_TILE, dtype))
+def _with_row_tiles(x: Tensor, dtype: torch.dtype, as_it_stands: bool, transposed: bool) -> TwoWays:
+    return TwoWays(
+        quantise_tiles(x, ROW_TILE, dtype) if as_it_stands else None,
+        quantise_tiles(x.t(), ROW_TILE, dtype) if transposed else None,
+    )
 
 
-class DelayedScaling(torch.nn.Module):
+class DelayedScaling(_OneScale, torch.nn.Module):
     """One scale for a tensor, from its largest magnitudes in earlier steps (DelayedScaling with ``max``).
 
     A step's magnitudes are gathered in ``seen_3`` over its microbatches - taking a maximum, recomputation counts
@@ -106,10 +130,12 @@ class DelayedScaling(torch.nn.Module):
     seen_3: Tensor
     """Largest magnitudes of the step in progress, on this rank."""
 
-    def __init__(self, forward: torch.dtype, backward: torch.dtype, history: int, margin: int):
+    def __init__(
+        self, forward: torch.dtype, backward: torch.dtype, history: int, margin: int, rounding: Rounding = TORCH
+    ):
         super().__init__()
-        self.dtypes = (forward, forward, backward)
-        self.limits = tuple(largest(dtype) / 2**margin for dtype in self.dtypes)
+        self.of_forward, self.of_backward, self.rounding = forward, backward, rounding
+        self.limits = tuple(largest(dtype) / 2**margin for dtype in (forward, forward, backward))
         self.register_buffer("history_H3", torch.zeros(history, NUM_OPERANDS), persistent=False)
         self.register_buffer("scale_3", torch.ones(NUM_OPERANDS), persistent=False)
         self.register_buffer("seen_3", torch.zeros(NUM_OPERANDS), persistent=False)
@@ -121,15 +147,15 @@ class DelayedScaling(torch.nn.Module):
             self._buffers[name] = buffer.to(fn(buffer).device)
         return self
 
-    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, records: bool) -> tuple[TwoWays, TwoWays]:
+    def forward_operands(self, x_TI: Tensor, w_OI: Tensor, *, records: bool, keeps_x: bool) -> Operands:
         if records:
             self._see(ACTIVATION, x_TI)
             self._see(WEIGHT, w_OI)
-        return self._quantise(ACTIVATION, x_TI), self._quantise(WEIGHT, w_OI)
+        return self.rounded(x_TI, w_OI, self.scale_3[ACTIVATION], self.scale_3[WEIGHT], keeps_x)
 
-    def gradient(self, dy_TO: Tensor) -> TwoWays:
+    def gradient(self, dy_TO: Tensor, *, for_x: bool, for_w: bool) -> TwoWays:
         self._see(GRADIENT, dy_TO)
-        return self._quantise(GRADIENT, dy_TO)
+        return self.rounded_gradient(dy_TO, self.scale_3[GRADIENT], for_x, for_w)
 
     def end_step(self, seen_3: Tensor) -> None:
         """``seen_3`` of all ranks that share the layer becomes history; the next step's scales follow from it.
@@ -144,7 +170,4 @@ class DelayedScaling(torch.nn.Module):
 
     def _see(self, operand: int, x: Tensor) -> None:
         seen = self.seen_3[operand]
-        seen.copy_(torch.maximum(seen, _amax(x)))
-
-    def _quantise(self, operand: int, x: Tensor) -> TwoWays:
-        return _with_one_scale(x, self.scale_3[operand], self.dtypes[operand])
+        seen.copy_(torch.maximum(seen, self.rounding.amax(x)))

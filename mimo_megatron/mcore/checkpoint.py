@@ -7,6 +7,7 @@ what it gives may run in a thread while training goes on. Nothing is forked (doc
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
@@ -43,6 +46,7 @@ from mimo_megatron.mcore.optimizer import CONTENT, live_tensors, load_state, sha
 from mimo_megatron.mcore.shard_files import HostBuffers, Part, Piece, write_part
 
 _FAULTS = (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError)
+_STATE_OF = re.compile(r"optimizer\.state\.\w+\.(\w+)\.")
 _HEAD = "text.output_layer.weight"
 PARTIAL, REPLACED = ".partial", ".replaced"
 """Endings of what a killed save may leave behind: the new folder, and the old one of the same name."""
@@ -193,6 +197,7 @@ def load(
     check_whole_together(folder)
     (check_body if keeps_head else check_description)(folder, model_config)
     wanted = _sharded(chunks, optimizer, is_loading=True)
+    _refuse_together([*_untrained(folder, wanted), *fp8.history_problems(chunks, folder)])
     if not fp8.is_saved(chunks, folder):
         wanted.pop("fp8", None)
     heads = [chunk.pop(_HEAD, None) for chunk in wanted["model"].values()] if keeps_head else []
@@ -231,6 +236,30 @@ def check_whole_together(folder: Path) -> None:
         if refusal:
             raise DamagedCheckpointError(refusal)
     refuse_damage(folder, [fault for _, faults in found for fault in faults])
+
+
+def _untrained(folder: Path, wanted: dict[str, Any]) -> list[str]:
+    """What to say where this rank trains parts of the model of which ``folder`` holds no optimizer state."""
+    own = wanted.get("optimizer", {}).get("tensors", {})
+    keys = {one.key for one in nested_values(own) if isinstance(one, ShardedBase)}
+    missing = sorted(keys - dist_checkpointing.load_tensors_metadata(str(folder)).keys()) if keys else []
+    parts = sorted({match[1] for key in missing if (match := _STATE_OF.match(key))})
+    if not missing:
+        return []
+    frozen = " ".join(f"train.{part}.lr=null" for part in parts)
+    return [
+        f"{folder}: its run did not train {', '.join(parts)}, which this recipe trains: there is no optimizer state of "
+        f"{len(missing)} tensors, {missing[0]} among them. Set {frozen} to go on, or begin a new run, in another dir, "
+        f"with start_from={folder}"
+    ]
+
+
+def _refuse_together(problems: Sequence[str]) -> None:
+    """The same ``CheckpointError`` on all ranks where any of them has a problem."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(problems))
+    for problem in (one for of_rank in found for one in of_rank):
+        raise CheckpointError(problem)
 
 
 class _Stager(TorchDistSaveShardedStrategy):

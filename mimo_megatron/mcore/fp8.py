@@ -22,9 +22,12 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.nn import Module
 
+from mimo_megatron import platform
 from mimo_megatron.config.fp8 import Fp8Config
+from mimo_megatron.errors import ConfigError
 from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear, fp8_linear
 from mimo_megatron.fp8.quantise import E4M3, E5M2
+from mimo_megatron.fp8.rounding import TORCH, KernelRounding, Rounding, why_no_kernels
 from mimo_megatron.fp8.scaling import BlockScaling, CurrentScaling, DelayedScaling, Scaling
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.boot import current_mesh
@@ -36,14 +39,29 @@ STATE_PREFIX = "fp8."
 """Of delayed scaling's tensors in a checkpoint; behind it the layer's global name."""
 
 
-def scaling_of(fp8: Fp8Config, axis: Axis) -> Scaling:
+def rounding_name(fp8: Fp8Config, product: ProductName) -> Literal["torch", "triton"]:
+    """What rounds for that product on this machine. ``ConfigError`` where the recipe's choice cannot."""
+    if fp8.rounding == "triton":
+        if product != "scaled_mm":
+            raise ConfigError(
+                "train.fp8.rounding=triton rounds for scaled_mm, and the twin multiplies here: set "
+                "train.fp8.engine=scaled_mm, or train.fp8.rounding=auto"
+            )
+        KernelRounding()
+        return "triton"
+    is_chosen = fp8.rounding == "auto" and product == "scaled_mm" and not platform.current().is_cpu
+    return "triton" if is_chosen and not why_no_kernels() else "torch"
+
+
+def scaling_of(fp8: Fp8Config, axis: Axis, product: ProductName) -> Scaling:
     """Of one layer, on this rank; ``axis``: the ranks that hold parts of its tensors."""
     forward, backward = E4M3, E5M2 if fp8.number_format == "hybrid" else E4M3
     if fp8.scaling == "blockwise":
         return BlockScaling(forward, backward)
+    rounding: Rounding = KernelRounding() if rounding_name(fp8, product) == "triton" else TORCH
     if fp8.scaling == "delayed":
-        return DelayedScaling(forward, backward, fp8.history, fp8.margin)
-    return CurrentScaling(forward, backward, axis)
+        return DelayedScaling(forward, backward, fp8.history, fp8.margin, rounding)
+    return CurrentScaling(forward, backward, axis, rounding)
 
 
 class _Fp8Products:
@@ -75,18 +93,20 @@ class _Fp8Products:
 class Fp8ColumnParallelLinear(_Fp8Products, ColumnParallelLinear):
     def __init__(self, *args: Any, fp8: Fp8Config, product: ProductName, **options: Any):
         super().__init__(*args, **options)
-        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp), product
+        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp, product), product
 
 
 class Fp8RowParallelLinear(_Fp8Products, RowParallelLinear):
     def __init__(self, *args: Any, fp8: Fp8Config, product: ProductName, **options: Any):
         super().__init__(*args, **options)
-        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp), product
+        self.scaling, self.product = scaling_of(fp8, current_mesh().tp_cp, product), product
 
 
 def linear_maker(fp8: Fp8Config, product: ProductName, axis: Axis) -> Callable[[int, int], torch.nn.Linear]:
     """Makes linear layers that are not cut over tp; their rows may be shared out over ``axis``."""
-    return lambda inputs, outputs: Fp8Linear(inputs, outputs, scaling=scaling_of(fp8, axis), product=PRODUCTS[product])
+    return lambda inputs, outputs: Fp8Linear(
+        inputs, outputs, scaling=scaling_of(fp8, axis, product), product=PRODUCTS[product]
+    )
 
 
 def end_step(chunks: Iterable[Module]) -> None:
@@ -134,6 +154,19 @@ def is_saved(chunks: Iterable[Module], folder: Path) -> bool:
             folder, len(missing), min(missing),
         )  # fmt: skip
     return not missing
+
+
+def history_problems(chunks: Iterable[Module], folder: Path) -> list[str]:
+    """What to say where the checkpoint's histories are of another length than these stages keep."""
+    own = _state(chunks)
+    saved = load_tensors_metadata(str(folder)) if own else {}
+    for key in sorted(own.keys() & saved.keys()):
+        if (there := tuple(saved[key].global_shape)) != (here := tuple(own[key].shape)):
+            return [
+                f"{folder} was saved with train.fp8.history={there[0]}, and the recipe says {here[0]} ({key}): "
+                f"set train.fp8.history={there[0]}"
+            ]
+    return []
 
 
 def _state(chunks: Iterable[Module]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from mimo_megatron import platform
 from mimo_megatron.config.fp8 import Fp8Config, Fp8Engine
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.mcore.attention import PackedCoreAttention
-from mimo_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, ProductName
+from mimo_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, ProductName, rounding_name
 from mimo_megatron.ops import rms_norm, swiglu
 
 
@@ -94,6 +94,16 @@ def encoder_product(fp8: Fp8Config) -> ProductName:
     return "scaled_mm"
 
 
+def fp8_by_part(fp8: Fp8Config) -> str:
+    """What multiplies each part, and what rounds for it, on this machine: of the log."""
+    found = []
+    for part in fp8.parts:
+        engine = fp8_engine(fp8) if part == "text" else encoder_product(fp8)
+        rounding = f", rounded by {rounding_name(fp8, engine)}" if engine == "scaled_mm" else ""
+        found.append(f"{part} by {engine}{rounding}")
+    return "; ".join(found)
+
+
 def _why_not_transformer_engine(fp8: Fp8Config) -> str:
     """Empty where it can be used."""
     if layer_backend() != "transformer-engine":
@@ -103,6 +113,8 @@ def _why_not_transformer_engine(fp8: Fp8Config) -> str:
             "megatron has Transformer Engine's delayed scaling in all layers or none: set train.fp8.first_layers=0 and "
             "last_layers=0, or scaling=current"
         )
+    if fp8.rounding != "auto" and not fp8.encoder_parts:
+        return "train.fp8.rounding is given, which is that of scaled_mm"
     return ""
 
 

@@ -106,7 +106,7 @@ def _weight_gradient(setting: Setting, numbers: int) -> int:
 
 
 def _of_product(setting: Setting, product: Product, plain_input: int, *, in_fp8: bool) -> int:
-    """What a linear layer keeps: in FP8 its input and weight, else its input of so many bytes, where it is trained."""
+    """What a linear layer keeps, where it is trained: its input, in FP8 or of so many bytes."""
     return fp8_memory.kept(setting, product) if in_fp8 else _if_trained(setting, plain_input)
 
 

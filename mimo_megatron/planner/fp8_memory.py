@@ -1,10 +1,11 @@
 """Bytes of a linear layer in FP8: what it keeps for its backward instead of its input, and what it takes for a moment.
 
-``twin`` and ``scaled_mm`` are ``fp8/linear.py``: both keep their input and their weight in FP8 with every microbatch,
-the input of all slots of this rank; operands are rounded by plain torch calls, which take 8 bytes a number, with tiles
-12. The twin then multiplies what they stand for in 4 bytes. Transformer Engine's layers are counted by their sources
-and have not been run: input in FP8, one FP8 copy of the weight in each orientation for as long as the run lasts,
-rounding in one kernel. Counted against real steps of the twin: tests/distributed/test_memory_model.py.
+``twin`` and ``scaled_mm`` are ``fp8/linear.py``: both keep their input in FP8 with every microbatch, of all slots of
+this rank, and round the weight again in the backward. Where plain torch calls round they take 8 bytes a number, with
+tiles 12; kernels write what is multiplied and nothing else. The twin multiplies what operands stand for, in 4 bytes.
+Transformer Engine's layers are counted by their sources and have not been run: input in FP8, one FP8 copy of the weight
+in each orientation for as long as the run lasts, rounding in one kernel. Counted against real steps of the twin:
+tests/distributed/test_memory_model.py; against single layers: tests/unit/test_planner_fp8.py.
 """
 
 from dataclasses import dataclass
@@ -63,11 +64,11 @@ class LayerProducts:
 
 
 def kept(setting: Setting, product: Product) -> int:
-    """By one microbatch: the input where the weight is trained, and the weight."""
+    """By one microbatch: the input, where the weight is trained."""
     of_input = product.of_input + _is_tiled(setting) * WIDE * product.of_input // _TILE
-    if setting.engine == "transformer-engine":
-        return _if_trained(setting, of_input // (setting.layout.tp if product.is_gathered else 1))
-    return _if_trained(setting, of_input) + product.of_weight
+    if setting.engine == "transformer-engine" and product.is_gathered:
+        of_input //= setting.layout.tp
+    return _if_trained(setting, of_input)
 
 
 def forward(setting: Setting, product: Product) -> int:
@@ -75,11 +76,10 @@ def forward(setting: Setting, product: Product) -> int:
     x, w, y, b = product.of_input, product.of_weight, product.of_output, setting.value_bytes
     if setting.engine == "transformer-engine":
         return 2 * x + y * b
-    wide = _wide_bytes(setting)
-    # Tiles: the weight first, then the input in both orientations, rounded apart.
-    rounded = max(wide * w, w + (wide + 1) * x) if _is_tiled(setting) else max(wide * x, x + wide * w)
-    multiplied = max(wide * x, WIDE * x + wide * w, WIDE * (x + w + y), (WIDE + b) * y)
-    return max(rounded, _copies(setting) * x + w + (multiplied if setting.engine == "twin" else y * b))
+    wide, copies = _wide_bytes(setting), _copies(setting)
+    multiplied = max(wide * x, WIDE * x + wide * w, WIDE * (x + w + y), _result_bytes(setting) * y)
+    rounded = 0 if _by_kernels(setting) else max((wide + copies - 1) * x, copies * x + wide * w)
+    return max(rounded, copies * x + w + (multiplied if setting.engine == "twin" else y * b))
 
 
 def backward(setting: Setting, product: Product) -> int:
@@ -87,14 +87,17 @@ def backward(setting: Setting, product: Product) -> int:
     x, w, y, b = product.of_input, product.of_weight, product.of_output, setting.value_bytes
     if setting.engine == "transformer-engine":
         return 2 * y + x * b + _if_trained(setting, w * b)
-    wide, copies = _wide_bytes(setting), _copies(setting) * y
+    wide, copies = _wide_bytes(setting), _copies(setting)
+    if _by_kernels(setting):
+        return copies * y + max(w + b * x, _if_trained(setting, b * x + b * w))
     if setting.engine == "twin":
-        of_input = max(wide * y, WIDE * y + wide * w, WIDE * (y + w + x), (WIDE + b) * x)
-        of_weight = b * x + max(wide * y, WIDE * y + wide * x, WIDE * (y + x + w), (WIDE + b) * w)
-    else:
-        of_input, of_weight = w + b * x, b * x + y + x + b * w
-    rounded = (wide + _is_tiled(setting)) * y
-    return max(rounded, copies + max(of_input, _if_trained(setting, of_weight)))
+        of_result = _result_bytes(setting)
+        of_input = w + max(wide * y, WIDE * y + wide * w, WIDE * (y + w + x), of_result * x)
+        of_weight = b * x + max(wide * y, WIDE * y + wide * x, WIDE * (y + x + w), of_result * w)
+    else:  # both transposed operands are copied
+        of_input, of_weight = 2 * w + b * x, b * x + y + x + b * w
+    rounded = max((wide + copies - 1) * y, copies * y + wide * w)
+    return max(rounded, copies * y + max(of_input, _if_trained(setting, of_weight)))
 
 
 def weight_bytes(setting: Setting, stage: int) -> int:
@@ -123,9 +126,19 @@ def _wide_bytes(setting: Setting) -> int:
     return (2 + _is_tiled(setting)) * WIDE
 
 
+def _result_bytes(setting: Setting) -> int:
+    """Of a number of the twin's product while it is made: in fp32, and beside that in half precision."""
+    return WIDE + (setting.value_bytes if setting.value_bytes < WIDE else 0)
+
+
+def _by_kernels(setting: Setting) -> bool:
+    return setting.engine == "scaled_mm" and setting.rounding == "triton"
+
+
 def _copies(setting: Setting) -> int:
-    """FP8 copies of an input or gradient: with tiles one in each orientation."""
-    return 1 + _is_tiled(setting)
+    """FP8 copies of an input or gradient: one in each orientation, where tiles or kernels round; else the other is the
+    same memory, read another way. Of a frozen layer there is no other."""
+    return 1 + ((_is_tiled(setting) or _by_kernels(setting)) and "text" in setting.trained)
 
 
 def _if_trained(setting: Setting, num_bytes: int) -> int:

@@ -217,9 +217,10 @@ def counted(config: RunConfig, gpu: Gpu) -> Iterator[str]:
     products = f"products at {(gpu.fp8_flops or 0) / 1e12:,.0f} TFLOP/s by the data sheet, rounding not timed"
     if setting.engine == "twin":
         products = "products in fp32, slower than without FP8; times are counted as without it"
+    rounding = f", rounded by {setting.rounding}" if setting.engine == "scaled_mm" else ""
     is_open = train.fp8.engine == "auto" and setting.engine != "transformer-engine"
     but = ", not as with Transformer Engine, which auto takes where it is installed" if is_open else ""
-    yield f"FP8 in {num_fp8} of {layers} decoder layers: {products}; memory as with {setting.engine}{but}"
+    yield f"FP8 in {num_fp8} of {layers} decoder layers: {products}; memory as with {setting.engine}{rounding}{but}"
     if parts := " and ".join(train.fp8.encoder_parts):
         yield f"FP8 of {parts} is not counted: times and memory are those of {train.precision}"
 

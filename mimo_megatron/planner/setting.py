@@ -43,6 +43,8 @@ class Setting:
     fp8: Fp8Config | None = None
     engine: Fp8Engine = "scaled_mm"
     """What is taken to multiply where there is FP8."""
+    rounding: Literal["torch", "triton"] = "torch"
+    """What is taken to round for ``scaled_mm``."""
     offload: Offload = "none"
 
     @classmethod
@@ -65,6 +67,7 @@ class Setting:
             text,
             train.fp8,
             engine_taken(train.fp8, device) if train.fp8 else "scaled_mm",
+            rounding_taken(train.fp8, device) if train.fp8 else "torch",
             train.offload_activations,
         )
 
@@ -108,6 +111,13 @@ def engine_taken(fp8: Fp8Config, device: Device) -> Fp8Engine:
     if device == "cpu":
         return "twin"
     return "transformer-engine" if fp8.scaling == "blockwise" else "scaled_mm"
+
+
+def rounding_taken(fp8: Fp8Config, device: Device) -> Literal["torch", "triton"]:
+    """What ``auto`` is taken for: on a GPU the kernels, as triton comes with PyTorch there."""
+    if fp8.rounding != "auto":
+        return fp8.rounding
+    return "triton" if device == "cuda" and engine_taken(fp8, device) == "scaled_mm" else "torch"
 
 
 @lru_cache(maxsize=64)

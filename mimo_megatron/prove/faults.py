@@ -125,11 +125,18 @@ def _always(_original: Any) -> Any:
 
 
 def _agreed_over_cp_alone(shared_amax: Any) -> Any:
-    return lambda tensors, _axis: shared_amax(tensors, current_mesh().cp)
+    return lambda tensors, _axis, rounding: shared_amax(tensors, current_mesh().cp, rounding)
+
+
+def _scaled_by_own_part(transposed_weight: Any) -> Any:
+    def transposed(self: Any, w_OI: Tensor, _w_scale: Tensor) -> Any:
+        return transposed_weight(self, w_OI, torch.finfo(self.of_forward).max / self.rounding.amax(w_OI))
+
+    return transposed
 
 
 def _agreed_over_tp_alone(shared_amax: Any) -> Any:
-    return lambda tensors, _axis: shared_amax(tensors, current_mesh().tp)
+    return lambda tensors, _axis, rounding: shared_amax(tensors, current_mesh().tp, rounding)
 
 
 def _scaled_on_its_own(linear_maker: Any) -> Any:
@@ -319,6 +326,13 @@ FAULTS: tuple[Fault, ...] = (
         _agreed_over_tp_alone,
         "cp2 · fp8 current",
         "the forward pass",
+    ),
+    Fault(
+        "an FP8 weight rounded for the backward by its own rank's magnitude",
+        ("mimo_megatron.fp8.scaling:_OneScale.transposed_weight",),
+        _scaled_by_own_part,
+        "tp2 · fp8 current",
+        "the backward pass",
     ),
     Fault(
         "largest magnitude of the encoder's FP8 tensors not agreed over the ranks that share images out",

@@ -107,7 +107,10 @@ def relative(difference: Tensor, scale: Tensor, rounding: float = 0.0) -> float:
 
 
 def _apart(got: float, want: float) -> float:
-    error = abs(got / want - 1)
+    """Relative to ``want``; 0 where both are 0, as where no pack reaches a part that is trained."""
+    if got == want == 0:
+        return 0.0
+    error = abs(got / want - 1) if want else math.inf
     return error if math.isfinite(error) else math.inf
 
 

@@ -13,6 +13,7 @@ from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.data.pairs import encode_stored
 from mimo_megatron.errors import DataError
 from mimo_megatron.evaluation.opened import opened
+from mimo_megatron.evaluation.output import check_out, write_lines
 from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.reward_model.scoring import scores_of
 
@@ -37,6 +38,8 @@ class EvaluationRequest:
 
 def evaluate(address: RankAddress, request: EvaluationRequest) -> None:
     """Score every pair of the file; the results are files. Every rank of the layout runs it."""
+    if address.rank == 0 and request.out is not None:
+        check_out(request.out)
     asked = (request.source, request.parallel, request.encoding, address, request.scratch)
     with opened(*asked, head="reward") as open_model:
         model = open_model.model.model_config
@@ -62,8 +65,7 @@ def evaluate(address: RankAddress, request: EvaluationRequest) -> None:
     )
     if request.out is not None:
         rows = zip(raws, chosen, rejected, strict=True)
-        lines = [json.dumps({"id": raw.id, "chosen": one, "rejected": other}) for raw, one, other in rows]
-        request.out.write_text("\n".join(lines) + "\n")
+        write_lines(request.out, (json.dumps({"id": raw.id, "chosen": a, "rejected": b}) for raw, a, b in rows))
     if request.calibrates:
         write_calibration(request.source, found)
     if request.report is not None:

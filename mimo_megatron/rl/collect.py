@@ -284,11 +284,17 @@ class Collector:
 def evaluate(
     sampler: Sampler, questions: Sequence[Question], temperature: float, seed: int, tell: Tell = tell_nobody
 ) -> dict[str, float]:
-    """Mean reward of one response to each question, by task; all are launched at once. Responses without a reward are
-    left out; a task of which none has one is left out."""
-    asked = {f"evaluation-{place}": question for place, question in enumerate(questions)}
-    for place, (name, question) in enumerate(asked.items()):
-        sampler.ask(name, question, 1, temperature=temperature, seed=_seed(seed, 0, place))
+    """Mean reward of one response to each question, by task; all are launched at once. Responses without a reward, and
+    with a warning questions that cannot be read or do not fit, are left out; a task that has none left is left out."""
+    asked: dict[str, Question] = {}
+    for place, question in enumerate(questions):
+        name = f"evaluation-{place}"
+        try:
+            sampler.ask(name, question, 1, temperature=temperature, seed=_seed(seed, 0, place))
+        except SampleError as fault:
+            get_logger().warning("%s is left out of this evaluation: %s", question.id, fault)
+        else:
+            asked[name] = question
     rewards: dict[str, list[float]] = defaultdict(list)
     num_open = len(asked)
     num_responses = num_tokens = 0

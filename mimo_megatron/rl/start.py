@@ -57,6 +57,8 @@ def reinforce(address: RankAddress, config: RunConfig) -> None:
         raise ConfigError(f"run {config.name!r} has no section rl: give it one, or use `mimo-megatron train`")
     folder, timeout_seconds = RunFolder(config.dir), config.train.collective_timeout_seconds
     with ExitStack() as stack:
+        if address.rank == 0:
+            stack.enter_context(folder.in_use())
         mesh = stack.enter_context(megatron(config.parallel, address, config.seed, 2 * timeout_seconds))
         store = side_store("heartbeats") if address.world_size > 1 else None
         watchdog = Watchdog(store, address.rank, address.world_size, timeout_seconds, folder.faults)

@@ -15,26 +15,36 @@ from mimo_megatron.log import get_logger
 
 def open_to_append(path: Path) -> TextIO:
     """The file, at the start of a line: one torn when an earlier run was killed stays alone on its own."""
-    is_torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     file = path.open("a", encoding="utf-8")
-    if is_torn:
+    if _last_byte(path) not in (b"", b"\n"):
         file.write("\n")
     return file
 
 
-def keep_rows_until(path: Path, step: int) -> None:
-    """Cut off the rows of steps after ``step``, and with a remark a torn last line; nothing where there is no file."""
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        return file.read(1)
+
+
+def keep_rows_until(path: Path, step: int, *, without: int | None = None) -> None:
+    """Cut off the rows of steps after ``step``, and with a remark a torn last line; nothing where there is no file.
+
+    ``without`` is the step of rows that name none; left out, such a row is an error.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            row_step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
+            row = json.loads(line)
+            row_step = row["step"] if without is None else row.get("step", without)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number < len(lines):
                 raise DataError(
-                    f"{path} line {number} is not a metrics row ({error}); mend or move the file, then resume"
+                    f"{path} line {number} is not a row of a step ({error}); mend or move the file, then resume"
                 ) from error
             get_logger().warning("%s: dropped its last line, torn when the run stopped", path)
             continue

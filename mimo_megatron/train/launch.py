@@ -31,7 +31,7 @@ def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
     """``body(address, *args)`` on ranks 0 to ``num_ranks - 1`` of this machine, each with its share of the cores.
 
     One rank runs in this process. A typed error of a rank is raised here by the same words; the other ranks are ended.
-    SIGTERM and SIGUSR1 are passed on to the ranks, and waited for.
+    SIGTERM and SIGUSR1 are passed on to the ranks, and waited for. SIGINT (Ctrl-C) ends all at once.
     """
     if num_ranks == 1:
         body(RankAddress(0, 1, 0, ""), *args)
@@ -57,11 +57,17 @@ def run_local(body: Callable[..., Any], num_ranks: int, *args: Any) -> None:
                     raise _BY_EXIT_CODE[int(code)](text) from None
                 if passed and -error.exit_code in passed:  # before the rank took notice of signals
                     raise Interrupted(f"{signal.Signals(passed[0]).name} before the first step; start again") from None
+                if error.exit_code == -signal.SIGINT:
+                    raise KeyboardInterrupt from None
                 if error.exit_code == HungError.exit_code:
                     raise HungError(
                         "the ranks stood still for train.collective_timeout_seconds; those that held the others up are "
                         "named above, and in faults/hang_step_*.txt of the run's folder"
                     ) from None
+                raise
+            except KeyboardInterrupt:  # of a terminal the ranks have had it too, of `kill` they have not
+                for process in ranks.processes:
+                    process.kill()
                 raise
 
 
@@ -91,6 +97,10 @@ def _enter(
     rank: int, parent: int, num_ranks: int, folder: Path, threads: int, body: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     end_with_parent(parent, signal.SIGKILL)  # ranks that outlive a killed launcher would write beside the next start's
+    # Ctrl-C ends a rank as a kill does, which loses nothing that was saved. As an exception, which Python may raise
+    # anywhere, it would leave ranks that wait for each other on their way out.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a run that a shell has put into the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(
         threads
     )  # before anything computes: a forked child hangs in the parent's OpenMP pool otherwise

@@ -46,6 +46,7 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
     check(config, address.world_size)
     folder, timeout_seconds = RunFolder(config.dir), config.train.collective_timeout_seconds
     with (
+        folder.in_use() if address.rank == 0 else nullcontext(),
         # The watchdog speaks first; the collectives' own limit is for the case that it cannot.
         megatron(config.parallel, address, config.seed, 2 * timeout_seconds) as mesh,
         Watchdog(
@@ -70,6 +71,7 @@ def pretrain(address: RankAddress, config: RunConfig) -> None:
         if address.rank == 0:
             folder.root.mkdir(parents=True, exist_ok=True)
             dump_resolved(config, folder.config)
+            folder.forget_skipped_after(first_step)
         # Until here a signal ends the process at once: nothing is lost, and ranks that hang while they connect can go.
         with (
             StopWish() as wish,
@@ -157,7 +159,7 @@ def _steps(
             watchdog.at(step, "metrics")
             position = loader.state()
             totals = _totals(trainer, batches)
-            new = _newly_skipped(trainer, loader, folder)
+            new = _newly_skipped(trainer, loader, folder, step)
             skipped += new
             if metrics is not None:
                 rates = {name: rate * factor for name, rate in learning_rates(train).items()}
@@ -166,7 +168,7 @@ def _steps(
                 metrics.write(replace(record, data_seconds=agreed.waited_seconds, numbers=numbers))
             is_due = train.checkpoint.every_steps and step % train.checkpoint.every_steps == 0
             watchdog.at(step, "save")
-            too_many = limit.exceeded_by(totals[4], new)
+            too_many = limit.exceeded_by(loader.num_drawn, new)
             if is_due or step == train.steps or too_many:
                 saver.save(step, wait=bool(too_many))
             if too_many:
@@ -227,12 +229,12 @@ def _record(
     )
 
 
-def _newly_skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder) -> Counter[str]:
+def _newly_skipped(trainer: Trainer, loader: PackLoader, folder: RunFolder, step: int) -> Counter[str]:
     """Samples left out since the last call by reason, over all dp ranks; each is listed once in the run's folder."""
     mesh = trainer.mesh
     news = loader.take_skip_log()
     if mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0:
-        folder.record_skipped(news)
+        folder.record_skipped(news, step)
     if not sum_over([len(news)], mesh.dp, trainer.device)[0]:
         return Counter()
     return sum(gather_objects(Counter(row["reason"] for row in news), mesh.dp), Counter())

@@ -1,31 +1,60 @@
-"""What lies in a run's folder, and which of its checkpoints is the newest.
+"""What lies in a run's folder, which of its checkpoints is the newest, and that one run writes into it at a time.
 
 ``config.yaml``, ``metrics.jsonl``, ``events.jsonl``, ``skipped.jsonl``, ``tensorboard/``, ``checkpoints/step_000100/``,
 ``checkpoints/latest``, ``report.html``; ``faults/`` where there were some. A checkpoint folder appears under its name
 only when it is whole (see ``mcore/checkpoint.py``).
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mimo_megatron.config.manifest import sync
-from mimo_megatron.errors import CheckpointError
+from mimo_megatron.errors import CheckpointError, ConfigError
 from mimo_megatron.log import get_logger
 from mimo_megatron.mcore.checkpoint import PARTIAL, REPLACED
+from mimo_megatron.train.jsonl import keep_rows_until, open_to_append
 
 _STEP = re.compile(r"step_(\d{6,})")
 _LATEST = "latest"
 _DAMAGED, _DROPPED = ".damaged", ".dropped"
+_LOCK = ".in-use"
+_LEASE_SECONDS = 120.0
+"""After which NFS has set free what a lost machine held: its leases last 90 s."""
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class RunFolder:
     root: Path
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The folder, made where it is not there, belongs to this process while the block lasts. Rank 0 alone calls it.
+
+        ``ConfigError`` where another run uses it, whose checkpoints and rows would be overwritten, or where it cannot
+        be written. The kernel ends a killed process's claim; one of another machine, which may be lost, is waited for.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / _LOCK).open("a+")
+        except OSError as error:
+            raise ConfigError(
+                f"dir {self.root} cannot be written ({error}): name another, or mend its rights"
+            ) from error
+        with file:
+            _claim(file, self.root)
+            yield
 
     @property
     def config(self) -> Path:
@@ -99,11 +128,38 @@ class RunFolder:
             path = self.checkpoint(step)
             shutil.rmtree(path.rename(path.with_name(path.name + _DROPPED)))  # half removed, it has no good name
 
-    def record_skipped(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
-            self._append("skipped.jsonl", row)
+    def record_skipped(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Samples that were left out up to ``step``, since the step before."""
+        if rows:
+            with open_to_append(self._skipped) as file:
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def forget_skipped_after(self, step: int) -> None:
+        """A run that goes on after ``step`` meets anew, and lists again, what an earlier attempt left out later."""
+        keep_rows_until(self._skipped, step, without=0)  # older versions named no step
+
+    @property
+    def _skipped(self) -> Path:
+        return self.root / "skipped.jsonl"
+
+
+def _claim(file: TextIO, root: Path) -> None:
+    here, until = socket.gethostname(), time.monotonic() + _LEASE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                get_logger().warning("%s: its file system has no locks (%s): start no second run there", root, error)
+                return
+        file.seek(0)
+        holder = file.read().strip()
+        if holder.partition(":")[0] == here or time.monotonic() > until:
+            raise ConfigError(
+                f"dir {root} is used by another run (process {holder}), and two runs would overwrite each other's "
+                "checkpoints and metrics: wait for that one, end it, or name another dir"
+            )
+        time.sleep(_LOOK_SECONDS)
+    file.truncate(0)
+    print(f"{here}:{os.getpid()}", file=file, flush=True)

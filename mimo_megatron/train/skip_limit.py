@@ -15,11 +15,12 @@ class SkipLimit:
         self._num_drawn = 0
         self._skipped: Counter[str] = Counter()
 
-    def exceeded_by(self, num_samples: int, skipped: Counter[str]) -> str:
-        """Why the run must stop after a step that trained on so many samples and left out these; else empty."""
+    def exceeded_by(self, num_drawn: int, skipped: Counter[str]) -> str:
+        """Why the run must stop after a step for which so many samples were drawn, these left out among them; else
+        empty."""
         self._skipped += Counter({reason: count for reason, count in skipped.items() if reason != OVER_CAPACITY})
         num_skipped = self._skipped.total()
-        self._num_drawn += num_samples + sum(skipped.values()) - skipped[OVER_CAPACITY]
+        self._num_drawn += num_drawn
         if num_skipped <= max(_ALWAYS_ALLOWED, self._max_fraction * self._num_drawn):
             return ""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._skipped.most_common())

@@ -22,7 +22,7 @@ from mimo_megatron.loss.cross_entropy import Logits, token_losses
 from mimo_megatron.loss.preference import pair_losses
 from mimo_megatron.mcore import fp8, weights
 from mimo_megatron.mcore import optimizer as mcore_optimizer
-from mimo_megatron.mcore.layers import encoder_product, fp8_engine
+from mimo_megatron.mcore.layers import fp8_by_part
 from mimo_megatron.mcore.optimizer import DistributedDataParallel, MegatronOptimizer
 from mimo_megatron.mcore.overlap import Overlap, finish_param_gather, start_param_gather
 from mimo_megatron.mcore.schedule import LossSums, StepSums, run_microbatches
@@ -98,9 +98,7 @@ def build_model(config: RunConfig, mesh: Mesh, device: torch.device) -> list[Vis
     train = config.train
     numerics = numerics_of(config, DTYPES[train.precision])
     if train.fp8 is not None:
-        engines = [encoder_product(train.fp8) if part != "text" else fp8_engine(train.fp8) for part in train.fp8.parts]
-        by_part = ", ".join(f"{part} by {engine}" for part, engine in zip(train.fp8.parts, engines, strict=True))
-        get_logger().info("FP8 products, %s scaling: %s", train.fp8.scaling, by_part)
+        get_logger().info("FP8 products, %s scaling: %s", train.fp8.scaling, fp8_by_part(train.fp8))
     # PyTorch's layers draw weights as they are made, which are drawn anew below: on a GPU that takes no time.
     with device if device.type == "cuda" else nullcontext():
         chunks = [chunk.to(device) for chunk in build_chunks(config.model, config.parallel, numerics, mesh)]

@@ -30,6 +30,8 @@ PHASES: Sequence[Phase] = get_args(Phase)
 """In the order of a step."""
 _LONGEST_INTERVAL_SECONDS = 10.0
 _FRAMES_SHOWN = 3
+_END_SECONDS = 2.0
+"""For the thread to end; it may stand in a store whose host is gone, for as long as a collective may last."""
 _WAITING_IN = ("torch.distributed", "megatron.core.pipeline_parallel.p2p_communication")
 
 
@@ -82,7 +84,7 @@ class Watchdog:
     ) -> None:
         self._is_over.set()
         if self._store is not None:
-            self._thread.join()
+            self._thread.join(_END_SECONDS)
 
     def _watch(self) -> None:
         try:

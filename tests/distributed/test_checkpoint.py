@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mimo_megatron.config.run import ParallelConfig, RunConfig
+from mimo_megatron.config.fp8 import Fp8Config
+from mimo_megatron.config.run import ModuleTraining, ParallelConfig, RunConfig
+from mimo_megatron.convert.checkpoint_io import CheckpointReader
 from mimo_megatron.data.collate import collate
 from mimo_megatron.errors import CheckpointError
 from mimo_megatron.mcore import checkpoint, weights
@@ -117,6 +119,42 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_fields_that_differ(save
     other = run_config(tiny_model(ffn_width=256))
     message = run_ranks(load_into, 1, other, saved("one").folder)[0]
     assert "model.text.ffn_width: found 384, wanted 256" in message
+
+
+def saved_alone(address: RankAddress, config: RunConfig, folder: Path) -> None:
+    with megatron(config.parallel, address) as mesh:
+        trainer = build_trainer(config, mesh)
+        checkpoint.save(folder, config.model, trainer.bare_chunks, trainer.optimizer, {"step": 2})
+
+
+@pytest.mark.parametrize("name", ["one", "pp2", "dp2"])
+def test_a_part_that_the_saved_run_did_not_train_is_refused_on_all_ranks_by_its_name(name, tmp_path):
+    world_size, layout = LAYOUTS[name]
+    frozen = recipe({}, vision=ModuleTraining(), projector=ModuleTraining())
+    run_ranks(saved_alone, 1, frozen, tmp_path / "saved")
+    first, *others = run_ranks(load_into, world_size, recipe(layout), tmp_path / "saved")
+    assert "its run did not train projector, vision, which this recipe trains" in first
+    assert "Set train.projector.lr=null train.vision.lr=null to go on" in first and f"start_from={tmp_path}" in first
+    assert all(other == first for other in others)
+
+
+def test_a_part_that_is_no_longer_trained_keeps_its_weights(saved):
+    """The other way round nothing is missing."""
+    folder = saved("one").folder
+    _, found = run_ranks(resumed, 1, recipe({}, vision=ModuleTraining()), folder)[0]
+    reader = CheckpointReader(folder)
+    is_kept = {name: torch.equal(tensor, reader.read(name)) for name, tensor in found.items()}
+    assert all(is_kept[name] for name in found if name.startswith("vision."))
+    assert not any(is_kept[name] for name in found if name.startswith(("projector.", "text.")))
+
+
+def test_an_fp8_history_of_another_length_is_refused_by_its_key(tmp_path):
+    def of_length(history: int) -> RunConfig:
+        return recipe({}, fp8=Fp8Config(scaling="delayed", first_layers=0, history=history))
+
+    run_ranks(saved_alone, 1, of_length(4), tmp_path / "saved")
+    message = run_ranks(load_into, 1, of_length(2), tmp_path / "saved")[0]
+    assert "was saved with train.fp8.history=4, and the recipe says 2" in message
 
 
 def test_a_truncated_checkpoint_is_refused(saved, tmp_path):

@@ -184,6 +184,51 @@ def test_training_with_pytorchs_fp8_product_is_training_with_the_twin():
     assert without != pytest.approx(losses["twin"], rel=1e-6)
 
 
+def trained(address: RankAddress, config: RunConfig) -> Outcome:
+    with megatron(config.parallel, address) as mesh:
+        trainer = build_trainer(config, mesh)
+        return outcome(trainer, [train_step(trainer, batches(trainer)[:2], step, 1.0).loss for step in range(2)])
+
+
+ODD_VISION = WITH_VISION.model_copy(update=dict(vision=WITH_VISION.vision.model_copy(update=dict(ffn_width=86))))
+
+
+@pytest.mark.parametrize(
+    ("layout", "fp8_keys", "train"),
+    [
+        (dict(tp=2, sequence_parallel=True), dict(first_layers=2), dict(recompute="selective")),
+        (dict(pp=2), dict(scaling="delayed", history=2, first_layers=2), dict(recompute="full")),
+        ({}, dict(parts=("vision", "projector")), {}),
+    ],
+    ids=["tp2 sp, selective recompute", "pp2, delayed, full recompute", "an encoder of odd sizes"],
+)
+def test_training_with_kernels_that_round_is_training_with_torchs_operations_bit_for_bit(layout, fp8_keys, train):
+    """Pipelines hold several microbatches, whose weights are rounded again in the backward."""
+    pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
+    found = []
+    for rounding in ("torch", "triton"):
+        keys = Fp8Config(engine="scaled_mm", rounding=rounding, **fp8_keys)
+        if keys.encoder_parts:
+            config = run_config(ODD_VISION, parallel=ParallelConfig(**layout), fp8=keys, **train)
+        else:
+            config = recipe(keys, layout, **train)
+        found.append(run_ranks(trained, config.parallel.model_ranks, config, timeout_seconds=300.0))
+    for (losses, params, histories), (losses_too, params_too, histories_too) in zip(*found, strict=True):
+        assert losses == losses_too and params.keys() == params_too.keys()
+        assert all(torch.equal(params[name], params_too[name]) for name in params)
+        assert all(torch.equal(histories[name], histories_too[name]) for name in histories)
+
+
+def test_gathers_beside_the_forward_leave_a_weight_rounded_again_as_it_was():
+    """Two data-parallel ranks, whose parameters are gathered while the next step's forward runs."""
+    layout, overlapped = dict(tp=1), dict(overlap_grad_reduce=True, overlap_param_gather=True)
+    plain, beside = (run_ranks(trained, 2, recipe(DELAYED, layout, **train)) for train in ({}, overlapped))
+    for (losses, params, histories), (losses_too, params_too, histories_too) in zip(plain, beside, strict=True):
+        assert losses == losses_too
+        assert all(torch.equal(params[name], params_too[name]) for name in params)
+        assert histories and all(torch.equal(histories[name], histories_too[name]) for name in histories)
+
+
 def layers_in_fp8(address: RankAddress, config: RunConfig) -> set[str]:
     with megatron(config.parallel, address) as mesh:
         (chunk,) = build_trainer(config, mesh).bare_chunks

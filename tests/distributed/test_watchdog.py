@@ -1,5 +1,6 @@
 """A collective that does not come back ends the run, and the ranks that hold it up are named."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -35,6 +36,26 @@ def watched(address: RankAddress, folder: Path, sleeper_phase: str) -> None:
             if sleeper_phase == "forward-backward" and address.rank == 2:
                 time.sleep(60)
             dist.all_reduce(torch.ones(1))
+
+
+class StuckStore:
+    """A file store whose file is gone looks for it until the limit of the collectives."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        self.is_asked.set()
+        time.sleep(60)
+
+
+def test_a_rank_on_its_way_out_does_not_wait_for_a_store_that_is_stuck(tmp_path):
+    store = StuckStore()
+    with pytest.raises(KeyboardInterrupt), Watchdog(store, 0, 2, LIMIT_SECONDS, tmp_path):  # type: ignore[arg-type]
+        assert store.is_asked.wait(20)
+        began = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 20
 
 
 def report_of(folder: Path, phase: str) -> str:

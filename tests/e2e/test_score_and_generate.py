@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from mimo_megatron.convert.verbs import from_hf
 from mimo_megatron.data.encode import encode_sample
 from mimo_megatron.data.jsonl import read_jsonl
 from mimo_megatron.data.tokenizer import load_tokenizer
-from mimo_megatron.errors import CheckpointError, ConfigError
+from mimo_megatron.errors import CheckpointError, ConfigError, DataError
 from mimo_megatron.evaluation.answer import AnswerRequest, answer, read_prompts
 from mimo_megatron.evaluation.generate import Sampling
+from mimo_megatron.evaluation.output import write_lines
 from mimo_megatron.evaluation.score import ScoreRequest, score
+from mimo_megatron.mcore.boot import RankAddress
 from mimo_megatron.train.start import read_encoding
 from mimo_megatron.types import EncodedSample
 from tests.data_fixtures import picture, write_tokenizer
@@ -220,6 +223,43 @@ def test_a_prompt_from_the_command_line_shows_its_images(tmp_path):
     assert raw.media[0].path == str(tmp_path / "x.png")
     with pytest.raises(ConfigError, match="--prompt"):
         read_prompts(None, [], None)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(hf_dir, samples, tmp_path):
+    (tmp_path / "file").write_text("")
+    nowhere = Path("/nonexistent/model")
+    for out in (tmp_path / "no folder" / "x.jsonl", tmp_path / "file" / "x.jsonl", tmp_path):
+        asked = AnswerRequest(
+            nowhere, prompts(samples), out, ParallelConfig(), read_encoding(hf_dir), Sampling(2), tmp_path
+        )
+        assert f"--out {out} cannot be written" in refusal(RankAddress(0, 1, 0, ""), asked)
+        scored = ScoreRequest(nowhere, samples, out, ParallelConfig(), read_encoding(hf_dir), tmp_path)
+        with pytest.raises(ConfigError, match=f"--out {out} cannot be written"):
+            score(RankAddress(0, 1, 0, ""), scored)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_lines_that_fail_on_their_way_leave_the_older_file(tmp_path):
+    out = tmp_path / "x.jsonl"
+    out.write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        write_lines(out, (str(1 // number) for number in (1, 0)))
+    assert out.read_text() == "old"
+    write_lines(out, ["a", "b"])
+    assert out.read_text() == "a\nb\n" and [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_prompts_that_are_not_there_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read \(No such file"):
+        read_prompts(None, [], tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize(
+    "field", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}]
+)
+def test_a_sampling_that_chooses_nothing_is_refused_by_its_key(field):
+    with pytest.raises(ConfigError, match=f"{next(iter(field))} is"):
+        Sampling(**field)
 
 
 def test_a_checkpoint_without_a_tokenizer_asks_for_one(hf_dir, tmp_path):

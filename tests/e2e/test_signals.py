@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import psutil
 import pytest
@@ -44,6 +45,28 @@ def test_a_signalled_run_is_saved_and_goes_on_to_the_same_bits(layout, number, t
     finish(stopped, 2)
     assert_same_run(stopped, whole)
     assert [row["step"] for row in events_of(stopped) if row["event"] == "resume"] == [last_step]
+
+
+@pytest.mark.parametrize("to", ["group", "launcher"])
+def test_ctrl_c_ends_all_ranks_at_once_and_the_next_start_goes_on(to, data, tmp_path):
+    config = run_of(data, tmp_path / "run", 40, parallel=ParallelConfig(pp=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs these tests may ignore it
+    try:
+        process = start(config, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: RunFolder(config.dir).checkpoint_steps(), process)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    began = time.monotonic()
+    (os.killpg if to == "group" else os.kill)(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode not in (None, 0) and time.monotonic() - began < 20
+    assert not [one for one in ranks if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    last = max(RunFolder(config.dir).checkpoint_steps())
+    shorter = config.model_copy(update={"train": config.train.model_copy(update={"steps": last + 1})})
+    finish(shorter, 2)
+    assert "resume" in [row["event"] for row in events_of(config)]
 
 
 def test_one_rank_in_the_launchers_own_process_heeds_signals_too(data, tmp_path):

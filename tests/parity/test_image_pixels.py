@@ -22,7 +22,7 @@ assert VISION is not None
 LIMITS = dict(min_pixels=3136, max_pixels=60_000)
 SIZES = [(1, 1), (1, 150), (150, 1), (28, 28), (37, 53), (300, 40), (45, 390), (500, 400), (14, 2800)]
 FORMATS = {
-    "RGB": "PNG", "L": "PNG", "1": "PNG", "LA": "PNG", "RGBA": "PNG", "P": "PNG", "I;16": "PNG", "YCbCr": "JPEG",
+    "RGB": "PNG", "L": "PNG", "1": "PNG", "LA": "PNG", "RGBA": "PNG", "P": "PNG", "YCbCr": "JPEG",
     "CMYK": "TIFF", "palette with one transparent colour": "GIF", "lossy": "WEBP",
 }  # fmt: skip
 
@@ -36,9 +36,7 @@ def smooth_noise(height: int, width: int, channels: int, seed: int = 0) -> NDArr
 
 def file_bytes(kind: str, height: int, width: int) -> bytes:
     pixels = smooth_noise(height, width, 4)
-    if kind == "I;16":
-        image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 3)
-    elif kind in ("lossy", "P", "palette with one transparent colour"):
+    if kind in ("lossy", "P", "palette with one transparent colour"):
         image = Image.fromarray(pixels[:, :, :3])
         image = image if kind == "lossy" else image.quantize(16)
     else:
@@ -75,6 +73,20 @@ def test_patches_of_any_colour_mode_equal_hf(kind: str) -> None:
     one = encode_image(data, VISION, **LIMITS)
     np.testing.assert_allclose(normalized(one), hf_pixels(data)[0], rtol=0, atol=1e-6)
     assert np.ptp(one.patches_PC) > 50  # the picture survived
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF"), (np.float32, "TIFF")]
+)
+def test_gray_of_more_than_8_bits_is_refused_from_its_header_where_hf_makes_it_white(dtype: type, kind: str) -> None:
+    """As medical images and depth maps are stored."""
+    out = io.BytesIO()
+    Image.fromarray((smooth_noise(56, 84, 1)[:, :, 0] * 200.0).astype(dtype)).save(out, kind)
+    white = (1 - np.repeat(PIXEL_MEAN, 392)) / np.repeat(PIXEL_STD, 392)
+    assert (np.abs(hf_pixels(out.getvalue())[0] - white) < 1e-6).mean() > 0.95
+    for read in (image_size, lambda data: encode_image(data, VISION, **LIMITS)):
+        with pytest.raises(DataError, match=r"gray of more than 8 bits, mode (I|F).*write it with 8"):
+            read(out.getvalue())
 
 
 def test_a_transparent_image_lies_on_white() -> None:

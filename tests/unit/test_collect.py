@@ -274,6 +274,20 @@ def test_evaluation_asks_every_question_once_and_leaves_unknown_rewards_out():
     assert evaluate(constant, asked, 1.0, 3) == pytest.approx(dict.fromkeys(TASKS, 0.25))
 
 
+def test_a_held_out_question_that_cannot_be_read_is_left_out_of_the_evaluation_and_ends_no_run(log_lines):
+    def strict(question_id: str):
+        if question_id.startswith("lengths/") or question_id == "letters/3":
+            raise SampleError(question_id, "missing", "its picture is gone")
+        return read(question_id)
+
+    sampler = Sampler(engine_with(WEIGHTS), Judge(5, 0.0, 0.25), strict, Spelled(), MODEL.tokens.ends, 6)  # type: ignore[arg-type]
+    asked = [one for some in questions(8).values() for one in some]
+    heard: list[Progress] = []
+    assert evaluate(sampler, asked, 1.0, 3, heard.append) == {"letters": pytest.approx(0.25)}
+    assert heard[-1].num_wanted == 7
+    assert sum("is left out of this evaluation" in line for line in log_lines) == 9
+
+
 def test_responses_that_finish_together_are_judged_in_one_request_for_each_kind():
     asked = [question for some in questions(12).values() for question in some]
     judge = Judge(5)

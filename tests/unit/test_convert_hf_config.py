@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoImageProcessor, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, GenerationConfig, Qwen2VLImageProcessorPil
 
 from mimo_megatron.config.model import TOKEN_NAMES, ModelConfig
 from mimo_megatron.config.presets import PRESETS, preset
 from mimo_megatron.config.processor import copy_tokenizer
-from mimo_megatron.convert.hf_config import OWN_KEY, hf_config, model_from_hf_config, model_of, write_hf_companions
+from mimo_megatron.convert.hf_config import (
+    OWN_KEY,
+    encoding_of,
+    hf_config,
+    model_from_hf_config,
+    model_of,
+    write_hf_companions,
+)
 from mimo_megatron.errors import CheckpointError
 
 # The layout of released Qwen2.5-VL folders: text keys flat, rope under its old names, `in_chans`.
@@ -100,6 +107,9 @@ def test_the_image_processor_and_generation_settings_are_read_by_transformers(tm
         ({"use_sliding_window": True}, "use_sliding_window True"),
         ({"num_attention_heads": 31}, "text.num_heads|mrope_section"),
         ({"vision_config": {**RELEASED["vision_config"], "out_hidden_size": 3584}}, "out_hidden_size 3584"),
+        ({"vision_config": {**RELEASED["vision_config"], "hidden_act": "gelu"}}, "vision_config.hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}}, "positions of type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "positions of type 'dynamic'"),
     ],
 )
 def test_a_model_that_is_not_ours_is_refused_by_the_key_that_differs(change: dict[str, Any], named: str) -> None:
@@ -120,6 +130,29 @@ def test_tokens_that_config_json_does_not_name_are_those_of_the_folders_tokenize
     assert model_of(tmp_path).tokens == model.tokens
     (tmp_path / "config.json").write_text(json.dumps({**theirs, "image_token_id": 99}))
     assert model_of(tmp_path).tokens.image_pad == 99, "config.json comes first"
+
+
+@pytest.mark.parametrize("limits", [{}, {"min_pixels": 7 * 784, "max_pixels": 100 * 784}])
+def test_pixel_limits_are_those_that_transformers_goes_by(limits: dict[str, int], tmp_path: Path) -> None:
+    """It writes them as the edges of ``size``, which are areas."""
+    theirs = Qwen2VLImageProcessorPil(**limits)
+    theirs.save_pretrained(tmp_path)
+    encoding = encoding_of(tmp_path)
+    assert (encoding.min_pixels, encoding.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
+
+
+def test_older_keys_of_pixel_limits_win_over_size_as_in_transformers(tmp_path: Path) -> None:
+    size = {"shortest_edge": 784, "longest_edge": 78_400}
+    written = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 1568, "max_pixels": None, "size": size}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    theirs, ours = AutoImageProcessor.from_pretrained(tmp_path).size, encoding_of(tmp_path)
+    assert (ours.min_pixels, ours.max_pixels) == (theirs["shortest_edge"], theirs["longest_edge"]) == (1568, 78_400)
+
+
+def test_limits_that_are_no_numbers_are_refused_by_the_file(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": "few"}')
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json does not say how images are resized"):
+        encoding_of(tmp_path)
 
 
 def test_a_missing_key_is_named() -> None:

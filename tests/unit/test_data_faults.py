@@ -175,13 +175,13 @@ def test_a_source_whose_shard_is_missing_is_refused_at_the_start(stored):
 
 def test_the_run_stops_above_the_share_and_ten_samples_are_always_allowed():
     limit = SkipLimit(0.01)
-    assert limit.exceeded_by(5, Counter(missing=10)) == ""
-    assert "11 of 16 samples" in limit.exceeded_by(0, Counter(changed=1))
+    assert limit.exceeded_by(15, Counter(missing=10)) == ""
+    assert "11 of 16 samples" in limit.exceeded_by(1, Counter(changed=1))
     limit = SkipLimit(0.01)
     for _ in range(100):
-        assert limit.exceeded_by(99, Counter(io_error=1)) == ""
+        assert limit.exceeded_by(100, Counter(io_error=1)) == ""
     assert "101 of 10,001 samples since the run was started were left out (100 io_error, 1 slow)" in limit.exceeded_by(
-        0, Counter(slow=1)
+        1, Counter(slow=1)
     )
 
 

@@ -28,6 +28,7 @@ from mimo_megatron.doctor import (
     judge_torchvision,
 )
 from mimo_megatron.mcore import adam
+from mimo_megatron.mcore.fp8 import rounding_name
 from mimo_megatron.mcore.layers import fp8_engine, layer_backend
 
 
@@ -46,6 +47,7 @@ def test_backends_are_those_the_package_chooses(findings: list[Finding]) -> None
     assert (found["device"], found["collectives"]) == (here.kind, here.backend)
     assert found["decoder layers"] == layer_backend()
     assert found["optimizer"] == f"auto is AdamW of {adam.chosen(OptimizerConfig())}"
+    assert found["FP8 rounding"] == f"auto is {rounding_name(Fp8Config(), 'scaled_mm')}"
     assert found["FP8 products"].startswith(f"current: {fp8_engine(Fp8Config())}, delayed: ")
 
 

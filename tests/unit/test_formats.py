@@ -239,6 +239,18 @@ def test_a_bad_row_is_left_out_counted_and_reported_by_name(here, tmp_path, reas
     assert line["field"] == field and detail in line["detail"]
 
 
+def test_a_column_that_would_replace_the_conversation_that_was_read_is_refused(here, tmp_path):
+    other = [{"role": "user", "content": "Another question?"}, {"role": "assistant", "content": "Another answer."}]
+    rows = [
+        {"image": "img/0.jpg", "conversations": [HUMAN, GPT]},
+        {"conversations": [{**HUMAN, "value": "Say A."}, GPT], "messages": other},
+    ]
+    source, out = write_rows(here / "rows.json", rows), tmp_path / "out"
+    done = convert(source, out, FORMATS["llava"], Reading())
+    assert done.num_samples == 1 and done.skipped == {"columns": 1}
+    assert json.loads((out / REPORT_FILE).read_text())["field"] == "messages"
+
+
 def test_strict_stops_at_the_first_bad_row_and_leaves_no_folder(here, tmp_path):
     source = write_rows(here / "rows.json", [GOOD, BAD["order"]])
     with pytest.raises(DataError, match=r"rows.json row 2, conversations\[2\].*two answers in a row \(reason order\)"):

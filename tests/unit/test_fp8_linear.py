@@ -3,23 +3,25 @@
 import pytest
 import torch
 
-from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear, fp8_linear
-from mimo_megatron.fp8.quantise import E4M3, E5M2
+from mimo_megatron.fp8.linear import PRODUCTS, Fp8Linear, fp8_linear, scaled_product
+from mimo_megatron.fp8.quantise import E4M3, E5M2, Quantised
 from mimo_megatron.fp8.scaling import BlockScaling, CurrentScaling, DelayedScaling
 from mimo_megatron.parallel.mesh import ALONE
 
 SLOTS, INPUTS, OUTPUTS = 48, 64, 80
 
 
-def operands(dtype: torch.dtype = torch.float64, rows: int = SLOTS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def operands(
+    dtype: torch.dtype = torch.float64, rows: int = SLOTS, inputs: int = INPUTS, outputs: int = OUTPUTS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(7)
-    shapes = (rows, INPUTS), (OUTPUTS, INPUTS), (rows, OUTPUTS)
+    shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
     x, w, dy = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
     return (x * 3).to(dtype).requires_grad_(), (w * 0.02).to(dtype).requires_grad_(), (dy * 1e-3).to(dtype)
 
 
-def run(scaling, dtype=torch.float64, product="twin", rows=SLOTS):
-    x, w, dy = operands(dtype, rows)
+def run(scaling, dtype=torch.float64, product="twin", rows=SLOTS, inputs=INPUTS, outputs=OUTPUTS):
+    x, w, dy = operands(dtype, rows, inputs, outputs)
     y = fp8_linear(x, w, scaling, PRODUCTS[product])
     y.backward(dy)
     return y.detach(), x.grad, w.grad
@@ -76,10 +78,22 @@ def test_a_frozen_weight_gets_no_gradient_and_keeps_no_input():
     torch.testing.assert_close(x.grad, run(CurrentScaling(E4M3, E5M2, ALONE))[1], rtol=0, atol=0)
 
 
-def test_what_is_kept_for_the_way_back_takes_one_byte_a_value():
+def test_what_is_kept_for_the_way_back_is_the_input_in_one_byte_a_value_and_the_weight_itself():
     x, w, _ = operands(torch.float32)
     y = fp8_linear(x, w, CurrentScaling(E4M3, E5M2, ALONE), PRODUCTS["twin"])
-    assert sum(one.nbytes for one in y.grad_fn.saved_tensors) == (SLOTS + OUTPUTS) * INPUTS + 2 * 4
+    x_values, x_inverse, weight, w_scale = y.grad_fn.saved_tensors
+    assert x_values.nbytes == SLOTS * INPUTS and x_inverse.nbytes == w_scale.nbytes == 4
+    assert weight.data_ptr() == w.data_ptr()
+
+
+def test_a_weight_that_changes_between_forward_and_backward_is_found():
+    """Rounded again it would be another; megatron's own layers, which keep the weight too, rest on the same."""
+    x, w, dy = operands(torch.float32)
+    y = fp8_linear(x, w, CurrentScaling(E4M3, E5M2, ALONE), PRODUCTS["twin"])
+    with torch.no_grad():
+        w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
 
 
 def test_delayed_scaling_begins_with_1_and_follows_the_largest_of_its_history():
@@ -123,19 +137,33 @@ def test_evaluation_records_nothing_and_computing_again_counts_nothing_twice():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backward", [E4M3, E5M2])
-@pytest.mark.parametrize("rows", [SLOTS, SLOTS + 4])
-def test_pytorchs_fp8_product_is_the_twins_up_to_the_order_of_sums(dtype, backward, rows):
+@pytest.mark.parametrize("sizes", [(SLOTS, INPUTS, OUTPUTS), (SLOTS + 4, INPUTS, OUTPUTS), (37, 43, 86), (1, 9, 3)])
+def test_pytorchs_fp8_product_is_the_twins_up_to_the_order_of_sums_for_any_sizes(dtype, backward, sizes):
     scalings = [CurrentScaling(E4M3, backward, ALONE) for _ in range(2)]
-    twin, device = run(scalings[0], dtype, "twin", rows), run(scalings[1], dtype, "scaled_mm", rows)
+    twin, device = run(scalings[0], dtype, "twin", *sizes), run(scalings[1], dtype, "scaled_mm", *sizes)
     rounding = 2**-8 if dtype is torch.bfloat16 else 1e-6
     for ours, theirs in zip(twin, device, strict=True):
-        assert ours.dtype is theirs.dtype is dtype
+        assert ours.dtype is theirs.dtype is dtype and theirs.is_contiguous()
         assert ((ours.double() - theirs.double()).norm() / ours.double().norm()).item() < rounding
 
 
+@pytest.mark.parametrize("sizes", [(37, 43, 86), (1, 9, 3), (64, 3420, 1280)])
+def test_operands_of_any_sizes_are_given_to_a_gpus_product_as_it_wants_them(sizes):
+    """Tensors without memory are checked by PyTorch for a GPU: orders of rows, and multiples of 16."""
+    rows, reduced, columns = sizes
+    inverse = torch.ones((), device="meta")
+    a = Quantised(torch.empty(rows, reduced, dtype=E4M3, device="meta"), inverse, (rows, reduced))
+    b = Quantised(torch.empty(reduced, columns, dtype=E4M3, device="meta").t(), inverse, (columns, reduced))
+    out = scaled_product(a, b, torch.bfloat16)
+    assert out.shape == (rows, columns) and out.is_contiguous()
+    with pytest.raises(RuntimeError, match=r"divisible by 16|must be col_major"):
+        torch._scaled_mm(a.values_MK, b.values_MK.t(), inverse, inverse, out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("make", [lambda: CurrentScaling(E4M3, E5M2, ALONE), lambda: DelayedScaling(E4M3, E5M2, 2, 0)])
-def test_a_rank_without_rows_has_gradients_of_zero(make):
-    layer = Fp8Linear(INPUTS, OUTPUTS, scaling=make(), product=PRODUCTS["twin"])
+def test_a_rank_without_rows_has_gradients_of_zero(make, product):
+    layer = Fp8Linear(INPUTS, OUTPUTS, scaling=make(), product=PRODUCTS[product])
     out = layer(torch.zeros(0, INPUTS, requires_grad=True))
     assert out.shape == (0, OUTPUTS)
     out.sum().backward()

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton", reason="the suite measures the kernels: pip install triton")
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, worker
+from benchmarks.gpu import correctness, fp8, kernels, machine, pictures, rounding, worker
 from benchmarks.gpu.case import FULL_WINDOWS, LATE, Case, in_order
 from benchmarks.gpu.cases import row_cases, table_cases
 from benchmarks.gpu.packs import PackClass, pack_class, require_real
@@ -29,6 +29,7 @@ from benchmarks.gpu.writing import Results
 from mimo_megatron.data.shards import ShardSample, write_shards
 from mimo_megatron.errors import ConfigError, DataError
 from mimo_megatron.train.flops import step_flops
+from mimo_triton_kernels import fp8_rounding
 from tests.repository import ROOT
 
 SETTING = Setting(torch.device("cpu"), is_rehearsal=True)
@@ -134,7 +135,24 @@ def test_a_wrong_kernel_fails_its_section_and_keeps_all_rows(
     rows: Rows = []
     with pytest.raises(correctness.WrongResult, match=f"RMSNorm by ops .*{found}"):
         correctness.section(bench(), lambda **more: rows.extend(more["rows"]))
-    assert [(row["way"], row["ok"]) for row in rows] == [("ops", False), ("eager", True)]
+    assert [(row["way"], row["ok"]) for row in rows if row["op"] == "RMSNorm"] == [("ops", False), ("eager", True)]
+
+
+def test_a_rounding_whose_bits_are_others_fails_the_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nearly(x_MK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        return fp8_rounding.round_two_ways(x_MK, scale * 1.001, dtype)
+
+    rows: Rows = []
+    monkeypatch.setattr(correctness, "small_cases", lambda setting: cases_with(right_norm))
+    correctness.section(bench(), lambda **more: rows.extend(more["rows"]))
+    judged = [row for row in rows if row["op"] == rounding.OP]
+    assert len(judged) == 4 and all(row["ok"] and not any(row["errors"].values()) for row in judged)
+    with monkeypatch.context() as faulty, pytest.raises(correctness.WrongResult, match="largest magnitude differ"):
+        faulty.setattr(rounding, "largest_magnitude", lambda x: fp8_rounding.largest_magnitude(x) * 1.001)
+        correctness.section(bench(), lambda **_: None)
+    monkeypatch.setattr(rounding, "round_two_ways", nearly)
+    with pytest.raises(correctness.WrongResult, match=r"FP8 rounding by triton .*values differ.*transposed differ"):
+        correctness.section(bench(), lambda **_: None)
 
 
 def right_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -171,7 +189,14 @@ def test_a_time_is_that_of_the_call() -> None:
 def test_fp8_gradients_are_those_of_the_linear_layer_within_its_rounding() -> None:
     row = fp8.row("a layer", 16, 32, 48, bench())
     assert set(row["fp8"]["errors"]) == {"forward", "input gradient", "weight gradient"}
-    assert all(0.005 < error < 0.06 for error in row["fp8"]["errors"].values())
+    for way in ("fp8", "kernels"):
+        assert all(0.005 < error < 0.06 for error in row[way]["errors"].values()), row[way]
+    kernels = row["kernels"]["rounding"]
+    assert kernels.keys() == {
+        "largest magnitude", "both", "as it stands", "transposed", "torch.compile, magnitude and both",
+    }  # fmt: skip
+    moved = 16 * 32 * (4 + 2)  # float32 in a rehearsal, read once; two orientations written
+    assert kernels["both"]["gbytes_per_second"] == pytest.approx(moved / kernels["both"]["ms"] / 1e6, rel=0.1, abs=2e-3)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def described(trainer: Trainer) -> list[str]:
         own = getattr(value, "__qualname__", None)
         if own is not None or type(value).__name__ != "CurrentScaling":
             return own or repr(value)
-        return f"{value.forward} {value.backward} {value.axis.size}"
+        rounding = type(value.rounding).__name__
+        return f"{value.of_forward} {value.of_backward} {value.axis.size} {rounding}"
 
     return [
         f"{name}: {type(module).__name__} " + " ".join(f"{key}={told(vars(module).get(key))}" for key in names)

@@ -40,16 +40,35 @@ def test_a_head_padded_to_128_would_be_seen() -> None:
     assert useful / issued == 0.625
 
 
+CONVERSIONS = """
+import re, torch
+from mimo_triton_kernels import fp8_rounding
+from mimo_triton_kernels.ahead_of_time import compile_call
+from mimo_triton_kernels.launching import recorded_calls
+for dtype in fp8_rounding.DTYPES:
+    with recorded_calls(90) as calls:
+        fp8_rounding.round_two_ways(torch.empty(70, 3420, dtype=torch.bfloat16), torch.empty(()), dtype)
+    (call,) = calls
+    found = re.findall(r"cvt[.]\\S*e[45]m[23]\\S*", compile_call(call, 90).ptx)
+    print(len(found) * 2 * 32 * call.blocks.num_warps / (call.blocks.rows * call.blocks.step), *sorted(set(found)))
+"""
+
+
 def compiled(tmp_path: Path, kernels: str, dtype: str = "bfloat16") -> list[dict[str, str]]:
     """For sm_90. A few kernels, for the time it takes; the command alone compiles all."""
     out = tmp_path / "rows.csv"
     options = ["--kernels", kernels, "--capabilities", "90", "--dtype", dtype, "--out", str(out)]
     command = [sys.executable, "benchmarks/bench_kernel_compile.py", *options]
+    output_without_interpreter(command, tmp_path)
+    return list(csv.DictReader(out.read_text().splitlines()))
+
+
+def output_without_interpreter(command: list[str], tmp_path: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    return list(csv.DictReader(out.read_text().splitlines()))
+    return ran.stdout
 
 
 @pytest.mark.parametrize("kernel", ["short_forward", "causal_forward"])
@@ -63,6 +82,17 @@ def test_a_kernel_for_hopper_spills_nothing_pads_nothing_and_uses_wgmma(kernel: 
 def test_the_kernels_between_the_heads_products_spill_nothing(tmp_path: Path) -> None:
     rows = compiled(tmp_path, "absorb|to_gradient")
     assert [(row["kernel"], row["stack_bytes"]) for row in rows] == [("absorb", "0"), ("to_gradient", "0")]
+
+
+def test_the_kernels_that_round_to_fp8_spill_nothing(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "largest_magnitude|round")
+    assert [(row["kernel"], row["stack_bytes"]) for row in rows] == [("largest_magnitude", "0"), ("round", "0")]
+
+
+def test_on_a_gpu_each_number_is_converted_once_by_the_instruction_that_rounds_to_nearest_even(tmp_path: Path) -> None:
+    """Two numbers an instruction. NaN is the format's, and what is too large its largest number (PTX ISA, cvt)."""
+    lines = output_without_interpreter([sys.executable, "-c", CONVERSIONS], tmp_path).splitlines()
+    assert lines == ["1.0 cvt.rn.satfinite.e4m3x2.f32", "1.0 cvt.rn.satfinite.e5m2x2.f32"]
 
 
 def test_the_decoders_kernels_spill_nothing_in_float32_with_heads_of_128(tmp_path: Path) -> None:

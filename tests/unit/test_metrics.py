@@ -94,7 +94,7 @@ def test_a_broken_row_inside_the_file_stops_the_resume_by_its_line_number(tmp_pa
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"stp": 2}\n{"step": 3}\n')
     with (
-        pytest.raises(DataError, match=r"metrics\.jsonl line 2 is not a metrics row"),
+        pytest.raises(DataError, match=r"metrics\.jsonl line 2 is not a row of a step"),
         MetricsWriter(tmp_path, make_config(tmp_path), 10, False) as metrics,
     ):
         metrics.open_for(3)

@@ -116,6 +116,16 @@ def test_members_of_a_pair_stand_side_by_side_and_are_read_at_their_last_tokens(
     loader.close()
 
 
+def test_a_pair_is_one_sample_of_those_drawn_whatever_rank_has_it(data: DataConfig) -> None:
+    """Against which ``data.max_skipped_fraction`` is held; that its two responses train is another count."""
+    loaders = [PackLoader(data, JUDGE, packs_per_step=2, seed=1, dp_rank=rank, dp_size=2) for rank in (0, 1)]
+    packs = [batch for loader in loaders for batch in loader.next_step()]
+    num_pairs = sum(len(batch.sample_ids) for batch in packs) // 2
+    assert num_pairs and [loader.num_drawn for loader in loaders] == [num_pairs] * 2
+    for loader in loaders:
+        loader.close()
+
+
 def test_a_response_to_be_scored_is_encoded_as_a_member_of_a_pair(data: DataConfig, tokenizer: Path) -> None:
     text = load_tokenizer(tokenizer, JUDGE.tokens, 512)
     sample = IndexedSource(data.sources[0].path, "train").read(0)

@@ -1,5 +1,7 @@
 """What the planner says of FP8: bytes kept and taken by a linear layer beside counted ones; times by hand."""
 
+import gc
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -11,6 +13,7 @@ from mimo_megatron.config.run import ModuleTraining, ParallelConfig
 from mimo_megatron.errors import ConfigError
 from mimo_megatron.fp8.linear import PRODUCTS, fp8_linear
 from mimo_megatron.fp8.quantise import E4M3
+from mimo_megatron.fp8.rounding import KernelRounding
 from mimo_megatron.fp8.scaling import BlockScaling, CurrentScaling, DelayedScaling, Scaling
 from mimo_megatron.parallel.mesh import Axis
 from mimo_megatron.planner import fp8_memory
@@ -36,16 +39,29 @@ SCALINGS: dict[str, Scaling] = {
 KINDS = [("current", "twin"), ("delayed", "twin"), ("blockwise", "twin"), ("current", "scaled_mm")]
 
 
-def setting_of(scaling: str, engine: str, precision: str = "fp32", *, is_trained: bool = True) -> Setting:
+class Collected(KernelRounding):
+    """Triton's interpreter leaves the arguments of a launch in cycles of references, which no GPU's launch does."""
+
+    def quantised(self, *args, **ways):
+        found = super().quantised(*args, **ways)
+        gc.collect()
+        return found
+
+
+def setting_of(
+    scaling: str, engine: str, precision: str = "fp32", *, is_trained: bool = True, rounding: str = "torch"
+) -> Setting:
     text = ModuleTraining(lr=1e-3 if is_trained else None)
-    fp8 = Fp8Config(scaling=scaling, engine=engine)
+    fp8 = Fp8Config(scaling=scaling, engine=engine, rounding=rounding)
     return Setting.of(run_config(tiny_model(), precision=precision, fp8=fp8, text=text), "cpu")
 
 
-def measured(product: Product, scaling: str, engine: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes kept, taken by the forward with its output, and by the backward with both gradients."""
+def measured(
+    product: Product, scaling: Scaling, engine: str, dtype: torch.dtype, *, is_trained: bool = True
+) -> tuple[int, int, int]:
+    """Bytes kept beside the weight, taken by the forward with its output, and by the backward with all gradients."""
     x_TI = torch.randn(product.rows, product.inputs, dtype=dtype, requires_grad=True)
-    w_OI = torch.randn(product.outputs, product.inputs, dtype=dtype, requires_grad=True)
+    w_OI = torch.randn(product.outputs, product.inputs, dtype=dtype, requires_grad=is_trained)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,7 +72,8 @@ def measured(product: Product, scaling: str, engine: str, dtype: torch.dtype) ->
         meter.count(x_TI, w_OI)
         given = meter.live
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            out_TO = fp8_linear(x_TI, w_OI, SCALINGS[scaling], PRODUCTS[engine])
+            out_TO = fp8_linear(x_TI, w_OI, scaling, PRODUCTS[engine])
+        kept.pop(w_OI.untyped_storage()._cdata)
         forward, num_kept = meter.peak - given, sum(storage.nbytes() for storage in kept.values())
         kept.clear()
         d_out_TO = torch.ones_like(out_TO)
@@ -66,28 +83,52 @@ def measured(product: Product, scaling: str, engine: str, dtype: torch.dtype) ->
         return num_kept, forward, meter.peak - before
 
 
-@pytest.mark.parametrize(("scaling", "engine"), KINDS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("product", [WIDE_OUT, WIDE_IN, TALL], ids=["wide out", "wide in", "many rows"])
-def test_a_linear_layer_in_fp8_keeps_and_takes_what_the_planner_says(product, scaling, engine, precision):
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    setting = setting_of(scaling, engine, precision)
-    kept, forward, backward = measured(product, scaling, engine, dtype)
-    assert fp8_memory.kept(setting, product) == pytest.approx(kept, rel=0.01)
+def assert_counted(setting: Setting, product: Product, found: tuple[int, int, int]) -> None:
+    kept, forward, backward = found
+    assert fp8_memory.kept(setting, product) == pytest.approx(kept, rel=0.01, abs=16)
     assert fp8_memory.forward(setting, product) == pytest.approx(forward, rel=0.05)
     assert fp8_memory.backward(setting, product) == pytest.approx(backward, rel=0.05)
 
 
+@pytest.mark.parametrize(("scaling", "engine"), KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("product", [WIDE_OUT, WIDE_IN, TALL], ids=["wide out", "wide in", "many rows"])
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
+def test_a_linear_layer_in_fp8_keeps_and_takes_what_the_planner_says(product, scaling, engine, precision, is_trained):
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    found = measured(product, SCALINGS[scaling], engine, dtype, is_trained=is_trained)
+    assert_counted(setting_of(scaling, engine, precision, is_trained=is_trained), product, found)
+
+
+@pytest.mark.parametrize("product", [WIDE_OUT, WIDE_IN, TALL], ids=["wide out", "wide in", "many rows"])
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
+def test_so_it_is_where_kernels_round(product, is_trained):
+    pytest.importorskip("triton", reason="the kernels need triton: pip install triton")
+    scaling = CurrentScaling(E4M3, E4M3, Axis(0, 1), Collected())
+    found = measured(product, scaling, "scaled_mm", torch.float32, is_trained=is_trained)
+    setting = setting_of("current", "scaled_mm", is_trained=is_trained, rounding="triton")
+    assert_counted(setting, product, found)
+    plain = setting_of("current", "scaled_mm", is_trained=is_trained)
+    with pytest.raises(AssertionError):
+        assert_counted(plain, product, found)
+
+
 def test_a_layer_that_is_said_to_keep_its_input_as_it_came_is_found():
-    kept, _, _ = measured(WIDE_OUT, "current", "twin", torch.bfloat16)
+    found = measured(WIDE_OUT, SCALINGS["current"], "twin", torch.bfloat16)
     as_it_came = WIDE_OUT.of_input * 2
     with pytest.raises(AssertionError):
-        assert as_it_came == pytest.approx(kept, rel=0.1)
+        assert as_it_came == pytest.approx(found[0], rel=0.1)
 
 
-def test_a_frozen_decoder_keeps_weights_in_fp8_and_no_inputs():
-    frozen = setting_of("current", "scaled_mm", is_trained=False)
-    assert fp8_memory.kept(frozen, WIDE_OUT) == WIDE_OUT.of_weight
+def test_a_frozen_decoder_keeps_nothing():
+    assert fp8_memory.kept(setting_of("current", "scaled_mm", is_trained=False), WIDE_OUT) == 0
+
+
+def test_auto_is_counted_as_kernels_on_a_gpu_and_as_torchs_operations_on_the_cpu():
+    config = run_config(tiny_model(), fp8=Fp8Config())
+    assert [Setting.of(config, device).rounding for device in ("cuda", "cpu")] == ["triton", "torch"]
+    given = run_config(tiny_model(), fp8=Fp8Config(rounding="torch"))
+    assert Setting.of(given, "cuda").rounding == "torch"
 
 
 def test_histories_and_copies_of_weights_by_hand():
@@ -137,15 +178,19 @@ def test_the_twin_is_not_said_to_be_faster():
     assert any("slower than without FP8" in note for note in counted(twin, H100))
 
 
-def test_microbatches_in_flight_each_hold_fp8_copies_of_weights():
-    """PyTorch's product keeps a weight in FP8 with every microbatch; Transformer Engine's one copy for the run."""
-    pp = ParallelConfig(pp=2)
-    config = run_config(tiny_model(), parallel=pp, fp8=Fp8Config(engine="scaled_mm"), precision="bf16")
+def test_microbatches_in_flight_hold_no_fp8_copies_of_weights():
+    """Nor does the run: PyTorch's product rounds them when it takes them; Transformer Engine keeps two copies."""
+    parallel = ParallelConfig(pp=2)
+    config = run_config(tiny_model(), parallel=parallel, fp8=Fp8Config(engine="scaled_mm"), precision="bf16")
+    plain = run_config(tiny_model(), parallel=parallel, precision="bf16")
     pack = assumed_packs(config.model, config.data).typical
-    one, two = (rank_memory(config, Setting.of(config), 1, [pack] * num, 0).activations for num in (1, 2))
-    layer = 128 * (2 * (4 + 2) * 32 + 3 * 384)
-    setting = Setting.of(config)
-    assert fp8_memory.weight_bytes(setting, 0) == 0 and two - one > layer
+    grown = []
+    for one in (config, plain):
+        setting = Setting.of(one)
+        single, double = (rank_memory(one, setting, 1, [pack] * num, 0).activations for num in (1, 2))
+        grown.append(double - single)
+    assert fp8_memory.weight_bytes(Setting.of(config), 0) == 0
+    assert grown[0] < grown[1]  # inputs in one byte of two
 
 
 def test_a_gpu_without_fp8_products_is_refused_by_name():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from mimo_megatron.prove.measure import Errors, Outcome, merged, relative
+from mimo_megatron.prove.measure import Errors, Outcome, _apart, merged, relative
 from mimo_megatron.prove.report import follow
 from mimo_megatron.prove.run import TOLERANCES, difference
 
@@ -25,6 +25,12 @@ def test_what_is_not_a_number_is_an_infinite_error():
     assert relative(torch.tensor([math.nan]), torch.ones(1)) == math.inf
     assert relative(torch.tensor([math.inf]), torch.ones(1), rounding=1.0) == math.inf
     assert relative(torch.zeros(1), torch.zeros(1)) == 0.0
+
+
+def test_norms_of_gradients_that_are_all_0_are_equal_and_one_of_them_is_not():
+    assert _apart(0.0, 0.0) == 0.0
+    assert _apart(1e-30, 0.0) == _apart(math.inf, math.inf) == math.inf
+    assert _apart(3.0, 2.0) == 0.5
 
 
 @pytest.mark.parametrize("bad_rank", [0, 1])

@@ -46,6 +46,8 @@ def sample_of(
     opened = {kind: _opened(chat, kind, file, reading.roots, members) for kind in ("image", "video")}
     messages = list(_messages(chat, opened, reading))
     meta, left_out = _json_only(chat.meta)
+    if taken := sorted({"id", "messages"} & set(meta)):  # ours: another conversation, say, than the one that was read
+        raise RowError(taken[0], "columns", f"this format has no {taken[0]!r}, and in a sample it would replace ours")
     found_split = meta.pop("split", None) or split
     record = {"id": sample_id, "messages": messages, **meta, **chat.responses}
     if isinstance(found_split, str):
