@@ -128,7 +128,7 @@ def judge_gpu_package(name: str, use: str, version: str | None, error: str | Non
     if version is None and not use:
         return Finding("packages", name, "not installed", "ok", "not needed: torch's AdamW is fused, too")
     if version is None:
-        return Finding("packages", name, "not installed", "note", f"slower without it: {use}", f"pip install {name}")
+        return Finding("packages", name, "not installed", "note", f"for {use}", f"pip install {name}")
     if error is None:
         return Finding("packages", name, version, "ok", use)
     remedy = f"rebuild it for this torch, or pip uninstall {name}: the slower path gives the same numbers"
@@ -203,10 +203,10 @@ facts["optimizer"] = [adam.chosen(OptimizerConfig()), adam.runs_fused_kernels()]
 facts |= {"decoder": EncodingConfig.model_fields["decoder"].default, "resize": _packing.resize_ways()}
 print(json.dumps(facts))
 """
-# import name, name in the index, what it speeds up; nothing where torch has the like
+# import name, name in the index, what it is for; nothing where torch has the like
 _GPU_PACKAGES = (
     ("transformer_engine", "transformer-engine", "fused layers and FP8"),
-    ("flash_attn", "flash-attn", "packed attention"),
+    ("flash_attn", "flash-attn", "packed attention by train.vision_attention and text_attention"),
     ("triton", "triton", "this package's own kernels"),
     ("apex", "apex", ""),
 )

@@ -243,6 +243,11 @@ def the_vision_kernel_has_heads_of_its_width(config: RunConfig, world_size: int)
             )
 
 
+def what_is_offloaded_exists(config: RunConfig, world_size: int) -> Iterator[str]:
+    if config.train.offload_activations == "vision" and config.model.vision is None:
+        yield "train.offload_activations=vision, and the model has no vision encoder: leave the key out, or set text"
+
+
 def the_chunked_head_has_a_vocabulary(config: RunConfig, world_size: int) -> Iterator[str]:
     if config.train.head_loss != "logits" and config.model.text.head == "reward":
         yield (
@@ -326,6 +331,7 @@ RULES: tuple[Rule, ...] = (
     a_pack_can_be_made_ahead,
     special_tokens_differ,
     the_vision_kernel_has_heads_of_its_width,
+    what_is_offloaded_exists,
     the_chunked_head_has_a_vocabulary,
     the_text_kernel_has_heads_of_its_widths,
     library_attention_is_possible,

@@ -19,7 +19,7 @@ class VisionConfig(Strict):
     patch_size: int = Field(14, gt=0, description="Side of a patch, in pixels.")
     temporal_patch_size: int = Field(2, gt=0, description="Frames of a patch.")
     spatial_merge_size: int = Field(2, gt=0, description="Side of the square of patches that becomes one token.")
-    in_channels: int = Field(3, gt=0, description="Colours.")
+    in_channels: int = Field(3, description="Colours; pixels are read as red, green and blue.")
     window_size: int = Field(112, description="Side of an attention window, in pixels.")
     full_attention_layers: tuple[int, ...] = Field(description="Layers, from 0, that attend to the whole frame.")
     tokens_per_second: float = Field(2.0, description="Temporal positions per second of video.")
@@ -62,8 +62,12 @@ class VisionConfig(Strict):
                 f"vision.width ({self.width}) / num_heads ({self.num_heads}) must be a whole multiple of 4, "
                 "for 2-D rotary positions"
             )
-        if self.window_size % self.pixel_multiple:
-            raise ValueError(f"vision.window_size ({self.window_size}) must be a multiple of {self.pixel_multiple}")
+        if self.in_channels != 3:
+            raise ValueError(f"vision.in_channels ({self.in_channels}) must be 3: images are read as RGB")
+        if self.window_size <= 0 or self.window_size % self.pixel_multiple:
+            raise ValueError(
+                f"vision.window_size ({self.window_size}) must be a multiple of {self.pixel_multiple}, above 0"
+            )
         if any(not 0 <= layer < self.depth for layer in self.full_attention_layers):
             raise ValueError(f"vision.full_attention_layers {self.full_attention_layers} exceed depth {self.depth}")
         return self

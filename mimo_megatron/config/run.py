@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from mimo_megatron.config.base import Strict
 from mimo_megatron.config.fp8 import Fp8Config
@@ -163,6 +163,12 @@ class OptimizerConfig(Strict):
     eps: float = Field(1e-8, gt=0, description="Added to AdamW's divisor.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled; not applied to biases and norm weights.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+
+    @model_validator(mode="after")
+    def _means_decay(self) -> "OptimizerConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas {self.betas} must each be from 0 to below 1, as (0.9, 0.95)")
+        return self
 
 
 class ScheduleConfig(Strict):

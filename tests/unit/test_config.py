@@ -118,7 +118,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.split": st.sampled_from(["no", "null", "1e-5", "12:30", "0x1", "~", "- a", "a: b", "true", "1_0", ""]),
     "train.steps": st.integers(1, 10**12),
     "train.text.lr": st.none() | _RATES,
-    "train.optimizer.betas": st.lists(st.floats(0, 1), min_size=2, max_size=2),
+    "train.optimizer.betas": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
     "train.optimizer.eps": _RATES,
     "train.schedule.decay": st.sampled_from(["cosine", "constant"]),
     "parallel.sequence_parallel": st.booleans(),
@@ -289,6 +289,7 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
         ("pipeline_divides_the_layers", 2, ["parallel.pp=2", "parallel.stage_layers=[4]"]),
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton"]),
         ("the_vision_kernel_has_heads_of_its_width", 1, ["train.vision_attention=triton", "model.vision=null"]),
+        ("what_is_offloaded_exists", 1, ["train.offload_activations=vision", "model.vision=null"]),
         ("the_chunked_head_has_a_vocabulary", 1, ["train.head_loss=chunked", "model.text.head=reward"]),
         (
             "the_text_kernel_has_heads_of_its_widths",
@@ -315,6 +316,12 @@ def failed(recipe: Path, world_size: int, *overrides: str) -> set[str]:
 def test_each_rule_fires_alone(recipe: Path, rule: str, world_size: int, overrides: list[str]) -> None:
     assert failed(recipe, 1) == set()
     assert failed(recipe, world_size, *overrides) == {rule}
+
+
+@pytest.mark.parametrize("betas", ["[0.9, 1.0]", "[-0.1, 0.95]", "[0.9, .nan]"])
+def test_moving_means_that_do_not_decay_are_refused(recipe: Path, betas: str) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.betas .* from 0 to below 1"):
+        load_recipe(recipe, [f"train.optimizer.betas={betas}"])
 
 
 def test_all_rules_are_tested() -> None:

@@ -71,6 +71,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     for change, words in (
         ({"num_heads": 3}, "whole multiple of 4"),
         ({"window_size": 100}, "must be a multiple of 28"),
+        ({"window_size": 0}, "must be a multiple of 28, above 0"),
+        ({"in_channels": 1}, "must be 3: images are read as RGB"),
         ({"full_attention_layers": [4]}, "exceed depth 4"),
     ):
         with pytest.raises(ValueError, match=words):
