@@ -131,6 +131,21 @@ def set_rate(optimizer: MegatronOptimizer, train: TrainConfig, factor: float) ->
         group["weight_decay"] = train.optimizer.weight_decay * group["wd_mult"]
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Of all ranks' gradients, before they are clipped. Every rank calls it; the host waits for the number."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Megatron's clipping and update. ``norm`` is ``gradient_norm``'s, which megatron would take and wait for again."""
+    optimizer.get_grad_norm = lambda: norm
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.get_grad_norm
+
+
 def sharded_state(optimizer: MegatronOptimizer, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Megatron's sharded form of this rank's optimizer state: whole tensors by name, and the step count.
 

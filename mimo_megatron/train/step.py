@@ -194,16 +194,15 @@ def train_step(
     at_optimizer()
     mean_loss, objective = sums.loss / max(sums.count, 1), sums.objective / max(sums.count, 1)
     mcore_optimizer.set_rate(trainer.optimizer, trainer.config.train, rate_factor)
-    trainer.optimizer.prepare_grads()
-    norm = float(trainer.optimizer.get_grad_norm())  # over all ranks; known before any rank judges, so all judge alike
+    norm = mcore_optimizer.gradient_norm(trainer.optimizer)  # known before any rank judges, so that all judge alike
     for what, value in (("loss", objective), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NonFiniteError(f"step {step}: the {what} is {value}, before the optimizer")
-    _updated, grad_norm, _zeros = trainer.optimizer.step()
+    mcore_optimizer.update(trainer.optimizer, norm)
     start_param_gather(trainer.chunks)
     fp8.end_step(trainer.chunks)
     text = trainer.config.model.text
     weight = text.mtp_loss_weight if text.num_mtp_layers else 0.0
     mtp_loss = (objective - mean_loss) / weight if weight else None
     accuracy = sums.num_right / max(sums.count, 1) if text.head == "reward" else None
-    return StepResult(mean_loss, mtp_loss, sums.count, float(grad_norm or 0.0), accuracy)
+    return StepResult(mean_loss, mtp_loss, sums.count, norm, accuracy)

@@ -104,6 +104,32 @@ def test_in_four_microbatches_the_host_reads_the_count_of_tokens_once_for_each_p
         assert by_file(reads) == {"finalize_model_grads.py": layout.get("vpp", 1)}, reads
 
 
+def norms_taken(address: RankAddress) -> tuple[int, bool]:
+    """How often a step takes the norm of all gradients, and whether clipping by it changed the weights' way."""
+    config = run_config(tiny_model())
+    with megatron(config.parallel, address) as mesh:
+        trainer = step.build_trainer(config, mesh)
+        batches = [collate(pack, config.model, SLOTS) for pack in mixed_packs()]
+        (own,) = trainer.optimizer.chained_optimizers
+        take = own.get_grad_norm
+        num_taken = 0
+
+        def counted() -> Any:
+            nonlocal num_taken
+            num_taken += 1
+            return take()
+
+        own.get_grad_norm = counted
+        norm = step.train_step(trainer, batches, 1, 1.0).grad_norm
+        largest = config.train.optimizer.clip_grad
+        clipped = take()  # of the gradients as the update left them
+        return num_taken, abs(clipped - min(norm, largest)) < 1e-5 * largest and norm > largest
+
+
+def test_the_norm_of_all_gradients_is_taken_once_a_step_and_clips_them() -> None:
+    assert run_ranks(norms_taken, 1) == [(1, True)]
+
+
 def read_a_sum() -> None:
     forward = Projector.forward
 
