@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.multiprocessing.spawn import ProcessException
 
 from mimo_megatron.prove.cases import FEATURES, ONE, Case, Refusal, refusal
 from mimo_megatron.prove.measure import Errors, errors, merged, outcome
@@ -62,7 +63,7 @@ def prove(cases: Sequence[Case], scratch: Path, fault: str = "") -> Iterator[Ver
         try:
             found = merged(run_ranks(errors, case.layout.ranks, case, reference, fault), reference)
             problem = difference(found, TOLERANCES[case.feature.precision])
-        except (RuntimeError, OSError, TimeoutError, torch.multiprocessing.ProcessRaisedException) as error:
+        except (RuntimeError, OSError, TimeoutError, ProcessException) as error:
             problem = f"the ranks failed: {_last_line(error)}"
         yield Verdict(case, found, problem, time.perf_counter() - began)
 

@@ -1,12 +1,16 @@
 """``mimo-megatron prove``: the short matrix passes, and every planted fault fails it under its own name."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from mimo_megatron.cli import main
 from mimo_megatron.config.run import ParallelConfig
+from mimo_megatron.mcore.boot import RankAddress
+from mimo_megatron.prove import run
 from mimo_megatron.prove.cases import FEATURES, LAYOUTS, REFUSALS, cases, refusal
 from mimo_megatron.prove.faults import FAULTS
 from mimo_megatron.prove.report import support_matrix
@@ -36,6 +40,22 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_planted_fault_is_caught_and_its_kind_is_named(fault, references: Path) -> None:
     (verdict,) = prove([CASES[fault.case]], references, fault.name)
     assert verdict.problem.startswith(fault.verdict), verdict
+
+
+def die(address: RankAddress, *_: object) -> None:
+    if address.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_rank_that_dies_fails_its_case_and_the_next_one_is_proven(
+    monkeypatch: pytest.MonkeyPatch, references: Path
+) -> None:
+    case = CASES["dp2 · only projector"]
+    monkeypatch.setattr(run, "errors", die)
+    (died,) = prove([case], references)
+    monkeypatch.undo()
+    assert (died.errors, died.problem) == (None, "the ranks failed: process 1 terminated with signal SIGSEGV")
+    assert [verdict.problem for verdict in prove([case], references)] == [""]
 
 
 def test_a_planted_fault_ends_the_command_with_1(capsys: pytest.CaptureFixture[str]) -> None:
