@@ -157,10 +157,13 @@ def is_saved(chunks: Iterable[Module], folder: Path) -> bool:
 
 
 def history_problems(chunks: Iterable[Module], folder: Path) -> list[str]:
-    """What to say where the checkpoint's histories are of another length than these stages keep."""
+    """What to say where the checkpoint's histories are of another length than these stages keep. Nothing where it lacks
+    some: then all begin anew (``is_saved``)."""
     own = _state(chunks)
     saved = load_tensors_metadata(str(folder)) if own else {}
-    for key in sorted(own.keys() & saved.keys()):
+    if own.keys() - saved.keys():
+        return []
+    for key in sorted(own):
         if (there := tuple(saved[key].global_shape)) != (here := tuple(own[key].shape)):
             return [
                 f"{folder} was saved with train.fp8.history={there[0]}, and the recipe says {here[0]} ({key}): "

@@ -31,6 +31,8 @@ _DAMAGED, _DROPPED = ".damaged", ".dropped"
 _LOCK = ".in-use"
 _LEASE_SECONDS = 120.0
 """After which NFS has set free what a lost machine held: its leases last 90 s."""
+_END_SECONDS = 30.0
+"""For a killed run of this machine to be gone: a process of it may stand in a write to the disk."""
 _LOOK_SECONDS = 1.0
 
 
@@ -43,7 +45,8 @@ class RunFolder:
         """The folder, made where it is not there, belongs to this process while the block lasts. Rank 0 alone calls it.
 
         ``ConfigError`` where another run uses it, whose checkpoints and rows would be overwritten, or where it cannot
-        be written. The kernel ends a killed process's claim; one of another machine, which may be lost, is waited for.
+        be written. The kernel ends the claim of processes that are gone. Those of a killed run may still be going, and
+        another machine may be lost: both are waited for.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ class RunFolder:
 
 
 def _claim(file: TextIO, root: Path) -> None:
-    here, until = socket.gethostname(), time.monotonic() + _LEASE_SECONDS
+    here, began, is_told = socket.gethostname(), time.monotonic(), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,11 +158,14 @@ def _claim(file: TextIO, root: Path) -> None:
                 return
         file.seek(0)
         holder = file.read().strip()
-        if holder.partition(":")[0] == here or time.monotonic() > until:
+        if time.monotonic() - began > (_END_SECONDS if holder.partition(":")[0] == here else _LEASE_SECONDS):
             raise ConfigError(
                 f"dir {root} is used by another run (process {holder}), and two runs would overwrite each other's "
                 "checkpoints and metrics: wait for that one, end it, or name another dir"
             )
+        if not is_told:
+            get_logger().info("%s is used by another run (process %s): waiting for its end", root, holder)
+            is_told = True
         time.sleep(_LOOK_SECONDS)
     file.truncate(0)
     print(f"{here}:{os.getpid()}", file=file, flush=True)

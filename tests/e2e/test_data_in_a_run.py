@@ -8,6 +8,7 @@ import pytest
 
 from mimo_megatron.config.run import DataConfig, RunConfig
 from mimo_megatron.errors import MimoError
+from mimo_megatron.train import run_folder
 from mimo_megatron.train.launch import run_local
 from mimo_megatron.train.loop import pretrain
 from mimo_megatron.train.run_folder import RunFolder
@@ -74,7 +75,10 @@ def test_a_run_killed_before_its_first_checkpoint_lists_what_it_left_out_once(tm
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_second_run_in_the_folder_of_one_that_runs_is_refused_and_touches_nothing(num_ranks, data, tmp_path):
+def test_a_second_run_in_the_folder_of_one_that_runs_is_refused_and_touches_nothing(
+    num_ranks, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_folder, "_END_SECONDS", 0.1)
     config = run_of(data, tmp_path / "run", steps=1)
     with RunFolder(config.dir).in_use(), pytest.raises(MimoError, match="used by another run"):
         run_local(pretrain, num_ranks, config)

@@ -14,6 +14,13 @@ from mimo_megatron.train import run_folder
 from mimo_megatron.train.run_folder import RunFolder
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(run_folder, "_END_SECONDS", 0.1)
+    monkeypatch.setattr(run_folder, "_LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_folder_in_use_is_refused_by_its_holder_until_it_is_free(tmp_path):
     folder = RunFolder(tmp_path / "deep" / "run")
     used = rf"used by another run \(process .*:{os.getpid()}\)"
@@ -23,6 +30,7 @@ def test_a_folder_in_use_is_refused_by_its_holder_until_it_is_free(tmp_path):
         pass
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_killed_process_holds_nothing(tmp_path):
     held = multiprocessing.get_context("fork").Event()
 
@@ -41,6 +49,23 @@ def test_a_killed_process_holds_nothing(tmp_path):
     process.join()
     with RunFolder(tmp_path).in_use():
         pass
+
+
+def test_a_killed_run_whose_last_process_is_still_going_is_waited_for(tmp_path, log_lines):
+    fork = multiprocessing.get_context("fork")
+
+    def hold() -> None:
+        with RunFolder(tmp_path).in_use():
+            fork.Process(target=time.sleep, args=(1.5,)).start()  # a writer, say, that stands in the disk
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = fork.Process(target=hold)
+    process.start()
+    process.join()
+    began = time.monotonic()
+    with RunFolder(tmp_path).in_use():
+        assert time.monotonic() - began > 0.2
+    assert [f":{process.pid}): waiting for its end" in line for line in log_lines] == [True]
 
 
 def test_the_claim_of_another_machine_is_waited_for_and_then_refused(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def test_other_settings_splits_and_folders_are_refused(stored, tmp_path, backend
         source.check_settings({**settings, "max_pixels": 1})
     with pytest.raises(ConfigError, match="no sample in split 'test'"):
         opened(stored.sources[0].path, backend, "test")
-    with pytest.raises(ConfigError, match=r"has no index\.json"):
+    with pytest.raises(ConfigError, match="is not indexed yet"):
         opened(tmp_path, backend)
 
 
